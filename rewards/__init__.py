@@ -1,0 +1,1 @@
+"""Verifiable rewards, one a file, and the Ray workers that score with them."""

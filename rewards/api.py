@@ -1,0 +1,78 @@
+"""What a reward function is, and the registry of them. A new reward is one file that calls `register_reward`.
+
+Left out: the rewards themselves, the Ray workers (`rewards.workers`), and combination by weight (`rewards.combine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from rl.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInput:
+    """One response to be scored, as plain data."""
+
+    prompt: str  # the user's question
+    response: str  # the whole response, special tokens left out
+    answer: str  # the part of the response that counts as the final answer (after thinking tags or harmony channels)
+    ground_truth: Any
+    data_source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other fields
+    num_tokens: int = 0  # R
+    truncated: bool = False  # finish_reason was LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class RewardOutput:
+    """A number with named parts."""
+
+    reward: float
+    breakdown: Mapping[str, float] = field(default_factory=dict)
+
+
+class GroundTruthError(DataError):
+    """The row's ground truth cannot be used by this reward. Counted apart from a wrong answer, never scored 0."""
+
+
+class InfrastructureError(RuntimeError):
+    """The reward's own machinery failed (sandbox unavailable, endpoint down). Counted apart, never scored 0."""
+
+
+@runtime_checkable
+class RewardFunction(Protocol):
+    """A reward: one call for one sample. Any exception it raises is counted as a plugin error."""
+
+    def __call__(self, sample: RewardInput) -> float | RewardOutput: ...
+
+
+@runtime_checkable
+class BatchRewardFunction(Protocol):
+    """A reward that scores a batch at a time; one result (or exception) a sample, in order."""
+
+    def score_batch(self, samples: Sequence[RewardInput]) -> Sequence[float | RewardOutput | Exception]: ...
+
+
+RewardFactory = Callable[..., RewardFunction | BatchRewardFunction]  # (**options) -> reward
+
+_REGISTRY: dict[str, RewardFactory] = {}
+
+
+def register_reward(name: str) -> Callable[[RewardFactory], RewardFactory]:
+    """Decorator: make a factory (a class, or a function that returns a reward) reachable by name in a config."""
+
+    def wrap(factory: RewardFactory) -> RewardFactory:
+        if name in _REGISTRY and _REGISTRY[name] is not factory:
+            raise ConfigError(f"reward {name!r} is registered twice; choose another name")
+        _REGISTRY[name] = factory
+        return factory
+
+    return wrap
+
+
+def registered_rewards() -> dict[str, RewardFactory]:
+    """Name -> factory, of the rewards that are registered now."""
+    return dict(_REGISTRY)

@@ -1,0 +1,1 @@
+"""Fledge's core: the currency, the mathematics, the learner, the loop."""

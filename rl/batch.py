@@ -1,0 +1,205 @@
+"""The currency: what flows from prompt to update, one frozen type a stage.
+
+`Prompt` -> `RolloutBatch` -> `ScoredBatch` -> `TrainBatch` -> `UpdateResult`. Each stage returns the next type; no field
+is None now and filled in later. An optional field is None for a whole run, because that run does not use it.
+Sequences are ragged numpy arrays; nothing here is padded. Left out: frameworks, and every computation with them.
+
+Shape legend: N samples, P prompt tokens of one sample, R response tokens of one sample.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class FinishReason(enum.StrEnum):
+    """Why generation of one response ended."""
+
+    STOP = "stop"  # the model ended its turn (EOS or a stop string)
+    LENGTH = "length"  # cut at max_response_tokens or the model's context
+    ABORT = "abort"  # the engine gave the request up; the sample carries no learning signal
+
+
+class RewardStatus(enum.StrEnum):
+    """What became of scoring one sample. Everything but OK is excluded from the loss, never scored 0."""
+
+    OK = "ok"
+    PLUGIN_ERROR = "plugin_error"  # the reward function raised or returned something that is no reward
+    GROUND_TRUTH_ERROR = "ground_truth_error"  # the row's ground truth cannot be used
+    TIMEOUT = "timeout"  # the deadline passed in our own code, not in the model's program
+    INFRASTRUCTURE_ERROR = "infrastructure_error"  # worker lost, sandbox unavailable, endpoint down
+    SKIPPED = "skipped"  # not scored, because the rollout was aborted
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, ready to generate from."""
+
+    prompt_id: str  # stable across runs and resumes, for example "train:17"
+    token_ids: tuple[int, ...]  # [P], the chat template already applied
+    text: str  # the user's question as people read it (last user message), for rewards and sample files
+    ground_truth: Any = None  # whatever the reward function expects; JSON-like
+    data_source: str = ""  # the dataset's own name for the task (verl's field)
+    reward: str | None = None  # a reward named by the row, in place of the config's
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other fields
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One response to one prompt."""
+
+    prompt_index: int  # into RolloutBatch.prompts
+    group_id: int  # samples with equal group_id answer the same prompt and are compared with each other
+    sample_index: int  # 0 .. group_size-1 within the group
+    token_ids: IntArray  # [R] int32, the stop token included when one was generated
+    rollout_logprobs: FloatArray  # [R] of the sampler's own distribution, after temperature and truncation
+    finish_reason: FinishReason
+    policy_version: int  # of the weights that generated the first token; the sample's age counts from it
+    text: str  # token_ids decoded, special tokens left out
+    answer: str  # the part of `text` that counts as the final answer (after thinking tags or harmony channels)
+    last_policy_version: int = -1  # of the weights that generated the last token; -1 means the same as the first
+    routed_experts: npt.NDArray[np.int16] | None = None  # [P+R-1, layers, top_k] for router replay, when recorded
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.rollout_logprobs):
+            raise ValueError(
+                f"rollout has {len(self.token_ids)} tokens but {len(self.rollout_logprobs)} rollout_logprobs"
+            )
+
+    @property
+    def length(self) -> int:
+        """R, the number of response tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """All responses of one step. `rollouts` is ordered by (prompt_index, sample_index)."""
+
+    prompts: tuple[Prompt, ...]
+    rollouts: tuple[Rollout, ...]  # [N]
+    seconds: float = 0.0  # wall-clock of the generation
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens over all responses."""
+        return sum(r.length for r in self.rollouts)
+
+    def prompt_of(self, rollout: Rollout) -> Prompt:
+        return self.prompts[rollout.prompt_index]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The reward of one sample, with its named parts."""
+
+    reward: float
+    breakdown: Mapping[str, float] = field(default_factory=dict)  # part name -> unweighted value
+    status: RewardStatus = RewardStatus.OK
+    error: str = ""  # one line, when status is not OK
+    unshaped_reward: float | None = None  # before length shaping and the like; None means equal to `reward`
+
+    @property
+    def ok(self) -> bool:
+        return self.status is RewardStatus.OK
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """A RolloutBatch with one Score a rollout."""
+
+    batch: RolloutBatch
+    scores: tuple[Score, ...]  # [N], in the order of batch.rollouts
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.scores) != len(self.batch.rollouts):
+            raise ValueError(f"{len(self.scores)} scores for {len(self.batch.rollouts)} rollouts")
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """What the learner says about a batch before it is updated. A field is None in runs that do not use it."""
+
+    old_logprobs: tuple[FloatArray, ...] | None = None  # N x [R]; None: one optimizer step, so old equals current
+    ref_logprobs: tuple[FloatArray, ...] | None = None  # N x [R]; None: no KL term
+    values: tuple[FloatArray, ...] | None = None  # N x [R]; None: no critic
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One sequence to learn from."""
+
+    prompt_ids: IntArray  # [P]
+    response_ids: IntArray  # [R]
+    loss_mask: BoolArray  # [R] True where the token counts in the loss
+    advantages: FloatArray  # [R]
+    rollout_logprobs: FloatArray  # [R]
+    old_logprobs: FloatArray | None = None  # [R], see Annotations
+    ref_logprobs: FloatArray | None = None  # [R], see Annotations
+    values: FloatArray | None = None  # [R], see Annotations
+    returns: FloatArray | None = None  # [R], the critic's target
+    routed_experts: npt.NDArray[np.int16] | None = None  # see Rollout
+    policy_lag: int = 0  # learner version at the update minus Rollout.policy_version
+
+    def __post_init__(self) -> None:
+        length = len(self.response_ids)
+        for name in ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns"):
+            value = getattr(self, name)
+            if value is not None and len(value) != length:
+                raise ValueError(f"train sample has {length} response tokens but {len(value)} {name}")
+
+    @property
+    def num_tokens(self) -> int:
+        """P + R, what one forward pass costs."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """Everything one update needs. The denominators are global and fixed here, before any forward pass."""
+
+    samples: tuple[TrainSample, ...]
+    num_loss_tokens: int  # sum of loss_mask over the whole batch (all ranks, all micro-batches)
+    num_sequences: int  # samples with at least one loss token
+
+    @classmethod
+    def from_samples(cls, samples: tuple[TrainSample, ...]) -> TrainBatch:
+        return cls(
+            samples=samples,
+            num_loss_tokens=sum(s.num_loss_tokens for s in samples),
+            num_sequences=sum(1 for s in samples if s.loss_mask.any()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What one call of `update` did."""
+
+    policy_version: int  # of the weights after the update
+    metrics: Mapping[str, float]  # learner/... (and rollout/logprob_diff_..., measured by the learner)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightVersion:
+    """Proof of one weight transfer: what the learner sent, for the receivers to compare with what they loaded."""
+
+    policy_version: int
+    digests: Mapping[str, int]  # checkpoint parameter name -> digest of its bytes as sent
+    num_bytes: int
+    seconds: float = 0.0

@@ -1,0 +1,320 @@
+"""The configuration schema. Frozen pydantic models; code gets its own section, never the root and never a DictConfig.
+
+Loading and composing files is in `rl.config_loading`. Left out: torch, ray, vllm, deepspeed, and checks that need them
+(`launch.preflight`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str = Field(description="local folder or hub name of a Hugging Face checkpoint")
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "auto", description="the learner's attention; auto takes the best exact one for the model and the device"
+    )
+    trust_remote_code: bool = False
+    chat_template: str | None = Field(None, description="file with a Jinja chat template, in place of the tokenizer's")
+    chat_template_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the template, e.g. enable_thinking or reasoning_effort"
+    )
+
+
+class DatasetConfig(Section):
+    """Where prompts come from."""
+
+    path: str = Field(description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK")
+    name: str | None = Field(None, description="how metrics call it; default: from the path")
+    split: str = "train"
+    subset: str | None = Field(None, description="a hub dataset's configuration name")
+    prompt_field: str = "prompt"
+    ground_truth_field: str = "ground_truth"
+    system_prompt: str | None = None
+    prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
+    size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
+    seed: int = Field(0, description="for generated tasks")
+    options: dict[str, Any] = Field(default_factory=dict, description="for reasoning_gym: the task's own settings")
+    reward: str | None = Field(None, description="reward for these rows in place of the config's")
+
+
+class DataConfig(Section):
+    """Training and evaluation prompts."""
+
+    train: DatasetConfig
+    eval: tuple[DatasetConfig, ...] = ()
+    shuffle: bool = True
+    max_prompt_tokens: PositiveInt = 1024
+
+
+class RolloutConfig(Section):
+    """Sampling and the vLLM engines."""
+
+    num_workers: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = 1
+    prompts_per_step: PositiveInt = 32
+    group_size: PositiveInt = 8
+    max_response_tokens: PositiveInt = 1024
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    min_p: Fraction = 0.0
+    stop: tuple[str, ...] = ()
+    max_concurrent_sequences: PositiveInt = 256
+    kv_cache_gib: PositiveFloat | None = Field(None, description="fixed KV cache an engine; None: measured by vLLM")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    timeout_s: PositiveFloat = Field(1800.0, description="for one generate call; then the worker is replaced")
+    start_timeout_s: PositiveFloat = 900.0
+    max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
+    engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs as is")
+
+
+class RewardFunctionConfig(Section):
+    """One reward of the weighted sum."""
+
+    name: str = Field(description="registered name, package.module:function, or path/to/file.py:function")
+    weight: float = 1.0
+    gate: bool = Field(False, description="the whole reward is 0 unless this part is positive")
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RewardConfig(Section):
+    """How responses are scored."""
+
+    functions: tuple[RewardFunctionConfig, ...] = (RewardFunctionConfig(name="math"),)
+    clip: tuple[float, float] | None = None
+    num_workers: PositiveInt = 2
+    timeout_s: PositiveFloat = Field(30.0, description="deadline of one sample")
+    batch_size: PositiveInt = Field(64, description="samples sent to a worker at a time")
+    max_error_fraction: Fraction = Field(0.5, description="end the run when more samples of a step fail to be scored")
+
+
+class KLConfig(Section):
+    """Divergence from the frozen reference."""
+
+    placement: Literal["none", "loss", "reward"] = "none"
+    coefficient: NonNegativeFloat = 0.0
+    estimator: Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"] = "k3"
+    adaptive_target: PositiveFloat | None = Field(None, description="adaptive coefficient: the KL to hold")
+    adaptive_horizon: PositiveInt = 10000
+    reference: str | None = Field(None, description="checkpoint of the reference; None: the initial policy")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KLConfig:
+        if self.placement != "none" and self.coefficient == 0.0:
+            raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
+        if self.placement == "none" and self.coefficient > 0.0:
+            raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
+        if self.placement == "none" and self.adaptive_target is not None:
+            raise ValueError("kl.adaptive_target is set but kl.placement is none")
+        return self
+
+
+class RolloutCorrectionConfig(Section):
+    """Importance correction between the sampler's distribution and the learner's (rollout_logprobs, old_logprobs)."""
+
+    mode: Literal["none", "truncate", "mask", "reject"] = "truncate"
+    level: Literal["token", "sequence", "geometric"] = "token"
+    upper: PositiveFloat = 2.0
+    lower: NonNegativeFloat = Field(0.0, description="for mask and reject: ratios under it are left out too")
+
+
+class AlgorithmConfig(Section):
+    """Advantages, policy loss and what is around them."""
+
+    advantage: str = Field("grpo", description="a registered estimator, or verl:NAME")
+    advantage_options: dict[str, Any] = Field(default_factory=dict)
+    loss: str = Field("ppo_clip", description="a registered policy loss, or verl:NAME")
+    loss_options: dict[str, Any] = Field(default_factory=dict)
+    aggregation: (
+        Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None
+    ) = Field(None, description="None: the loss's own default")
+    entropy_coefficient: float = 0.0
+    kl: KLConfig = KLConfig()
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
+    whiten_advantages: bool = False
+    plugins: tuple[str, ...] = Field((), description="modules or files to import, that register estimators or losses")
+
+
+class OptimizerConfig(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "fused_adamw", "cpu_adam", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    min_lr_ratio: Fraction = 0.0
+
+
+class LearnerConfig(Section):
+    """The ZeRO-3 learner workers."""
+
+    num_workers: PositiveInt = 1
+    threads_per_worker: PositiveInt | None = Field(None, description="CPU threads; None: an even share of the cores")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    epochs: PositiveInt = 1
+    mini_batches: PositiveInt = Field(1, description="optimizer steps an epoch over one batch of rollouts")
+    max_tokens_per_microbatch: PositiveInt = 16384
+    layout: Literal["auto", "packed", "bucketed"] = "auto"
+    logprob_chunk_tokens: PositiveInt = 2048
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    max_skipped_steps: NonNegativeInt = Field(3, description="non-finite steps in a row before the run ends")
+    timeout_s: PositiveFloat = 3600.0
+
+
+class SyncConfig(Section):
+    """Weights from the learner to the rollout workers."""
+
+    transport: Literal["auto", "shm", "nccl", "ipc"] = "auto"
+    bucket_mib: PositiveInt = 256
+    timeout_s: PositiveFloat = 300.0
+    probe_every: NonNegativeInt = Field(20, description="syncs between log-probability probes after the first; 0: never")
+    probe_tolerance: PositiveFloat | None = Field(
+        None, description="largest mean |difference| allowed; None: 1e-4 in float32, 0.05 in bfloat16"
+    )
+
+
+class CheckpointConfig(Section):
+    """Run state on disk."""
+
+    every: NonNegativeInt = Field(50, description="steps; 0: only at the end")
+    keep: PositiveInt = 2
+
+
+class EvaluationConfig(Section):
+    """Evaluation on data.eval, in training and by `fledge eval`."""
+
+    every: NonNegativeInt = Field(0, description="steps; 0: not in training")
+    at_start: bool = False
+    samples_per_prompt: PositiveInt = 1
+    pass_at: tuple[PositiveInt, ...] = (1,)
+    temperature: NonNegativeFloat = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_response_tokens: PositiveInt | None = Field(None, description="None: as in rollout")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationConfig:
+        too_large = [k for k in self.pass_at if k > self.samples_per_prompt]
+        if too_large:
+            raise ValueError(
+                f"pass_at holds {too_large} but samples_per_prompt is {self.samples_per_prompt}; "
+                "pass@k needs at least k samples a prompt"
+            )
+        return self
+
+
+class LoggingConfig(Section):
+    """Where metrics and samples go, beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+    samples_every: NonNegativeInt = Field(1, description="steps between sample files; 0: none")
+    samples_per_step: PositiveInt = 64
+
+
+class RayConfig(Section):
+    """The cluster. RAY_ADDRESS in the environment joins a running one."""
+
+    address: str | None = Field(None, description="None: RAY_ADDRESS, else a local cluster that ends with the run")
+    gpus_per_node: NonNegativeInt = 0
+    colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
+    rollout_resources: dict[str, float] = Field(default_factory=dict, description="custom resources a rollout worker")
+    learner_resources: dict[str, float] = Field(default_factory=dict)
+
+
+class RunConfig(Section):
+    """What training and supervised warm start have in common."""
+
+    name: str = "run"
+    run_dir: str = Field("runs/default", description="everything the run writes")
+    seed: int = 0
+    deterministic: bool = Field(False, description="two runs of the same config write the same weights, bit for bit")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    ray: RayConfig = RayConfig()
+
+
+class TrainConfig(RunConfig):
+    """`fledge train` and `fledge eval`."""
+
+    total_steps: PositiveInt = 100
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    sync: SyncConfig = SyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        samples = self.rollout.prompts_per_step * self.rollout.group_size
+        if samples % self.learner.mini_batches:
+            raise ValueError(
+                f"rollout.prompts_per_step {self.rollout.prompts_per_step} x rollout.group_size "
+                f"{self.rollout.group_size} = {samples} samples do not divide into learner.mini_batches "
+                f"{self.learner.mini_batches}"
+            )
+        if samples // self.learner.mini_batches < self.learner.num_workers:
+            raise ValueError(
+                f"a mini-batch of {samples // self.learner.mini_batches} samples cannot feed learner.num_workers "
+                f"{self.learner.num_workers}; raise rollout.prompts_per_step or lower learner.mini_batches"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.learner.max_tokens_per_microbatch < longest:
+            raise ValueError(
+                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under the longest "
+                f"sequence, data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "
+                f"{self.rollout.max_response_tokens} = {longest}; raise it to at least {longest}"
+            )
+        if self.evaluation.every and not self.data.eval:
+            raise ValueError("evaluation.every is set but data.eval is empty; add a dataset or set every to 0")
+        if self.deterministic and self.rollout.temperature > 0 and self.model.dtype != "float32":
+            raise ValueError("deterministic needs model.dtype float32 (bit-exact runs are a CPU float32 promise)")
+        return self
+
+
+class SftDataConfig(Section):
+    """Worked examples: rows with a prompt and a response."""
+
+    train: DatasetConfig
+    response_field: str = "response"
+    max_tokens: PositiveInt = Field(2048, description="longer examples are dropped and counted")
+
+
+class SftConfig(RunConfig):
+    """`fledge sft`: supervised warm start with the same learner."""
+
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 32
+    data: SftDataConfig

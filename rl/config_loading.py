@@ -1,0 +1,114 @@
+"""Compose YAML files with OmegaConf and validate them: `extends:`, dotted overrides, interpolation, environment
+variables. Every error names the key, the value and what is allowed. Left out: the schema (`rl.config`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from rl.config import RunConfig
+from rl.errors import ConfigError
+
+Root = TypeVar("Root", bound=RunConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) -> Root:
+    """Load `path`, apply `key=value` overrides in order, and validate.
+
+    Raises:
+        ConfigError: file missing or unreadable, unknown key (with the nearest name), wrong type or range, or settings
+            that contradict each other. All problems are in one message.
+    """
+    composed = _compose(Path(path), ())
+    for item in overrides:
+        key, separator, _ = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {item!r} is not key=value, for example learner.optimizer.lr=1e-6")
+    try:
+        merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    return validate(plain, schema, source=str(path))
+
+
+def validate(plain: Any, schema: type[Root], source: str) -> Root:
+    """Validate a plain dict against the schema. Raises ConfigError with every problem."""
+    try:
+        return schema.model_validate(plain)
+    except ValidationError as error:
+        lines = [_explain(problem, schema) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML; loading it gives an equal configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    path = path.expanduser()
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(str(p) for p in (*seen, resolved))}")
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist (looked in {Path.cwd()})")
+    try:
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping at its top level, not a {type(loaded).__name__}")
+    parent = loaded.pop("extends", None)
+    if parent is None:
+        return loaded
+    base = _compose(path.parent / str(parent), (*seen, resolved))
+    return typing.cast(DictConfig, OmegaConf.merge(base, loaded))
+
+
+def _explain(problem: Any, schema: type[BaseModel]) -> str:
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    key = ".".join(str(part) for part in location)
+    kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        known = _fields_at(schema, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        return f"unknown key {key}; {hint}"
+    if kind == "missing":
+        return f"{key} is required but not set"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    message = message[0].lower() + message[1:]
+    return f"{key} is {value!r}: {message}"
+
+
+def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Field names of the (sub-)model that `location` points into."""
+    current: Any = schema
+    for part in location:
+        if isinstance(part, int):
+            continue
+        current = _model_in(current.model_fields[part].annotation)
+    return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, dict):
+        for argument in typing.get_args(annotation):
+            if (found := _model_in(argument)) is not None:
+                return found
+    return None

@@ -1,0 +1,53 @@
+"""The exception tree. Every error that a user can cause or meet derives from `FledgeError`.
+
+Left out: retry policy and logging. Each class is picklable (one message argument), because errors cross process
+boundaries, and is also the standard error that it resembles, so that plain Python code can catch it.
+"""
+
+
+class FledgeError(Exception):
+    """Base of all Fledge errors. The message says what happened, with the numbers, and what to change."""
+
+    exit_code = 1
+
+
+class ConfigError(FledgeError, ValueError):
+    """The configuration is wrong; raised before any process starts."""
+
+    exit_code = 2
+
+
+class DataError(FledgeError, ValueError):
+    """A dataset is missing, a row is broken, or a ground truth cannot be used. Names the file and the line."""
+
+    exit_code = 2
+
+
+class RolloutError(FledgeError, RuntimeError):
+    """A rollout engine failed and could not be replaced."""
+
+    exit_code = 3
+
+
+class RewardError(FledgeError, RuntimeError):
+    """A reward function is unusable: not found, of the wrong shape, or failing on too many samples."""
+
+    exit_code = 4
+
+
+class LearnerError(FledgeError, RuntimeError):
+    """The learner failed: a non-finite loss, a lost rank, an unsupported model or layout."""
+
+    exit_code = 5
+
+
+class WeightSyncError(FledgeError, RuntimeError):
+    """The rollout workers do not hold the learner's weights. Names the version, the rank and the parameters."""
+
+    exit_code = 6
+
+
+class CheckpointError(FledgeError, RuntimeError):
+    """A checkpoint is missing, incomplete, or belongs to another configuration."""
+
+    exit_code = 7

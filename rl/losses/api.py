@@ -1,0 +1,114 @@
+"""What a policy loss is, and the registry of them. A new loss is one file that calls `register_policy_loss`.
+
+A loss sees flat response tokens, never padding or packing: T tokens of S sequences in one micro-batch. It returns a loss
+*per token*; `rl.losses.aggregation` turns that into the scalar, with denominators that were fixed for the whole global
+batch before any forward pass, so the result is the same under any split into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rl.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """One micro-batch of response tokens, flat.
+
+    The four log-probabilities are those of the design: `logprobs` (current, carries the gradient), `old_logprobs` (the
+    learner's before the update), `rollout_logprobs` (the sampler's), `ref_logprobs` (the frozen reference's).
+    """
+
+    logprobs: Tensor  # [T] float, requires grad
+    old_logprobs: Tensor  # [T] float
+    rollout_logprobs: Tensor  # [T] float
+    advantages: Tensor  # [T] float
+    loss_mask: Tensor  # [T] bool
+    sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
+    num_sequences: int  # S of this micro-batch
+    entropy: Tensor | None = None  # [T] float, requires grad; None unless the config needs it
+    ref_logprobs: Tensor | None = None  # [T]; None without a KL term in the loss
+    rollout_weights: Tensor | None = None  # [T] detached importance weights (rollout correction); None means all 1
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """[T] -> [S]: sum of `values` over the loss tokens of each sequence."""
+        out = torch.zeros(self.num_sequences, dtype=values.dtype, device=values.device)
+        return out.index_add(0, self.sequence_index, torch.where(self.loss_mask, values, torch.zeros_like(values)))
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """[T] -> [S]: mean of `values` over the loss tokens of each sequence (0 for a sequence without any)."""
+        counts = self.sequence_sum(torch.ones_like(values))
+        return self.sequence_sum(values) / counts.clamp_min(1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLossOutput:
+    """Loss per token, and quantities to average over loss tokens for the metrics."""
+
+    loss: Tensor  # [T], meaningful where loss_mask holds
+    token_metrics: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [T] detached, e.g. clip_frac, ratio_mean
+
+
+Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"]
+
+PolicyLoss = Callable[..., PolicyLossOutput]  # (inputs: LossInputs, **options) -> PolicyLossOutput
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLossSpec:
+    """A registered loss with what the learner and the checks at start must know about it."""
+
+    name: str
+    function: PolicyLoss
+    default_aggregation: Aggregation = "token_mean"
+    allowed_aggregations: tuple[Aggregation, ...] | None = None  # None: every one
+    needs_entropy: bool = False
+    paper: str = ""
+
+
+_REGISTRY: dict[str, PolicyLossSpec] = {}
+
+
+def register_policy_loss(
+    name: str,
+    *,
+    default_aggregation: Aggregation = "token_mean",
+    allowed_aggregations: tuple[Aggregation, ...] | None = None,
+    needs_entropy: bool = False,
+    paper: str = "",
+) -> Callable[[PolicyLoss], PolicyLoss]:
+    """Decorator: make a loss reachable as `algorithm.loss: NAME`.
+
+    The function takes `inputs: LossInputs` and keyword-only options with defaults; the options are what
+    `algorithm.loss_options` may set.
+    """
+
+    def wrap(function: PolicyLoss) -> PolicyLoss:
+        if name in _REGISTRY and _REGISTRY[name].function is not function:
+            raise ConfigError(f"policy loss {name!r} is registered twice; choose another name")
+        _REGISTRY[name] = PolicyLossSpec(
+            name, function, default_aggregation, allowed_aggregations, needs_entropy, paper
+        )
+        return function
+
+    return wrap
+
+
+def registered_policy_losses() -> dict[str, PolicyLossSpec]:
+    """Name -> spec, of the losses that are registered now."""
+    return dict(_REGISTRY)
+
+
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless every option is a keyword-only argument of `function`."""
+    allowed = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ConfigError(f"{what} does not take {', '.join(unknown)}; it takes {', '.join(allowed) or 'no options'}")
