@@ -1,0 +1,151 @@
+"""The loop. It drives a prompt source, a rollout pool, a reward pool and the learners through one step after another.
+
+    prompts --> generate --> score --> [annotate] --> advantages --> update --> publish --> load
+       ^            |                                                                        |
+       '------------'------------------- the next step waits for the weights <---------------'
+
+Each arrow is a typed value from `rl.batch`. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the
+Protocols below, so tests drive it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation)
+is in `rl.run`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rl.batch import Annotations, FloatArray, Prompt, RolloutBatch, ScoredBatch, TrainBatch, UpdateResult, WeightVersion
+from rl.errors import WeightSyncError
+
+TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
+
+
+class PromptSource(Protocol):
+    """Endless prompts in a seeded order."""
+
+    def __next__(self) -> tuple[Prompt, ...]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class RolloutPool(Protocol):
+    """The rollout workers."""
+
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int) -> RolloutBatch: ...
+    def load_weights(self, version: WeightVersion) -> None:
+        """Serve the weights that were just sent. Raises WeightSyncError where a worker does not hold this version."""
+        ...
+
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[FloatArray]]:
+        """[worker][pair] -> [R] log-probabilities at temperature 1, for the probe."""
+        ...
+
+
+class RewardPool(Protocol):
+    """The reward workers."""
+
+    def score(self, rollouts: RolloutBatch) -> ScoredBatch: ...
+
+
+class Learners(Protocol):
+    """The learner workers as one."""
+
+    def annotate(self, scored: ScoredBatch) -> Annotations:
+        """Log-probabilities that the algorithm needs before the update (empty when it needs none)."""
+        ...
+
+    def update(self, batch: TrainBatch) -> UpdateResult: ...
+    def publish_weights(self) -> WeightVersion: ...
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]: ...
+    def save_checkpoint(self, directory: Path) -> None: ...
+    def load_checkpoint(self, directory: Path) -> None: ...
+
+
+BuildTrainBatch = Callable[[ScoredBatch, Annotations], TrainBatch]  # estimates advantages, then builds the batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Everything that one step produced, for whoever records it."""
+
+    step: int
+    scored: ScoredBatch
+    batch: TrainBatch
+    update: UpdateResult
+    weights: WeightVersion
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall-clock seconds, and "step" for the whole
+
+
+class Controller:
+    """Owns the order of things within a step, and nothing else."""
+
+    def __init__(
+        self,
+        prompt_source: PromptSource,
+        rollout_pool: RolloutPool,
+        reward_pool: RewardPool,
+        learners: Learners,
+        build_train_batch: BuildTrainBatch,
+        *,
+        group_size: int,
+    ) -> None:
+        self.prompt_source = prompt_source
+        self.rollout_pool = rollout_pool
+        self.reward_pool = reward_pool
+        self.learners = learners
+        self.build_train_batch = build_train_batch
+        self.group_size = group_size
+        self.policy_version: int | None = None  # of the weights that the rollout workers serve
+
+    def sync_weights(self) -> WeightVersion:
+        """Send the learners' weights to the rollout workers and serve them."""
+        version = self.learners.publish_weights()
+        self.rollout_pool.load_weights(version)
+        self.policy_version = version.policy_version
+        return version
+
+    def step(self, step: int) -> StepResult:
+        """One on-policy step. `step` counts from 0; the rollouts come from policy version `step`."""
+        clock = _Clock()
+        prompts = next(self.prompt_source)
+        rollouts = self.rollout_pool.generate(prompts, group_size=self.group_size, step=step)
+        self._refuse_stale(rollouts)
+        clock.lap("rollout")
+        scored = self.reward_pool.score(rollouts)
+        clock.lap("reward")
+        annotations = self.learners.annotate(scored)
+        clock.lap("annotate")
+        batch = self.build_train_batch(scored, annotations)
+        update = self.learners.update(batch)
+        clock.lap("update")
+        weights = self.sync_weights()
+        clock.lap("sync")
+        return StepResult(step, scored, batch, update, weights, clock.seconds())
+
+    def _refuse_stale(self, rollouts: RolloutBatch) -> None:
+        stale = [r for r in rollouts.rollouts if r.policy_version != self.policy_version]
+        if stale:
+            raise WeightSyncError(
+                f"{len(stale)} of {len(rollouts.rollouts)} rollouts come from policy version "
+                f"{stale[0].policy_version}, but the last sync served version {self.policy_version}; "
+                "a rollout worker missed a weight update"
+            )
+
+
+class _Clock:
+    """Wall-clock seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._laps[stage] = now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        return self._laps | {"step": self._last - self._start}

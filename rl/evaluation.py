@@ -1,0 +1,105 @@
+"""Evaluation: avg@k, unbiased pass@k and maj@k over a scored batch, and the evaluator that makes one.
+
+Left out: training, and where results are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rl.batch import Prompt, RolloutBatch, ScoredBatch
+from rl.controller import RewardPool
+from rl.samples import write_samples
+
+CORRECT = 1.0 - 1e-6  # a sample counts as passed when its reward reaches full marks
+
+
+class EvaluationPool(Protocol):
+    """The part of the rollout pool that evaluation uses."""
+
+    def generate_eval(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """samples_per_prompt responses a prompt, under the evaluation's own sampling parameters."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    """A named set of held-out prompts."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is correct (Chen et al. 2021, arXiv 2107.03374,
+    eq. 1): 1 - C(n-c, k) / C(n, k).
+
+    Example: `pass_at_k(4, 1, 2)` is 0.5.
+    """
+    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} of {num_correct} correct in {num_samples} samples is not defined")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict[str, float]:
+    """`eval/NAME/...`: avg@n, pass@k, maj@n (the commonest answer's reward), length, truncation and failures.
+
+    A sample whose reward is unknown is left out of its prompt's n; a prompt with fewer than k samples left counts only
+    in the metrics that it can.
+    """
+    groups: dict[int, list[tuple[float, str]]] = {}
+    for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
+        group = groups.setdefault(rollout.prompt_index, [])
+        if score.ok:
+            group.append((score.reward, rollout.answer.strip()))
+    scored_groups = [g for g in groups.values() if g]
+    samples = max((len(g) for g in groups.values()), default=0)
+    prefix = f"eval/{name}"
+    metrics = {
+        f"{prefix}/prompts": float(len(groups)),
+        f"{prefix}/unscored_count": float(sum(1 for s in scored.scores if not s.ok)),
+        f"{prefix}/length_mean": float(np.mean([r.length for r in scored.batch.rollouts])),
+    }
+    if not scored_groups:
+        return metrics
+    metrics[f"{prefix}/avg@{samples}"] = float(np.mean([np.mean([r for r, _ in g]) for g in scored_groups]))
+    for k in pass_at:
+        values = [pass_at_k(len(g), sum(r >= CORRECT for r, _ in g), k) for g in scored_groups if len(g) >= k]
+        if values:
+            metrics[f"{prefix}/pass@{k}"] = float(np.mean(values))
+    if samples > 1:
+        metrics[f"{prefix}/maj@{samples}"] = float(np.mean([_majority_reward(g) for g in scored_groups]))
+    return metrics
+
+
+def _majority_reward(group: list[tuple[float, str]]) -> float:
+    commonest, _ = Counter(answer for _, answer in group).most_common(1)[0]
+    return next(reward for reward, answer in group if answer == commonest)
+
+
+class Evaluator:
+    """Generates, scores and summarises every evaluation set; samples go to disk."""
+
+    def __init__(
+        self, sets: Sequence[EvalSet], rollout_pool: EvaluationPool, reward_pool: RewardPool, *, pass_at: Sequence[int]
+    ) -> None:
+        self.sets = tuple(sets)
+        self._rollouts = rollout_pool
+        self._rewards = reward_pool
+        self._pass_at = tuple(pass_at)
+
+    def evaluate(self, samples_dir: Path, label: str) -> dict[str, float]:
+        """Metrics of all sets; samples are written to `samples_dir/eval_NAME_LABEL.jsonl`."""
+        metrics: dict[str, float] = {}
+        for eval_set in self.sets:
+            scored = self._rewards.score(self._rollouts.generate_eval(eval_set.prompts))
+            write_samples(samples_dir / f"eval_{eval_set.name}_{label}.jsonl", scored)
+            metrics |= eval_metrics(eval_set.name, scored, self._pass_at)
+        return metrics

@@ -1,0 +1,173 @@
+"""Step metrics, and the sinks that keep them: metrics.jsonl, TensorBoard, W&B. Names are `stage/quantity_stat`.
+
+Left out: the terminal display (`launch.progress`) and the report page (`launch.report`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rl.batch import FinishReason, RewardStatus, ScoredBatch
+from rl.controller import StepResult
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def step_metrics(result: StepResult) -> dict[str, float]:
+    """Everything about one training step, under its metric name."""
+    metrics = {
+        **score_metrics(result.scored),
+        **result.update.metrics,
+        "policy/version": float(result.update.policy_version),
+        "sync/seconds": result.seconds.get("sync", result.weights.seconds),
+        "sync/bytes": float(result.weights.num_bytes),
+        "learner/loss_tokens": float(result.batch.num_loss_tokens),
+    }
+    for stage, seconds in result.seconds.items():
+        metrics["time/step_s" if stage == "step" else f"time/{stage}_s"] = seconds
+    return metrics
+
+
+def score_metrics(scored: ScoredBatch) -> dict[str, float]:
+    """reward/... and rollout/... of one scored batch; samples without a reward are counted, not averaged."""
+    rollouts, scores = scored.batch.rollouts, scored.scores
+    rewards = np.array([s.reward for s in scores if s.ok], dtype=np.float64)
+    lengths = np.array([r.length for r in rollouts], dtype=np.float64)
+    metrics = {
+        "reward/mean": float(rewards.mean()) if len(rewards) else math.nan,
+        "reward/std": float(rewards.std()) if len(rewards) else math.nan,
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated_frac": _share(rollouts, lambda r: r.finish_reason is FinishReason.LENGTH),
+        "rollout/aborted_frac": _share(rollouts, lambda r: r.finish_reason is FinishReason.ABORT),
+        "rollout/tokens": float(scored.batch.num_tokens),
+        "reward/zero_signal_groups_frac": _zero_signal_groups(scored),
+    }
+    if scored.batch.seconds > 0:
+        metrics["rollout/tokens_per_s"] = scored.batch.num_tokens / scored.batch.seconds
+    status = Counter(s.status for s in scores)
+    for kind in RewardStatus:
+        if kind is not RewardStatus.OK:
+            metrics[f"reward/{kind.value}_count"] = float(status[kind])
+    for part in sorted({name for s in scores for name in s.breakdown}):
+        values = [s.breakdown[part] for s in scores if s.ok and part in s.breakdown]
+        if values:
+            metrics[f"reward/{part}_mean"] = float(np.mean(values))
+    return metrics
+
+
+def _share(items: Sequence[Any], predicate: Any) -> float:
+    return sum(1 for item in items if predicate(item)) / max(len(items), 1)
+
+
+def _zero_signal_groups(scored: ScoredBatch) -> float:
+    """Share of groups whose samples all have the same reward, so that a group baseline leaves nothing to learn."""
+    groups: dict[int, set[float]] = {}
+    for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
+        groups.setdefault(rollout.group_id, set()).update([score.reward] if score.ok else [])
+    return _share(list(groups.values()), lambda rewards: len(rewards) <= 1)
+
+
+class MetricSink(Protocol):
+    """Keeps one flat mapping a step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one object a step, flushed at once, so a killed run keeps what it measured.
+
+    Args:
+        run_dir: where the file lives.
+        first_step: rows at or after this step are from a life that is being resumed, and are removed.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int) -> None:
+        path = run_dir / METRICS_FILE
+        kept = [row for row in read_metrics(run_dir) if row["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(row) for row in kept))
+        temporary.rename(path)
+        self._file = path.open("a")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(_line({"step": step, "time": time.time(), **metrics}))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number != len(lines):
+                raise
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # NaN is not JSON; null is what readers expect of a quantity that was not measured in a step.
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean) + "\n"
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard, written without TensorFlow or torch."""
+
+    def __init__(self, run_dir: Path, *, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(run_dir / "tensorboard"))
+        if first_step > 0:  # tells TensorBoard to drop what a killed life wrote after this step
+            self._writer.add_event(
+                Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+            )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A W&B run; it resumes under the same id."""
+
+    def __init__(self, run_dir: Path, *, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        id_file.write_text(run_id)
+        self._run = wandb.init(
+            project=project, mode=mode, name=name, id=run_id, resume="allow", dir=str(run_dir), config=dict(config)
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,82 @@
+"""Do the rollout workers hold the learner's weights? Compares both sides' log-probabilities on the same tokens.
+
+Digests prove what arrived; this proves what is served, whatever the engine did while it loaded. Left out: the transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rl.batch import RolloutBatch
+from rl.controller import Learners, RolloutPool, TokenPair
+from rl.errors import WeightSyncError
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementBounds:
+    """Largest differences in log-probability (nats) between rollout and learner under the same weights."""
+
+    mean: float
+    maximum: float
+
+    @classmethod
+    def for_dtype(cls, dtype: str, mean: float | None = None) -> AgreementBounds:
+        """float32 agrees to rounding; bfloat16 differs by about 0.002 in the mean, and by anything on a rare token."""
+        if dtype == "float32":
+            return cls(mean=mean or 1e-4, maximum=1e-3)
+        return cls(mean=mean or 0.05, maximum=float("inf"))
+
+
+class WeightProbe:
+    """Checks every rollout worker against the learners.
+
+    Args:
+        every: syncs between probes after the first; 0 means never.
+        bounds: what counts as agreement.
+        num_sequences, max_tokens: how much text of the last step is compared.
+    """
+
+    def __init__(self, *, every: int, bounds: AgreementBounds, num_sequences: int = 4, max_tokens: int = 512) -> None:
+        self.every = every
+        self.bounds = bounds
+        self.num_sequences = num_sequences
+        self.max_tokens = max_tokens
+        self._syncs = 0
+
+    def due(self) -> bool:
+        """Count one sync; True when it is to be probed."""
+        self._syncs += 1
+        return self.every > 0 and (self._syncs == 1 or self._syncs % self.every == 0)
+
+    def pairs(self, rollouts: RolloutBatch) -> list[TokenPair]:
+        """The texts to compare: the first rollouts that say something, cut to max_tokens response tokens."""
+        chosen = [r for r in rollouts.rollouts if r.length][: self.num_sequences]
+        return [
+            (rollouts.prompt_of(r).token_ids, tuple(int(t) for t in r.token_ids[: self.max_tokens])) for r in chosen
+        ]
+
+    def check(
+        self, pairs: Sequence[TokenPair], rollout_pool: RolloutPool, learners: Learners, *, policy_version: int
+    ) -> dict[str, float]:
+        """Compare; returns the differences as metrics.
+
+        Raises:
+            WeightSyncError: a worker's mean or maximal difference is outside the bounds (or not a number).
+        """
+        reference = np.concatenate(learners.score_logprobs(pairs))
+        worst_mean = worst_max = 0.0
+        for worker, logprobs in enumerate(rollout_pool.score_logprobs(pairs)):
+            difference = np.abs(np.concatenate(logprobs) - reference)
+            mean, maximum = float(difference.mean()), float(difference.max())
+            if not (mean <= self.bounds.mean and maximum <= self.bounds.maximum):
+                raise WeightSyncError(
+                    f"rollout worker {worker} does not serve policy version {policy_version}: its log-probabilities of "
+                    f"{len(reference)} tokens differ from the learner's by {mean:.2e} in the mean (bound "
+                    f"{self.bounds.mean:.0e}) and {maximum:.2e} at most (bound {self.bounds.maximum:.0e}). The bytes "
+                    "arrived intact, so the engine loaded them wrongly; see docs/weight-sync.md"
+                )
+            worst_mean, worst_max = max(worst_mean, mean), max(worst_max, maximum)
+        return {"sync/probe_diff_mean": worst_mean, "sync/probe_diff_max": worst_max}

@@ -1,0 +1,168 @@
+"""A training run: the loop, and what happens around its steps (resume, probe, metrics, samples, evaluation,
+checkpoints). Left out: processes and placement (`launch`), and what a step is (`rl.controller`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rl.checkpoint import LEARNER, CheckpointStore, read_state
+from rl.controller import Controller, StepResult
+from rl.errors import CheckpointError, WeightSyncError
+from rl.evaluation import Evaluator
+from rl.metrics import MetricSink, step_metrics
+from rl.probe import AgreementBounds, WeightProbe
+from rl.samples import write_samples
+
+DIFF_MEAN = "rollout/logprob_diff_mean"
+DIFF_MAX = "rollout/logprob_diff_max"
+
+
+class Display(Protocol):
+    """Shows people where the run is."""
+
+    def message(self, text: str) -> None: ...
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """When things happen."""
+
+    run_dir: Path
+    total_steps: int
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    evaluate_every: int = 0  # steps; 0: not in training
+    evaluate_at_start: bool = False
+    samples_every: int = 1  # steps; 0: none
+    samples_per_step: int = 64
+    fingerprint: str = ""  # of the configuration's parts that a resumed run must share
+
+
+class TrainingRun:
+    """Runs the plan. Build it, `restore()` if wanted, then `execute()`."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        controller: Controller,
+        *,
+        checkpoints: CheckpointStore,
+        probe: WeightProbe,
+        bounds: AgreementBounds,
+        open_sinks: Callable[[int], Sequence[MetricSink]],
+        display: Display,
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        self.plan = plan
+        self.controller = controller
+        self.checkpoints = checkpoints
+        self.probe = probe
+        self.bounds = bounds
+        self.evaluator = evaluator
+        self.display = display
+        self.next_step = 0
+        self._open_sinks = open_sinks
+
+    def restore(self) -> bool:
+        """Load the newest complete checkpoint; False when there is none.
+
+        Raises:
+            CheckpointError: it cannot be read, or belongs to a run with another configuration.
+        """
+        path = self.checkpoints.latest()
+        if path is None:
+            return False
+        state = read_state(path)
+        if state["fingerprint"] != self.plan.fingerprint:
+            raise CheckpointError(
+                f"{path} was written under another configuration (model, data, learner or algorithm changed); "
+                "resume with the run's own config.yaml, or choose another run_dir"
+            )
+        self.controller.learners.load_checkpoint(path / LEARNER)
+        self.controller.prompt_source.load_state_dict(state["prompt_source"])
+        self.next_step = int(state["step"])
+        self.display.message(f"resumed from {path} ({self.next_step} steps done)")
+        return True
+
+    def execute(self) -> dict[str, float]:
+        """Run to the end; returns the metrics of the last step (and of the last evaluation)."""
+        plan, metrics = self.plan, {}
+        sinks = self._open_sinks(self.next_step)
+        try:
+            self.controller.sync_weights()
+            if self.evaluator and plan.evaluate_at_start and self.next_step == 0:
+                self._record(sinks, 0, self._evaluate("start"))
+            while self.next_step < plan.total_steps:
+                metrics = self._step(sinks)
+            return metrics
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def _step(self, sinks: Sequence[MetricSink]) -> dict[str, float]:
+        plan = self.plan
+        result = self.controller.step(self.next_step)
+        metrics = step_metrics(result)
+        self._check_agreement(metrics)
+        if self.probe.due():
+            metrics |= self.probe.check(
+                self.probe.pairs(result.scored.batch),
+                self.controller.rollout_pool,
+                self.controller.learners,
+                policy_version=result.weights.policy_version,
+            )
+        self.next_step += 1
+        done, last = self.next_step, self.next_step == plan.total_steps
+        self._write_samples(result)
+        if self.evaluator and plan.evaluate_every and (done % plan.evaluate_every == 0 or last):
+            metrics |= self._evaluate(f"step_{done:06d}")
+        self._record(sinks, result.step + 1, metrics)
+        self.display.step(done, metrics)
+        if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
+            self._save()
+        return metrics
+
+    def _check_agreement(self, metrics: Mapping[str, float]) -> None:
+        """On-policy rollouts must have the learner's own log-probabilities; the comparison costs nothing."""
+        mean, maximum = metrics.get(DIFF_MEAN, 0.0), metrics.get(DIFF_MAX, 0.0)
+        if mean <= self.bounds.mean and maximum <= self.bounds.maximum:
+            return
+        raise WeightSyncError(
+            f"step {self.next_step}: rollout and learner disagree on the log-probabilities of the same tokens by "
+            f"{mean:.2e} in the mean (bound {self.bounds.mean:.0e}) and {maximum:.2e} at most (bound "
+            f"{self.bounds.maximum:.0e}), so the rollouts did not come from the learner's weights; "
+            "a sync was missed or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md"
+        )
+
+    def _write_samples(self, result: StepResult) -> None:
+        plan = self.plan
+        if plan.samples_every and result.step % plan.samples_every == 0:
+            path = plan.run_dir / "samples" / f"step_{result.step + 1:06d}.jsonl"
+            write_samples(path, result.scored, limit=plan.samples_per_step)
+
+    def _evaluate(self, label: str) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        metrics = self.evaluator.evaluate(self.plan.run_dir / "samples", label)
+        self.display.message(
+            f"evaluation {label}: "
+            + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k)
+        )
+        return metrics
+
+    @staticmethod
+    def _record(sinks: Sequence[MetricSink], step: int, metrics: Mapping[str, float]) -> None:
+        for sink in sinks:
+            sink.write(step, metrics)
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {
+            "fingerprint": self.plan.fingerprint,
+            "prompt_source": self.controller.prompt_source.state_dict(),
+        }
+        path = self.checkpoints.save(self.next_step, state, self.controller.learners.save_checkpoint)
+        self.display.message(f"checkpoint {path}")
