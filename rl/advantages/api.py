@@ -25,8 +25,28 @@ class AdvantageInputs:
     group_ids: Tensor  # [N] int64
     lengths: Tensor  # [N] int64, R of each sample
     valid: Tensor  # [N] bool
-    token_rewards: tuple[Tensor, ...] | None = None  # N x [R] float64: KL in the reward; the sequence reward is not in it
+    token_rewards: tuple[Tensor, ...] | None = (
+        None  # N x [R] float64: KL in the reward; the sequence reward is not in it
+    )
     values: tuple[Tensor, ...] | None = None  # N x [R] float64, from the critic
+
+    def total_rewards(self) -> Tensor:
+        """[N] float64: the sequence reward plus the sum of its token rewards, 0 where not valid."""
+        total = self.rewards
+        if self.token_rewards is not None:
+            total = total + torch.stack([rewards.sum() for rewards in self.token_rewards])
+        return torch.where(self.valid, total, torch.zeros_like(total))
+
+    def reward_to_tokens(self) -> tuple[Tensor, ...]:
+        """N x [R] float64: token rewards, with the sequence reward on the last token of each response."""
+        out = []
+        for i, length in enumerate(self.lengths.tolist()):
+            row = torch.zeros(length, dtype=torch.float64) if self.token_rewards is None else self.token_rewards[i]
+            row = row.clone()
+            if length:
+                row[-1] += self.rewards[i]
+            out.append(row)
+        return tuple(out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What a policy loss is, and the registry of them. A new loss is one file that calls `register_policy_loss`.
 
-A loss sees flat response tokens, never padding or packing: T tokens of S sequences in one micro-batch. It returns a loss
-*per token*; `rl.losses.aggregation` turns that into the scalar, with denominators that were fixed for the whole global
-batch before any forward pass, so the result is the same under any split into micro-batches and ranks.
+A loss sees flat response tokens, never padding or packing: T tokens of S sequences in one micro-batch. It returns a
+loss *per token*; `rl.losses.aggregation` turns that into the scalar, with denominators that were fixed for the whole
+global batch before any forward pass, so the result is the same under any split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,35 @@ from torch import Tensor
 
 from rl.errors import ConfigError
 
+LOG_RATIO_BOUND = 20.0  # exp(20) is 5e8: beyond any ratio that carries a signal, and far from overflow in float32
+
+
+class FlatTokens:
+    """T response tokens of S sequences, flat, and the reductions over each sequence. A base: it holds no fields."""
+
+    __slots__ = ()
+
+    loss_mask: Tensor  # [T] bool
+    sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
+    num_sequences: int  # S of this micro-batch
+
+    def masked(self, values: Tensor) -> Tensor:
+        """[T] -> [T]: 0 outside the loss mask, whatever stands there (NaN included)."""
+        return torch.where(self.loss_mask, values, torch.zeros_like(values))
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """[T] -> [S]: sum of `values` over the loss tokens of each sequence."""
+        out = torch.zeros(self.num_sequences, dtype=values.dtype, device=values.device)
+        return out.index_add(0, self.sequence_index, self.masked(values))
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """[T] -> [S]: mean of `values` over the loss tokens of each sequence (0 for a sequence without any)."""
+        counts = self.sequence_sum(torch.ones_like(values))
+        return self.sequence_sum(values) / counts.clamp_min(1.0)
+
 
 @dataclass(frozen=True, slots=True)
-class LossInputs:
+class LossInputs(FlatTokens):
     """One micro-batch of response tokens, flat.
 
     The four log-probabilities are those of the design: `logprobs` (current, carries the gradient), `old_logprobs` (the
@@ -37,23 +63,27 @@ class LossInputs:
     ref_logprobs: Tensor | None = None  # [T]; None without a KL term in the loss
     rollout_weights: Tensor | None = None  # [T] detached importance weights (rollout correction); None means all 1
 
-    def sequence_sum(self, values: Tensor) -> Tensor:
-        """[T] -> [S]: sum of `values` over the loss tokens of each sequence."""
-        out = torch.zeros(self.num_sequences, dtype=values.dtype, device=values.device)
-        return out.index_add(0, self.sequence_index, torch.where(self.loss_mask, values, torch.zeros_like(values)))
+    def log_ratio(self) -> Tensor:
+        """[T]: log(pi_current / pi_old), 0 outside the loss mask, held within +-20 so that its exponential is finite.
 
-    def sequence_mean(self, values: Tensor) -> Tensor:
-        """[T] -> [S]: mean of `values` over the loss tokens of each sequence (0 for a sequence without any)."""
-        counts = self.sequence_sum(torch.ones_like(values))
-        return self.sequence_sum(values) / counts.clamp_min(1.0)
+        The mask comes first: an exponential of padding or of a rejected token could overflow, and 0 * inf is NaN in
+        the gradient. At the bound the gradient is 0.
+        """
+        return self.masked(self.logprobs - self.old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+    def weighted(self, per_token: Tensor) -> Tensor:
+        """[T] -> [T]: times the rollout-correction weights. Every policy loss returns its result through this."""
+        return per_token if self.rollout_weights is None else per_token * self.rollout_weights
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossOutput:
-    """Loss per token, and quantities to average over loss tokens for the metrics."""
+    """Loss per token, rollout weights applied, and quantities to average over loss tokens for the metrics."""
 
     loss: Tensor  # [T], meaningful where loss_mask holds
-    token_metrics: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [T] detached, e.g. clip_frac, ratio_mean
+    token_metrics: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # name -> [T] detached, e.g. clip_frac, ratio_mean
 
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"]

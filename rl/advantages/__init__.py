@@ -1,0 +1,9 @@
+"""Advantage estimators by name, and the way from a scored batch to the batch of one update.
+
+One estimator is one small file. Left out: losses (`rl.losses`) and everything that needs a model.
+"""
+
+from rl.advantages.estimate import build_train_batch, estimate, valid_samples
+from rl.advantages.registry import advantage_spec
+
+__all__ = ["advantage_spec", "build_train_batch", "estimate", "valid_samples"]

@@ -1,0 +1,129 @@
+"""From the currency to advantages and on to the batch of one update. Left out: the estimators themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl.advantages.api import AdvantageInputs, Advantages
+from rl.advantages.registry import advantage_spec
+from rl.advantages.whitening import whiten
+from rl.batch import Annotations, FinishReason, FloatArray, ScoredBatch, TrainBatch, TrainSample
+from rl.errors import ConfigError
+from rl.losses.api import check_options
+from rl.losses.kl import kl_penalty
+
+if TYPE_CHECKING:
+    from rl.config import AlgorithmConfig
+
+
+def valid_samples(scored: ScoredBatch) -> tuple[bool, ...]:
+    """[N]: False for a sample that carries no signal: its reward is unknown, it was aborted, or it is empty."""
+    return tuple(
+        score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0
+        for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True)
+    )
+
+
+def estimate(
+    scored: ScoredBatch,
+    annotations: Annotations,
+    config: AlgorithmConfig,
+    *,
+    kl_coefficient: float | None = None,
+) -> Advantages:
+    """Advantages of a whole global batch, with `config.advantage`.
+
+    `kl_coefficient` is the current value of an adaptive coefficient; None: the config's. It is used only where
+    `config.kl.placement` is reward. The metrics say how much of the batch carries a signal. Errors: ConfigError for
+    an unknown estimator or option, or for annotations that the estimator needs and the batch lacks.
+    """
+    spec = advantage_spec(config.advantage)
+    check_options(
+        f"advantage {config.advantage!r} (algorithm.advantage_options)", spec.function, config.advantage_options
+    )
+    if spec.needs_critic and annotations.values is None:
+        raise ConfigError(f"advantage {config.advantage!r} needs a critic's values; choose another or train a critic")
+    coefficient = config.kl.coefficient if kl_coefficient is None else kl_coefficient
+    inputs = AdvantageInputs(
+        rewards=torch.tensor(
+            [score.reward if ok else 0.0 for score, ok in zip(scored.scores, valid_samples(scored), strict=True)],
+            dtype=torch.float64,
+        ),
+        group_ids=torch.tensor([rollout.group_id for rollout in scored.batch.rollouts], dtype=torch.int64),
+        lengths=torch.tensor([rollout.length for rollout in scored.batch.rollouts], dtype=torch.int64),
+        valid=torch.tensor(valid_samples(scored), dtype=torch.bool),
+        token_rewards=_kl_rewards(annotations, config, coefficient) if config.kl.placement == "reward" else None,
+        values=None if annotations.values is None else tuple(_float64(v) for v in annotations.values),
+    )
+    result = spec.function(inputs, **config.advantage_options)
+    advantages = whiten(result.advantages, inputs.valid) if config.whiten_advantages else result.advantages
+    return Advantages(advantages, result.returns, {**_metrics(inputs, advantages), **result.metrics})
+
+
+def _kl_rewards(annotations: Annotations, config: AlgorithmConfig, coefficient: float) -> tuple[Tensor, ...]:
+    """N x [R]: -coefficient x KL(old || ref) of each token."""
+    if annotations.old_logprobs is None or annotations.ref_logprobs is None:
+        missing = [n for n in ("old_logprobs", "ref_logprobs") if getattr(annotations, n) is None]
+        raise ConfigError(f"kl.placement is reward, which needs the learner's {' and '.join(missing)} annotated")
+    pairs = zip(annotations.old_logprobs, annotations.ref_logprobs, strict=True)
+    return tuple(-coefficient * kl_penalty(_float64(old), _float64(ref), config.kl.estimator) for old, ref in pairs)
+
+
+def _float64(array: FloatArray) -> Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float64))
+
+
+def _metrics(inputs: AdvantageInputs, advantages: tuple[Tensor, ...]) -> dict[str, float]:
+    per_sample = [row.abs().max().item() if len(row) else 0.0 for row in advantages]
+    used = [row for row, valid in zip(advantages, inputs.valid.tolist(), strict=True) if valid]
+    tokens = torch.cat(used) if used else torch.zeros(0, dtype=torch.float64)
+    count = max(len(per_sample), 1)
+    return {
+        "advantage/valid_frac": float(inputs.valid.sum()) / count,
+        "advantage/signal_frac": sum(size > 0.0 for size in per_sample) / count,
+        "advantage/mean": tokens.mean().item() if len(tokens) else 0.0,
+        "advantage/std": tokens.std(correction=0).item() if len(tokens) else 0.0,
+    }
+
+
+def build_train_batch(
+    scored: ScoredBatch,
+    advantages: Advantages,
+    annotations: Annotations,
+    *,
+    policy_version: int,
+    config: AlgorithmConfig,
+) -> TrainBatch:
+    """The batch of one update: `samples[i]` is of `scored.batch.rollouts[i]`.
+
+    Every response token of a valid sample counts in the loss; with `config.mask_truncated` a response that was cut at
+    the token limit does not (it still counts in its group's statistics, because its reward is known). A sample that
+    does not count stays in the batch with an all-False mask. `policy_version` is the learner's now; the lag follows from it.
+    """
+
+    def row(source: tuple[Any, ...] | None, i: int) -> FloatArray | None:
+        return None if source is None else np.asarray(source[i], dtype=np.float32)
+
+    samples = []
+    for i, (rollout, valid) in enumerate(zip(scored.batch.rollouts, valid_samples(scored), strict=True)):
+        counts = valid and not (config.mask_truncated and rollout.finish_reason is FinishReason.LENGTH)
+        samples.append(
+            TrainSample(
+                prompt_ids=np.asarray(scored.batch.prompt_of(rollout).token_ids, dtype=np.int32),
+                response_ids=rollout.token_ids,
+                loss_mask=np.full(rollout.length, counts, dtype=np.bool_),
+                advantages=advantages.advantages[i].numpy().astype(np.float32),
+                rollout_logprobs=rollout.rollout_logprobs,
+                old_logprobs=row(annotations.old_logprobs, i),
+                ref_logprobs=row(annotations.ref_logprobs, i),
+                values=row(annotations.values, i),
+                returns=row(advantages.returns, i),
+                routed_experts=rollout.routed_experts,
+                policy_lag=policy_version - rollout.policy_version,
+            )
+        )
+    return TrainBatch.from_samples(tuple(samples))

@@ -1,0 +1,47 @@
+"""Statistics over the valid samples of each group. Left out: what an estimator makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rl.advantages.api import AdvantageInputs
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatistics:
+    """Each statistic is [N]: a sample has the value of its group. Only valid samples are counted."""
+
+    rewards: Tensor  # [N] float64, token rewards included, 0 where not valid
+    count: Tensor  # [N] float64
+    mean: Tensor  # [N] float64
+    std: Tensor  # [N] float64, unbiased (n - 1); 0 for a group of one
+    has_signal: Tensor  # [N] bool: valid, in a group of at least two with unequal rewards
+
+
+def group_statistics(inputs: AdvantageInputs) -> GroupStatistics:
+    """Count, mean and standard deviation of the total reward in each group.
+
+    A group with equal rewards is told by its extremes, not by its standard deviation, which rounding makes nonzero:
+    three times 0.1 have a mean of 0.10000000000000002.
+    """
+    rewards = inputs.total_rewards()
+    unique, index = torch.unique(inputs.group_ids, return_inverse=True)
+    valid = inputs.valid.to(torch.float64)
+    zeros = torch.zeros(len(unique), dtype=torch.float64)
+    count = zeros.index_add(0, index, valid)
+    mean = zeros.index_add(0, index, rewards * valid) / count.clamp_min(1.0)
+    deviation = (rewards - mean[index]) * valid
+    std = (zeros.index_add(0, index, deviation.square()) / (count - 1.0).clamp_min(1.0)).sqrt()
+    infinity = torch.full_like(rewards, torch.inf)
+    high = zeros.scatter_reduce(0, index, torch.where(inputs.valid, rewards, -infinity), "amax", include_self=False)
+    low = zeros.scatter_reduce(0, index, torch.where(inputs.valid, rewards, infinity), "amin", include_self=False)
+    has_signal = inputs.valid & (high > low)[index]
+    return GroupStatistics(rewards, count[index], mean[index], std[index], has_signal)
+
+
+def where_signal(statistics: GroupStatistics, per_sequence: Tensor) -> Tensor:
+    """[N] -> [N]: `per_sequence`, and exactly 0 where the group says nothing (invalid, alone, or equal rewards)."""
+    return torch.where(statistics.has_signal, per_sequence, torch.zeros_like(per_sequence))

@@ -1,0 +1,26 @@
+"""Policy losses by name. One loss is one small file; `policy_loss_spec` finds them, users' own and verl's included.
+
+Left out: advantages (`rl.advantages`) and the forward pass that makes the log-probabilities (the learner).
+"""
+
+from __future__ import annotations
+
+from rl.losses import ppo_clip, sft
+from rl.losses.api import PolicyLossSpec, registered_policy_losses
+from rl.plugins import load_plugins, unknown_name
+
+__all__ = ["load_plugins", "policy_loss_spec", "ppo_clip", "sft"]
+
+VERL_PREFIX = "verl:"
+
+
+def policy_loss_spec(name: str) -> PolicyLossSpec:
+    """The loss that a config calls `name`; `verl:NAME` is verl's. Errors: ConfigError with the nearest names."""
+    if name.startswith(VERL_PREFIX):
+        from rl.verl_bridge import verl_policy_loss  # imports verl, which costs seconds
+
+        return verl_policy_loss(name.removeprefix(VERL_PREFIX))
+    specs = registered_policy_losses()
+    if name not in specs:
+        raise unknown_name("policy loss", name, specs)
+    return specs[name]

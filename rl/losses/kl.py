@@ -1,0 +1,72 @@
+"""Estimators of the divergence from the reference policy, and the controllers of its coefficient.
+
+Left out: where the penalty goes (into the loss: the learner; into the reward: `rl.advantages`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from torch import Tensor
+
+from rl.errors import LearnerError
+from rl.losses.api import LOG_RATIO_BOUND
+
+KLEstimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """[T], [T] -> [T]: estimate of KL(pi || pi_ref) from the sampled token, with d = log pi - log pi_ref.
+
+    - k1: d, unbiased, high variance; as a loss its expected gradient is 0, so it belongs into the reward;
+    - k2: d^2 / 2, biased value, but its gradient is an unbiased gradient of the KL;
+    - k3: exp(-d) - 1 + d, unbiased, never negative (the form in GRPO, arXiv 2402.03300, eq. 4);
+    - k1_straight_through, k3_straight_through: the value of k1 or k3 with the gradient of k2 (verl's `k1+`, `k3+`).
+
+    Source: Schulman 2020, joschu.net/blog/kl-approx.html. d is held within +-20 in the exponential. Unlike verl, k3 is
+    not cut at 10: the cut removes the gradient exactly where the policy has gone furthest from the reference.
+    """
+    difference = logprobs - ref_logprobs
+    match estimator:
+        case "k1":
+            return difference
+        case "k2":
+            return 0.5 * difference.square()
+        case "k3":
+            inverse = (-difference).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+            return inverse.exp() - 1.0 - inverse
+        case "k1_straight_through":
+            return _straight_through(difference, difference)
+        case "k3_straight_through":
+            return _straight_through(kl_penalty(logprobs, ref_logprobs, "k3"), difference)
+        case _:
+            assert_never(estimator)
+
+
+def _straight_through(value: Tensor, difference: Tensor) -> Tensor:
+    gradient = 0.5 * difference.square()
+    return value.detach() + gradient - gradient.detach()
+
+
+@dataclass(slots=True)
+class KLController:
+    """Coefficient of the KL penalty: fixed, or adapted towards a target KL.
+
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2. Plain numbers, so that it pickles into a checkpoint.
+    """
+
+    coefficient: float
+    target: float | None = None  # None: fixed
+    horizon: int = 10000  # samples over which a proportional error of 1 would double the coefficient
+
+    def update(self, current_kl: float, num_samples: int) -> float:
+        """Take in the mean KL of a step of `num_samples` samples; return the coefficient of the next step."""
+        if self.target is None:
+            return self.coefficient
+        if math.isnan(current_kl):
+            raise LearnerError("the measured KL to the reference is NaN; the adaptive coefficient cannot follow it")
+        error = min(max(current_kl / self.target - 1.0, -0.2), 0.2)
+        self.coefficient *= 1.0 + error * num_samples / self.horizon
+        return self.coefficient
