@@ -102,7 +102,8 @@ def build_train_batch(
 
     Every response token of a valid sample counts in the loss; with `config.mask_truncated` a response that was cut at
     the token limit does not (it still counts in its group's statistics, because its reward is known). A sample that
-    does not count stays in the batch with an all-False mask. `policy_version` is the learner's now; the lag follows from it.
+    does not count stays in the batch with an all-False mask. `policy_version` is the learner's now; the lag follows
+    from it.
     """
 
     def row(source: tuple[Any, ...] | None, i: int) -> FloatArray | None:

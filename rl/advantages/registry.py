@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rl.advantages import grpo
+from rl.advantages import dr_grpo, gae, grpo, pass_at_k, reinforce_plus_plus, rloo
 from rl.advantages.api import AdvantageSpec, registered_advantages
 from rl.plugins import unknown_name
 
-__all__ = ["advantage_spec", "grpo"]
+BUILTIN = (dr_grpo, gae, grpo, pass_at_k, reinforce_plus_plus, rloo)  # imported, and so registered
 
 VERL_PREFIX = "verl:"
 

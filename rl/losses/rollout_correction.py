@@ -2,8 +2,8 @@
 
 vLLM and the learner give slightly different probabilities to the same token (kernels, precision, stale weights), so
 that "on-policy" data is off-policy. Ratio = old / rollout. Left out: the ratio current / old, which belongs to the
-policy loss. Sources: truncated (TIS): Yao et al. 2025, fengyao.notion.site/off-policy-rl; masked (MIS), the sequence and
-the geometric level: Liu, Li et al. 2025, richardli.xyz/rl-collapse; both bounds: IcePop, arXiv 2510.18855.
+policy loss. Sources: truncated (TIS): Yao et al. 2025, fengyao.notion.site/off-policy-rl; masked (MIS), the sequence
+and the geometric level: Liu, Li et al. 2025, richardli.xyz/rl-collapse; both bounds: IcePop, arXiv 2510.18855.
 """
 
 from __future__ import annotations

@@ -1,0 +1,39 @@
+"""Geometric-mean policy optimisation: tokens are clipped, then the geometric mean of their ratios is the sequence's.
+
+Zhao et al. 2025, arXiv 2507.20673, the clipped objective of section 3. Left out: aggregation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rl.errors import ConfigError
+from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
+
+
+@register_policy_loss(
+    "gmpo",
+    default_aggregation="sequence_mean_token_mean",
+    allowed_aggregations=("sequence_mean_token_mean",),
+    paper="arXiv 2507.20673",
+)
+def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float = 0.4) -> PolicyLossOutput:
+    """-A exp(mean_t c_t), c_t the log-ratio clipped to [-clip_low, clip_high] on the side that the sign of A asks for.
+
+    The bounds are distances in log space (0.4: ratios from 0.67 to 1.49). Every token carries the sequence's value;
+    rollout weights multiply it token by token, so that a left-out token does not silence its sequence (verl's
+    `geo_mean` takes the geometric mean of the weights).
+    """
+    if clip_low < 0.0 or clip_high < 0.0:
+        raise ConfigError(f"gmpo: clip_low is {clip_low} and clip_high is {clip_high}; both must be at least 0")
+    log_ratio = inputs.log_ratio()
+    clipped = log_ratio.clamp(-clip_low, clip_high)
+    sign = inputs.advantages.sign()
+    pessimistic = sign * torch.minimum(sign * log_ratio, sign * clipped)
+    ratio = inputs.sequence_mean(pessimistic).exp()[inputs.sequence_index]
+    metrics = {
+        "clip_frac": (pessimistic != log_ratio).to(ratio.dtype),
+        "ratio_mean": ratio.detach(),
+        "kl_old": -log_ratio.detach(),
+    }
+    return PolicyLossOutput(inputs.weighted(-inputs.advantages * ratio), metrics)
