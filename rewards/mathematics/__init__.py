@@ -1,0 +1,1 @@
+"""How `math` decides whether two answers are equal, one concern a module. The reward itself is `rewards.math`."""

@@ -1,0 +1,217 @@
+"""Finds the final answer in a response: the last box, else what follows "the answer is", else the last sentence.
+
+Left out: what the answer means (`rewards.mathematics.parsing`), and thinking tags as the chat template knows them
+(`rollout.chat`; only a stray `</think>` is cut here). Every search runs in time linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_ANSWER_CHARS = 2000  # a longer final answer is no answer
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\w])")
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;、，.]|\\[()\[\],;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or|und|et|y|o)\b"
+    r"|または|もしくは|および|と|や|か|和|或)*"
+)
+_PERCENT_AFTER = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?[%％]|percent\b|pct\b|percentage\b|パーセント)")
+_ANCHOR = re.compile(
+    r"(?:"
+    r"\banswer\b(?:\s+(?:to|of|for|in)\b[^.:=\n]{0,80}?)?\W{0,6}?(?:\s*\b(?:is|are|was|equals|would\s+be|should\s+be|will\s+be)\b|[:：=])(?:\s*\*+)?"
+    r"|(?:\bcorrect|\bright)\s+(?:answer|option|choice)\b\W{0,6}?(?:\s*\bis\b|[:：])"
+    r"|\b(?:la\s+)?(?:respuesta|réponse|resposta|risposta|solución|solution)(?:\s+(?:final|finale|correcta|correcte))?\s*(?:\b(?:es|est|é|è)\b|[:：])"
+    r"|\b(?:antwort|lösung|ergebnis)\s*(?:\b(?:ist|lautet)\b|[:：])"
+    r"|ответ\s*(?:[:：—-]|\bравен\b)"
+    r"|(?:最終的な|最終|求める)?(?:答え|答|解答|正解|回答|解|値)(?:\s*(?:は|：|:|＝|=)\s*、?)"
+    r"|(?:最终)?(?:答案|答)(?:\s*(?:是|为|為|：|:))"
+    r"|(?:정답|답)\s*(?:은|는|:|：)"
+    r"|^\s*\#{4}"
+    r")\s*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MATH_SPAN = re.compile(
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?![$\d])", re.DOTALL
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s+(?:[A-Z\"'*(\[$\\]|$))|(?<=[。！？])|\n+")
+_CLOSING_REMARK = re.compile(
+    r"(?:I hope (?:it|this) is correct|Hope this helps|Let me know[^.]*|<\|im_\w+\|>\w*)[.!]?", re.I
+)
+_CHAT_MARK = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|return)\|>")
+_CLAUSE_AFTER = re.compile(
+    r"(?:,|;|\s)\s*(?:because|since|which|where|as\s+(?:we|the|it)|so\s+(?:the|we)|when|given\s+that|after|if\s|という|なぜなら|ので)\b.*$",
+    re.DOTALL,
+)
+_JAPANESE_COPULA = re.compile(
+    r"\s*(?:です|となります|となる|になります|になる|である|であり|だ|でした|になりました)(?:。|\.|!|$).*$", re.DOTALL
+)
+_VERB = re.compile(
+    r"(?:\b(?:is|are|equals|equal\s+to|was|gives?|gets?|yields?|be|becomes?|obtains?|obtain|by)\b:?|[=＝≈]|\\approx|→|⇒|は|が)\s*"
+)
+_NUMBER = re.compile(
+    r"[-+−－]?[$€£¥￥]?\s?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?(?:\s?(?:\\?%|％|percent\b))?(?:[a-zA-Zµ°²³]{1,3}(?:\^?[23²³])?\b)?"
+)
+
+
+def extract_answer(text: str) -> str | None:
+    """The final answer of a response as the model wrote it, or None where it gives none.
+
+    Several boxes joined by "and", "or" or a comma come back as one list, `a, b`: whether that is the answer or a hedge
+    is for the comparison to say.
+    """
+    final = _after_thinking(text)
+    if final is None:
+        return None
+    text = _CLOSING_REMARK.sub(" ", final)
+    box, box_end = _last_boxes(text)
+    anchored = _anchored(text, box_end)
+    answer = anchored if anchored is not None else box
+    if answer is None and box_end == 0:
+        answer = _from_last_sentence(text)
+    if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARS:
+        return None
+    return answer.strip()
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last `\\boxed{...}` by brace matching, or None."""
+    return _last_boxes(text)[0]
+
+
+def _after_thinking(text: str) -> str | None:
+    _, closed, rest = text.rpartition("</think>")
+    if closed:
+        text = rest
+    elif "<think>" in text:
+        return None  # the thinking never ended
+    mark = _CHAT_MARK.search(text)
+    return text[: mark.start()] if mark else text
+
+
+def _last_boxes(text: str) -> tuple[str | None, int]:
+    """Content of the last box, or of the last few that are one list, and where it ends; (None, 0) without a box."""
+    starts = list(_BOX.finditer(text))[-12:]
+    if not starts:
+        return None, 0
+    contents: list[str] = []
+    end = 0
+    following = None
+    for match in reversed(starts):
+        closed = _matching_brace(text, match.end())
+        if closed is None:
+            if following is None:
+                return None, len(text)  # the last box was cut off, so there is no final answer
+            break
+        if following is not None:
+            if closed > following:
+                continue  # a box around the box already taken
+            if not _BETWEEN_BOXES.fullmatch(text, closed, following):
+                break
+        else:
+            end = closed
+        following = match.start()
+        content = text[match.end() + 1 : closed - 1] if text[match.end()] == "{" else text[match.end() : closed]
+        if _PERCENT_AFTER.match(text, closed):
+            content += "%"
+        contents.append(content)
+    return ", ".join(reversed(contents)), end
+
+
+def _matching_brace(text: str, start: int) -> int | None:
+    """Index just after the group that starts at `start` (one character where it is no brace), or None if it is cut."""
+    if text[start] != "{":
+        return start + len(re.match(r"\w+", text[start:]).group())  # type: ignore[union-attr]  # _BOX saw a \w
+    depth = 0
+    position = start
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            position += 2
+            continue
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return position + 1
+        position += 1
+    return None
+
+
+def _anchored(text: str, start: int) -> str | None:
+    """What follows the last "the answer is" after `start`, if it holds something that can be an answer."""
+    for match in reversed(list(_ANCHOR.finditer(text, start))[-6:]):
+        content = _first_statement(text[match.end() : match.end() + MAX_ANSWER_CHARS])
+        if start == 0 or _NUMBER.search(content) or _MATH_SPAN.search(content):
+            answer = _answer_in_statement(content)
+            if answer:
+                return answer
+    return None
+
+
+def _first_statement(text: str) -> str:
+    """The first sentence with something in it."""
+    text = text.lstrip(" \n*:：>")
+    if text.startswith(("$$", "\\[", "$", "\\(")):
+        span = _MATH_SPAN.match(text)
+        if span:
+            rest = re.split(_SENTENCE_END, text[span.end() :], maxsplit=1)[0]
+            return span.group() + rest
+    return re.split(_SENTENCE_END, text, maxsplit=1)[0]
+
+
+def _answer_in_statement(statement: str) -> str:
+    """The answer in what follows an anchor: its formulas when it has some, else its words up to the first clause."""
+    spans = list(_MATH_SPAN.finditer(statement))
+    if spans:
+        return _joined_spans(statement, spans)
+    statement = _JAPANESE_COPULA.sub("", _CLAUSE_AFTER.sub("", statement))
+    verb = list(re.finditer(r"\b(?:is|are|equals)\b:?\s*|(?<=[^<>!=])=(?=[^=])\s*|は\s*", statement))
+    if verb and re.search(r"\d|\\", statement[verb[-1].end() :]):
+        statement = statement[verb[-1].end() :]
+    return statement.strip().strip('*_`"“”').rstrip(".。!").strip("*_` ")
+
+
+def _joined_spans(statement: str, spans: list[re.Match[str]]) -> str:
+    """The last formula, with those before it that "and", "or" or a comma join to it."""
+    parts = [_span_text(spans[-1])]
+    if _PERCENT_AFTER.match(statement, spans[-1].end()):
+        parts[0] += "%"
+    for before, after in zip(reversed(spans[:-1]), reversed(spans[1:])):
+        if not _BETWEEN_BOXES.fullmatch(statement, before.end(), after.start()):
+            break
+        parts.append(_span_text(before))
+    return ", ".join(reversed(parts))
+
+
+def _span_text(span: re.Match[str]) -> str:
+    return next(group for group in span.groups() if group is not None).strip()
+
+
+def _from_last_sentence(text: str) -> str | None:
+    """The answer of a response with neither box nor anchor: all of it if short, else what its last sentence says."""
+    text = text.strip()
+    sentences = [s for s in (part.strip() for part in re.split(_SENTENCE_END, text[-4000:])) if s]
+    if not sentences:
+        return None
+    last = sentences[-1].strip("*_ ")
+    spans = list(_MATH_SPAN.finditer(last))
+    if not spans and (displayed := list(_MATH_SPAN.finditer(text))) and displayed[-1].end() >= len(text) - 2:
+        return _span_text(displayed[-1])
+    if spans:
+        return _joined_spans(last, spans)
+    if len(sentences) == 1 and not re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}\s+[^\W\d_]{2,}", last) and "は" not in last:
+        return last.rstrip(".。")
+    return _said_by(last)
+
+
+def _said_by(sentence: str) -> str | None:
+    """What a sentence without formulas asserts: the value after its last verb or sign, else its only number."""
+    sentence = _JAPANESE_COPULA.sub("", _CLAUSE_AFTER.sub("", sentence)).rstrip(".。! ")
+    verbs = list(_VERB.finditer(sentence))
+    if verbs:
+        rest = sentence[verbs[-1].end() :].strip().strip("*_`")
+        if rest and len(rest) <= 80:
+            return rest
+    numbers = _NUMBER.findall(sentence)
+    return numbers[0] if len(numbers) == 1 else None

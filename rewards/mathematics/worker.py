@@ -1,0 +1,204 @@
+"""The process that runs math-verify: imports sympy once, then forks a child for each pair and kills it at a deadline.
+
+Left out: every decision that needs no computer algebra; restarting this process (`rewards.mathematics.worker_pool`).
+Run as `python -m rewards.mathematics.worker MEMORY_MIB`; requests and replies are JSON lines on standard input and
+output. This process has one thread and no state but its imports, so the fork is safe, a pair costs no start-up, and
+nothing that a pair leaves behind (caches, memory, a broken interpreter) outlives it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from typing import IO, Any
+
+RANDOM_POINTS = 4
+DIGITS = 30  # significant digits of the numeric checks
+RELATIVE_ERROR = 1e-20  # of values evaluated to DIGITS
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve requests until standard input closes. Prints a ready line, or one that says why it cannot start."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; this process ends with its input
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a library that prints must not break the protocol
+    memory_bytes = int(sys.argv[1]) * 2**20
+    try:
+        mend_percent_parsing()
+        self_test()
+    except Exception as error:  # noqa: BLE001  whatever is wrong, the parent reports it as a failed start
+        _send(replies, {"ready": False, "error": f"{type(error).__name__}: {error}"})
+        sys.exit(1)
+    gc.collect()
+    gc.freeze()  # the children share these pages for as long as nobody counts references in them
+    _send(replies, {"ready": True})
+    for line in sys.stdin:
+        _send(replies, answer_in_child(json.loads(line), memory_bytes))
+
+
+def answer_in_child(request: dict[str, Any], memory_bytes: int) -> dict[str, Any]:
+    """The reply of a forked child, or {"lost": reason} when it died or was killed at `request["deadline_s"]`."""
+    deadline_s = request["deadline_s"]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            _limit_child(deadline_s, memory_bytes)
+            os.write(writer, json.dumps(answer_request(request)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        return _read_reply(reader, deadline_s)
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def answer_request(request: dict[str, Any]) -> dict[str, Any]:
+    """One reply: `equal` is True, False, or None when one of the two could not be read."""
+    try:
+        if request["op"] == "read":
+            return {"equal": bool(_read(request["gold"]))}
+        return {"equal": equal(request["gold"], request["answer"])}
+    except MemoryError:
+        raise  # the child dies of it and is reported as lost
+    except Exception as error:  # noqa: BLE001  sympy raises nearly every exception there is on odd input
+        return {"equal": None, "error": f"{type(error).__name__}: {error}"[:200]}
+
+
+def equal(gold: str, answer: str) -> bool | None:
+    """Whether math-verify, corrected by numeric checks in both directions, calls two LaTeX expressions equal."""
+    from math_verify import verify
+
+    golds, answers = _read(gold), _read(answer)
+    if not golds or not answers:
+        return None
+    if verify(golds, answers, timeout_seconds=None):
+        return not any(_clearly_different(g, a) for g in golds for a in answers)
+    return any(_agree_at_random_points(g, a) for g in golds for a in answers)
+
+
+def mend_percent_parsing() -> None:
+    """Give the parser the method that its converter calls before it looks at percentages.
+
+    latex2sympy2_extended 1.11's antlr 4.9.3 parser lacks `FUNC_GAMMA`, so `28\\%` silently reads as 28. Delete this
+    when `self_test` passes without it.
+    """
+    from latex2sympy2_extended.antlr_parser import PSParser
+
+    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
+        PSParser.AtomContext.FUNC_GAMMA = lambda self: None
+
+
+def self_test() -> None:
+    """Raise RuntimeError when math-verify does not read what it must; importing it also warms the process up."""
+    checks = [
+        (r"28\%", r"\frac{28}{100}", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        (r"x^2-1", r"(x-1)(x+1)", True),
+        (r"\frac{1}{3}", r"\frac{1}{4}", False),
+    ]
+    for gold, answer, expected in checks:
+        found = equal(gold, answer)
+        if found is not expected:
+            raise RuntimeError(
+                f"math-verify's self-test says {found} to {gold} == {answer}, expected {expected}; "
+                "install the pinned math-verify, latex2sympy2_extended and antlr4-python3-runtime"
+            )
+
+
+def _read(latex: str) -> list[Any]:
+    """The sympy objects math-verify reads from one LaTeX expression, strings left out."""
+    import sympy
+    from math_verify import LatexExtractionConfig, parse
+
+    text = f"${latex.replace('$', ' ').replace(chr(10), ' ')}$"
+    read = parse(text, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    return [_with_imaginary_unit(e) for e in read if isinstance(e, (sympy.Basic, sympy.MatrixBase))]
+
+
+def _with_imaginary_unit(expression: Any) -> Any:
+    """math-verify reads i as a plain symbol; here it is the imaginary unit."""
+    import sympy
+
+    names = {s: sympy.I for s in expression.free_symbols if s.name == "i"}
+    return expression.subs(names) if names else expression
+
+
+def _clearly_different(a: Any, b: Any) -> bool:
+    """A yes by rounding to six decimals is wrong for tiny numbers: compare constants relative to their size."""
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a.free_symbols or b.free_symbols:
+        return False
+    x, y = complex(a.doit().evalf(DIGITS)), complex(b.doit().evalf(DIGITS))
+    return abs(x - y) > 1e-6 * max(abs(x), abs(y))
+
+
+def _agree_at_random_points(a: Any, b: Any) -> bool:
+    """A no because simplification gave up is wrong when the expressions agree wherever they are evaluated."""
+    import random
+
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a.free_symbols != b.free_symbols:
+        return False
+    if a.has(sympy.Float) or b.has(sympy.Float):
+        return False
+    generator = random.Random(0)
+    agreed = 0
+    for _ in range(RANDOM_POINTS if a.free_symbols else 1):
+        point = {s: sympy.Rational(generator.randint(-3000, 3000), 1009) for s in a.free_symbols}
+        x, y = a.subs(point).doit().evalf(DIGITS), b.subs(point).doit().evalf(DIGITS)
+        if not (x.is_number and y.is_number) or not (x.is_finite and y.is_finite):
+            continue
+        if sympy.Abs(x - y) > RELATIVE_ERROR * max(sympy.Abs(x), sympy.Abs(y)):
+            return False
+        agreed += 1
+    return agreed >= (2 if a.free_symbols else 1)
+
+
+def _send(replies: IO[str], message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
+
+
+def _read_reply(reader: int, deadline_s: float) -> dict[str, Any]:
+    """A reply is far smaller than a pipe's buffer, so one read gets all of it."""
+    started = time.monotonic()
+    if not select.select([reader], [], [], deadline_s)[0]:
+        return {"lost": f"no result within {deadline_s:g} s"}
+    data = os.read(reader, select.PIPE_BUF)
+    if not data:
+        return {"lost": f"died after {time.monotonic() - started:.1f} s, most likely for want of memory"}
+    reply: dict[str, Any] = json.loads(data)
+    return reply
+
+
+def _limit_child(deadline_s: float, memory_bytes: int) -> None:
+    """Bounds that the kernel keeps, whatever the interpreter is busy with and whoever is still there to kill it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    cpu_seconds = int(deadline_s) + 2  # a child's CPU time starts at 0
+    for which, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_DATA, memory_bytes),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(which)[1]
+        limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()
