@@ -1,0 +1,21 @@
+"""Datasets to `Prompt`s and supervised examples, and the order in which training walks them.
+
+Left out: what a response means (`rollout.chat`), and what it is worth (`rewards`). Heavy packages (datasets,
+transformers, reasoning_gym) are imported by the functions that need them, so importing this package is cheap.
+"""
+
+from rl.prompts.load import PromptSet, load_prompts
+from rl.prompts.sft import SftExample, SftSet, load_sft_examples
+from rl.prompts.source import PromptSource
+from rl.prompts.template import ChatTemplate, load_tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "PromptSet",
+    "PromptSource",
+    "SftExample",
+    "SftSet",
+    "load_prompts",
+    "load_sft_examples",
+    "load_tokenizer",
+]

@@ -1,0 +1,137 @@
+"""Rows to prompts: our row format and verl's, through the chat template.
+
+Left out: where rows come from (`rl.prompts.rows`), supervised examples (`rl.prompts.sft`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from rl.batch import Prompt
+from rl.config import DatasetConfig
+from rl.errors import DataError
+from rl.prompts.messages import optional_text, prompt_messages, question_text
+from rl.prompts.rows import REASONING_GYM, Row, dataset_name, missing_field, read_rows
+from rl.prompts.template import ChatTemplate, Message
+
+_ROWS_PER_BATCH = 1024  # rows tokenized together; fast tokenizers use every core for a batch
+
+# Raises DataError (rewards.api.GroundTruthError is one) when the reward cannot use the prompt's ground truth.
+Validate = Callable[[Prompt], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """One dataset, ready to generate from."""
+
+    name: str  # how metrics call it
+    prompts: tuple[Prompt, ...]  # in row order, never empty
+    num_dropped_too_long: int  # rows left out for more than max_prompt_tokens
+
+
+def load_prompts(
+    config: DatasetConfig,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int,
+    chat_template_options: Mapping[str, Any],
+    validate: Validate | None = None,
+) -> PromptSet:
+    """Load a dataset and tokenize its prompts with the chat template.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        max_prompt_tokens: longer prompts, template included, are dropped and counted.
+        validate: called with every prompt kept, so that a reward can refuse a ground truth before the run starts.
+
+    Raises:
+        DataError: nothing to read, a broken row (with file and line), or no prompt left.
+        ConfigError: a chat template option that the template never reads.
+    """
+    name = dataset_name(config)
+    template = ChatTemplate(tokenizer, chat_template_options)
+    prompts: list[Prompt] = []
+    num_rows, longest = 0, 0
+    rows = read_rows(config)
+    while chunk := list(islice(rows, _ROWS_PER_BATCH)):
+        num_rows += len(chunk)
+        for row, prompt in _tokenize(chunk, config, name, template):
+            if len(prompt.token_ids) > max_prompt_tokens:
+                longest = max(longest, len(prompt.token_ids))
+                continue
+            if validate is not None:
+                _validate(validate, prompt, row)
+            prompts.append(prompt)
+    if not num_rows:
+        raise DataError(f"dataset {config.path} holds no rows")
+    if not prompts:
+        raise DataError(
+            f"dataset {config.path}: all {num_rows} prompts are longer than data.max_prompt_tokens={max_prompt_tokens} "
+            f"(the longest has {longest} tokens with its chat template); raise data.max_prompt_tokens"
+        )
+    return PromptSet(name=name, prompts=tuple(prompts), num_dropped_too_long=num_rows - len(prompts))
+
+
+def _tokenize(
+    rows: Sequence[Row], config: DatasetConfig, name: str, template: ChatTemplate
+) -> Iterator[tuple[Row, Prompt]]:
+    conversations = [_conversation(row, config) for row in rows]
+    texts = [
+        template.render(messages, row.location, add_generation_prompt=True)
+        for row, messages in zip(rows, conversations, strict=True)
+    ]
+    for row, messages, ids in zip(rows, conversations, template.encode(texts), strict=True):
+        yield row, _prompt(row, messages, ids, config, f"{name}:{row.index}")
+
+
+def _conversation(row: Row, config: DatasetConfig) -> list[Message]:
+    value = row.fields.get(config.prompt_field)
+    if value is None:
+        raise missing_field(row, config.prompt_field, "prompt_field")
+    return prompt_messages(value, config, row.location)
+
+
+def _prompt(row: Row, messages: list[Message], ids: list[int], config: DatasetConfig, prompt_id: str) -> Prompt:
+    ground_truth, extra = _ground_truth_and_extra(row, config)
+    return Prompt(
+        prompt_id=prompt_id,
+        token_ids=tuple(ids),
+        text=question_text(messages),
+        ground_truth=ground_truth,
+        data_source=optional_text(row, "data_source") or "",
+        reward=optional_text(row, "reward") or config.reward,
+        extra=extra,
+    )
+
+
+def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[str, Any]]:
+    """The ground truth from its own field, else from verl's `reward_model.ground_truth`; and every field not used."""
+    used = {config.prompt_field, "data_source", "reward"}
+    extra = {key: value for key, value in row.fields.items() if key not in used}
+    field = config.ground_truth_field
+    if field is None:
+        return None, extra
+    ground_truth = extra.pop(field, None)
+    reward_model = extra.get("reward_model")
+    if ground_truth is None and isinstance(reward_model, Mapping):
+        ground_truth = reward_model.get("ground_truth")
+        extra["reward_model"] = {key: value for key, value in reward_model.items() if key != "ground_truth"}
+    # Some reasoning_gym tasks score by their metadata and have no answer.
+    if ground_truth is None and not config.path.startswith(REASONING_GYM):
+        if field in row.fields or isinstance(reward_model, Mapping):
+            raise DataError(
+                f"{row.location}: {field} is null; give the row a ground truth, or set ground_truth_field to null "
+                "where the reward needs none"
+            )
+        raise missing_field(row, field, "ground_truth_field")
+    return ground_truth, extra
+
+
+def _validate(validate: Validate, prompt: Prompt, row: Row) -> None:
+    try:
+        validate(prompt)
+    except DataError as error:
+        raise type(error)(f"{row.location}: {error}") from error

@@ -1,0 +1,239 @@
+"""Rows of a dataset with where each came from: JSONL, Parquet, Hugging Face datasets (folder or hub), reasoning_gym.
+
+Left out: what the fields of a row mean (`rl.prompts.load`, `rl.prompts.sft`). Every error is a DataError that names the
+file and the row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl.config import DatasetConfig
+from rl.errors import DataError
+
+REASONING_GYM = "reasoning_gym:"
+_JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_PARQUET_SUFFIXES = (".parquet",)
+_SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it stands in its file."""
+
+    index: int  # 0-based, counts rows (not lines)
+    location: str  # for messages: "train.jsonl:17", "train.parquet row 17" (1-based)
+    fields: Mapping[str, Any]
+
+
+def read_rows(config: DatasetConfig) -> Iterator[Row]:
+    """The dataset's rows in order, at most `config.size` of them.
+
+    Raises:
+        DataError: the source does not exist or cannot be read, a row is not a JSON object, a setting does not apply to
+            this kind of source, or an unknown split, subset, task or option.
+    """
+    path = Path(config.path).expanduser()
+    if config.path.startswith(REASONING_GYM):
+        _refuse_settings(config, "a reasoning_gym task", ("split", "subset"))
+        return _read_reasoning_gym(config)
+    if path.is_dir():
+        _refuse_settings(config, "a dataset folder", ("options",))
+        rows = _read_folder(config, path)
+    elif path.is_file():
+        _refuse_settings(config, "a file", ("split", "subset", "options"))
+        rows = _read_file(path)
+    elif _looks_like_path(config.path):
+        raise DataError(f"dataset {config.path} does not exist{_near_files(path)} (looked in {Path.cwd()})")
+    else:
+        _refuse_settings(config, "a hub dataset", ("options",))
+        rows = _read_hub(config)
+    return itertools.islice(rows, config.size)
+
+
+def dataset_name(config: DatasetConfig) -> str:
+    """`config.name`, else the file's stem, the folder's or hub dataset's last part, or the reasoning_gym task."""
+    if config.name is not None:
+        return config.name
+    if config.path.startswith(REASONING_GYM):
+        return config.path.removeprefix(REASONING_GYM)
+    path = Path(config.path)
+    known = path.suffix in (*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES)
+    return path.stem if known else path.name
+
+
+def missing_field(row: Row, field: str, setting: str) -> DataError:
+    """The error for a row that lacks a field, with what it has and the setting that names the field."""
+    near = difflib.get_close_matches(field, [str(name) for name in row.fields], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    known = ", ".join(str(name) for name in row.fields) or "no fields"
+    return DataError(
+        f"{row.location}: no field {field!r}; the row has {known}. {hint}Fix the row, or set {setting} to the field's "
+        "name"
+    )
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix in _JSONL_SUFFIXES:
+        return _read_jsonl(path)
+    if path.suffix in _PARQUET_SUFFIXES:
+        return _read_parquet(path)
+    known = ", ".join((*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES))
+    raise DataError(f"dataset {path}: unknown file type {path.suffix!r}; known are {known}, or a dataset folder")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    index = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            location = f"{path}:{number}"
+            try:
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{location}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{location}: broken JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise DataError(f"{location}: a row must be a JSON object, this is a {type(fields).__name__}")
+            yield Row(index, location, fields)
+            index += 1
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            index = 0
+            for batch in file.iter_batches():
+                for fields in batch.to_pylist():
+                    yield Row(index, f"{path} row {index + 1}", fields)
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Row]:
+    import datasets
+
+    try:
+        if any((path / name).is_file() for name in _SAVED_DATASET_FILES):
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset(str(path), config.subset)
+    except Exception as error:  # the loaders raise whatever their file formats raise
+        raise DataError(f"dataset folder {path}: cannot load it: {error}") from error
+    return _rows_of(_pick_split(loaded, config), f"{path}[{config.split}]")
+
+
+def _read_hub(config: DatasetConfig) -> Iterator[Row]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(config.path, config.subset)
+    except ConnectionError as error:
+        raise DataError(
+            f"dataset {config.path}: no such file or folder here, and the hub cannot be reached ({error}); check the "
+            "path, or download the dataset where there is a network and give its folder"
+        ) from error
+    except Exception as error:  # the hub client and the loaders raise many types of their own
+        raise DataError(
+            f"dataset {config.path}: no such file or folder here, and the hub does not give it: {error}"
+        ) from error
+    return _rows_of(_pick_split(loaded, config), f"{config.path}[{config.split}]")
+
+
+def _pick_split(loaded: Any, config: DatasetConfig) -> Any:
+    import datasets
+
+    if isinstance(loaded, datasets.DatasetDict):
+        if config.split not in loaded:
+            raise DataError(f"dataset {config.path} has no split {config.split!r}; it has {', '.join(loaded)}")
+        return loaded[config.split]
+    if config.split != "train":
+        raise DataError(
+            f"dataset {config.path} was saved without splits, but split is {config.split!r}; leave split out"
+        )
+    return loaded
+
+
+def _rows_of(dataset: Any, name: str) -> Iterator[Row]:
+    for index, fields in enumerate(dataset):
+        yield Row(index, f"{name} row {index + 1}", fields)
+
+
+def _read_reasoning_gym(config: DatasetConfig) -> Iterator[Row]:
+    """Rows with what the task's own scorer needs: `score_answer(answer, entry)` of a task made with extra.options takes
+    entry = {"question": extra.question, "answer": ground_truth, "metadata": extra.metadata}."""
+    task = config.path.removeprefix(REASONING_GYM)
+    dataset = _create_task(task, config)
+    for index in range(len(dataset)):
+        location = f"{config.path} item {index + 1} (seed {config.seed})"
+        try:
+            entry = dataset[index]
+        except Exception as error:  # a task's generator may raise anything for its own settings
+            raise DataError(f"{location}: the task failed to make it: {error!r}; change options or seed") from error
+        fields = {
+            config.prompt_field: entry["question"],
+            "data_source": config.path,
+            "question": entry["question"],
+            "metadata": entry["metadata"],
+            "options": config.options,
+        }
+        if config.ground_truth_field is not None:
+            fields[config.ground_truth_field] = entry["answer"]
+        yield Row(index, location, fields)
+
+
+def _create_task(task: str, config: DatasetConfig) -> Any:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see the reasoning-gym gallery for names"
+        raise DataError(f"dataset {config.path}: reasoning_gym has no task {task!r}; {hint}")
+    known = [name for name in DATASETS[task][1].__dataclass_fields__ if name not in ("seed", "size")]
+    unknown = [name for name in config.options if name not in known]
+    if unknown:
+        remedy = "; use the dataset's own size and seed" if set(unknown) & {"seed", "size"} else ""
+        raise DataError(
+            f"dataset {config.path}: options has no {', '.join(unknown)}{remedy}; {task} takes {', '.join(known)}"
+        )
+    size = {} if config.size is None else {"size": config.size}
+    try:
+        return reasoning_gym.create_dataset(task, seed=config.seed, **size, **config.options)
+    except Exception as error:  # tasks check their settings with assert, ValueError and TypeError
+        raise DataError(f"dataset {config.path}: the task refuses options {config.options}: {error}") from error
+
+
+def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ...]) -> None:
+    """A setting that would be ignored is an error."""
+    for name in settings:
+        if getattr(config, name) != type(config).model_fields[name].get_default(call_default_factory=True):
+            raise DataError(f"dataset {config.path}: {name} does not apply to {source}; leave it out")
+
+
+def _looks_like_path(path: str) -> bool:
+    suffix = Path(path).suffix.lower()
+    return (
+        path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or suffix in (".json", ".csv", *_JSONL_SUFFIXES, ".parquet")
+    )
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, (p.name for p in path.parent.iterdir()), n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

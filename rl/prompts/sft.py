@@ -1,0 +1,173 @@
+"""Rows to supervised examples: a prompt and the response to learn, tokenized as the chat template would write them.
+
+Left out: batching and the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from rl.batch import BoolArray, IntArray
+from rl.config import SftDataConfig
+from rl.errors import DataError
+from rl.prompts.messages import parse_messages, prompt_messages
+from rl.prompts.rows import Row, dataset_name, missing_field, read_rows
+from rl.prompts.template import ChatTemplate, Message
+
+_ROWS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SftExample:
+    """One worked example. Every response token is learned, the end-of-turn token included; no prompt token is."""
+
+    prompt_ids: IntArray  # [P] int32, exactly what a rollout of the same prompt starts from
+    response_ids: IntArray  # [R] int32, ends with the end-of-turn token
+
+    @property
+    def loss_mask(self) -> BoolArray:
+        """[R], all True."""
+        return np.ones(len(self.response_ids), dtype=np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class SftSet:
+    """One dataset of worked examples."""
+
+    name: str
+    examples: tuple[SftExample, ...]  # in row order, never empty
+    num_dropped_too_long: int  # rows left out for more than max_tokens
+    num_verbatim: int  # examples whose response the template would have altered, dropped ones included
+
+
+def load_sft_examples(config: SftDataConfig, tokenizer: Any, *, chat_template_options: Mapping[str, Any]) -> SftSet:
+    """Load worked examples: rows with a prompt and a response, or `messages` that end with the assistant's.
+
+    The prompt is tokenized as for a rollout. The response is what the template writes after it for an assistant turn,
+    up to its end-of-turn token: prompt_ids + response_ids is then the template's own tokenization of the conversation.
+    Where the template would not write the response after that prompt, the response is encoded as it stands, and counted
+    in `num_verbatim`.
+
+    Raises:
+        DataError: nothing to read, a broken row (with file and line), or no example left.
+        ConfigError: a chat template option that the template never reads.
+    """
+    template = ChatTemplate(tokenizer, chat_template_options)
+    examples: list[SftExample] = []
+    num_rows, num_verbatim, longest = 0, 0, 0
+    rows = read_rows(config.train)
+    while chunk := list(islice(rows, _ROWS_PER_BATCH)):
+        num_rows += len(chunk)
+        turns = [_turn(row, config, template) for row in chunk]
+        num_verbatim += sum(turn.verbatim for turn in turns)
+        for example in _encode(turns, template):
+            length = len(example.prompt_ids) + len(example.response_ids)
+            longest = max(longest, length)
+            if length <= config.max_tokens:
+                examples.append(example)
+    if not num_rows:
+        raise DataError(f"dataset {config.train.path} holds no rows")
+    if not examples:
+        raise DataError(
+            f"dataset {config.train.path}: all {num_rows} examples are longer than data.max_tokens={config.max_tokens} "
+            f"(the longest has {longest} tokens); raise data.max_tokens"
+        )
+    return SftSet(dataset_name(config.train), tuple(examples), num_rows - len(examples), num_verbatim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    prompt: str  # rendered, with the generation prompt
+    completion: str  # what follows it
+    verbatim: bool  # the completion is the row's text, not the template's
+
+
+def _turn(row: Row, config: SftDataConfig, template: ChatTemplate) -> _Turn:
+    messages, response = _split(row, config)
+    prompt = template.render(messages, row.location, add_generation_prompt=True)
+    full = template.render([*messages, response], row.location, add_generation_prompt=False)
+    return _completion(prompt, full, response, row.location)
+
+
+def _completion(prompt: str, full: str, response: Message, location: str) -> _Turn:
+    """What follows the prompt: the template's own text where it continues the prompt and keeps the response's words.
+
+    Otherwise (templates that cut the thinking out of the turn, or open <think> in the generation prompt only) the
+    response's content as it stands; a <think> tag that the prompt has opened already is not repeated.
+    """
+    parts = [response["content"], *(response[key] for key in ("reasoning_content", "thinking") if key in response)]
+    completion = full.removeprefix(prompt)
+    if full.startswith(prompt) and all(_words(part) in _words(completion) for part in parts):
+        return _Turn(prompt, completion, verbatim=False)
+    if len(parts) > 1:
+        raise DataError(
+            f"{location}: the chat template does not write the response's thinking after its own generation prompt; "
+            "put the thinking into content, as text between <think> tags"
+        )
+    content = response["content"]
+    if prompt.rstrip().endswith("<think>"):
+        if "</think>" not in content:
+            raise DataError(
+                f"{location}: the chat template opens <think> in the prompt, but the response has no </think>"
+            )
+        content = content.lstrip().removeprefix("<think>").lstrip("\n")
+    return _Turn(prompt, content, verbatim=True)
+
+
+def _words(text: str) -> str:
+    """Without white space, which templates trim and add around thinking."""
+    return "".join(text.split())
+
+
+def _split(row: Row, config: SftDataConfig) -> tuple[list[Message], Message]:
+    """(prompt messages, the assistant's final message)"""
+    field = config.train.prompt_field
+    value = row.fields.get(field)
+    if value is None:
+        field, value = "messages", row.fields.get("messages")
+    if value is None:
+        raise missing_field(row, config.train.prompt_field, "prompt_field")
+    response = row.fields.get(config.response_field)
+    if response is None:
+        messages = parse_messages(value, field, row.location)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            if field == "messages":
+                raise DataError(f"{row.location}: messages must be a prompt and the assistant message to learn")
+            raise missing_field(row, config.response_field, "response_field")
+        return prompt_messages(messages[:-1], config.train, row.location), messages[-1]
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    parsed = parse_messages(response, config.response_field, row.location)
+    if len(parsed) != 1 or parsed[0]["role"] != "assistant":
+        raise DataError(f"{row.location}: {config.response_field} must be text or one assistant message")
+    return prompt_messages(value, config.train, row.location), parsed[0]
+
+
+def _encode(turns: Sequence[_Turn], template: ChatTemplate) -> list[SftExample]:
+    prompts = template.encode([turn.prompt for turn in turns])
+    wholes = template.encode([turn.prompt + turn.completion for turn in turns])
+    examples = []
+    for turn, prompt, whole in zip(turns, prompts, wholes, strict=True):
+        # Where a token spans the border, the response is encoded alone: a rollout starts from the prompt's own tokens.
+        exact = whole[: len(prompt)] == prompt
+        response = whole[len(prompt) :] if exact else template.encode([turn.completion])[0]
+        examples.append(
+            SftExample(np.array(prompt, dtype=np.int32), np.array(_end_turn(response, template), dtype=np.int32))
+        )
+    return examples
+
+
+def _end_turn(response: list[int], template: ChatTemplate) -> list[int]:
+    """Cut the white space that templates write after the end-of-turn token; add the token where it is not there."""
+    end = template.end_of_turn_id
+    for i in range(len(response) - 1, -1, -1):
+        if response[i] == end:
+            if not template.tokenizer.decode(response[i + 1 :]).strip():
+                return response[: i + 1]
+            break
+    return [*response, end]

@@ -1,0 +1,106 @@
+"""The order of training prompts: seeded shuffling per epoch, and a position that resumes exactly.
+
+Left out: loading (`rl.prompts.load`), and choosing prompts by difficulty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rl.batch import Prompt
+from rl.errors import CheckpointError, DataError
+
+_UINT64 = 2**64
+
+
+class PromptSource(Iterator[tuple[Prompt, ...]]):
+    """An infinite iterator over steps, `prompts_per_step` prompts each.
+
+    The steps cut one endless sequence, epoch after epoch, each epoch a permutation of all prompts that depends on
+    (seed, epoch) alone. So every prompt is drawn exactly once an epoch whatever `prompts_per_step` is; a step may span
+    two epochs (or more, when the dataset is smaller than a step).
+
+    Example: prompts a, b, c, two a step, no shuffling: ab, ca, bc, ab, ...
+
+    The whole state is one number, the count of prompts drawn so far.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, *, shuffle: bool, seed: int) -> None:
+        """Raises DataError for an empty dataset, ValueError for a step without prompts."""
+        if not prompts:
+            raise DataError("the dataset holds no prompts; check data.train")
+        if prompts_per_step < 1:
+            raise ValueError(f"prompts_per_step is {prompts_per_step}; it must be at least 1")
+        self._prompts = tuple(prompts)
+        self._prompts_per_step = prompts_per_step
+        self._shuffle = shuffle
+        self._seed = seed
+        self._num_drawn = 0
+        self._order_epoch = -1
+        self._order: npt.NDArray[np.int64] = np.arange(len(self._prompts))
+        self._fingerprint = fingerprint(self._prompts)
+
+    def __next__(self) -> tuple[Prompt, ...]:
+        drawn: list[Prompt] = []
+        while len(drawn) < self._prompts_per_step:
+            epoch, position = divmod(self._num_drawn, len(self._prompts))
+            indices = self._epoch_order(epoch)[position : position + self._prompts_per_step - len(drawn)]
+            drawn.extend(self._prompts[i] for i in indices)
+            self._num_drawn += len(indices)
+        return tuple(drawn)
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the dataset so far."""
+        return self._num_drawn // len(self._prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; `load_state_dict` on a source over the same dataset goes on with the next step."""
+        return {
+            "num_drawn": self._num_drawn,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "num_prompts": len(self._prompts),
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to the saved position. `prompts_per_step` may have changed since.
+
+        Raises:
+            CheckpointError: the dataset, the seed or shuffling is not what the state was saved with.
+        """
+        own = self.state_dict()
+        if state["fingerprint"] != own["fingerprint"]:
+            raise CheckpointError(
+                f"the training data changed since the checkpoint: it had {state['num_prompts']} prompts with "
+                f"fingerprint {state['fingerprint']}, now {own['num_prompts']} with {own['fingerprint']}; "
+                "restore the data (and data.max_prompt_tokens), or start a new run from the exported weights"
+            )
+        for key, setting in (("seed", "seed"), ("shuffle", "data.shuffle")):
+            if state[key] != own[key]:
+                raise CheckpointError(
+                    f"the checkpoint was saved with {setting}={state[key]}, the config says {own[key]}; the order of "
+                    f"prompts depends on it: set {setting}={state[key]} to resume"
+                )
+        self._num_drawn = int(state["num_drawn"])
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._shuffle and epoch != self._order_epoch:
+            bits = np.random.Philox(key=np.array([self._seed % _UINT64, epoch], dtype=np.uint64))
+            self._order = np.random.Generator(bits).permutation(len(self._prompts))
+            self._order_epoch = epoch
+        return self._order
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A digest of what was asked and what counts as right, in order. Token ids belong to the model and are left out."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(repr((prompt.prompt_id, prompt.text, prompt.ground_truth, prompt.data_source)).encode())
+    return digest.hexdigest()

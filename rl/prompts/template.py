@@ -1,0 +1,144 @@
+"""Tokenizers and chat templates: from messages to text to token ids.
+
+Left out: reading rows (`rl.prompts.rows`) and understanding responses (`rollout.chat`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rl.config import ModelConfig
+from rl.errors import ConfigError, DataError
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the template knows
+
+# Templates that print today's date (GPT-OSS, Llama 3) get this one, so that a run's prompts, and with them its weights,
+# do not depend on the day it starts or resumes. `chat_template_options.current_date` sets another.
+DEFAULT_DATE = datetime.date(2026, 1, 1)
+
+_REASONING_EFFORTS = ("low", "medium", "high")
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The checkpoint's tokenizer (a transformers PreTrainedTokenizerBase), with `model.chat_template` applied.
+
+    Raises:
+        ConfigError: no tokenizer there, no chat template, a chat template file that does not exist, or no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    _check_local_path(model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its backends' own errors here
+        raise ConfigError(
+            f"model.path {model.path}: cannot load a tokenizer: {_first_line(error)}; give a local Hugging Face "
+            "checkpoint folder, or a hub name that this machine can reach or has cached"
+        ) from error
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(model.chat_template)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"model.path {model.path}: the tokenizer has no chat template (a base model?); use an instruct checkpoint, "
+            "or set model.chat_template to a file with a Jinja chat template"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path {model.path}: the tokenizer has no EOS token, so no response could end")
+    return tokenizer
+
+
+class ChatTemplate:
+    """One tokenizer's chat template with fixed options (enable_thinking, reasoning_effort, ...)."""
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
+        """Raises ConfigError for an option that the template never reads."""
+        self.tokenizer = tokenizer
+        source = tokenizer.get_chat_template()
+        options = dict(options)
+        date = _date(options.pop("current_date", DEFAULT_DATE))
+        for name in options:
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                raise ConfigError(
+                    f"model.chat_template_options.{name}: the model's chat template never reads {name}, so it would "
+                    "change nothing; remove it or check its spelling in the template"
+                )
+        effort = options.get("reasoning_effort")
+        if effort is not None and "<|channel|>" in source and effort not in _REASONING_EFFORTS:
+            raise ConfigError(
+                f"model.chat_template_options.reasoning_effort is {effort!r}; harmony models know "
+                f"{', '.join(_REASONING_EFFORTS)}"
+            )
+        self._options = {**options, "strftime_now": date.strftime}
+
+    def render(self, messages: Sequence[Message], location: str, *, add_generation_prompt: bool) -> str:
+        """The conversation as text. Raises DataError, naming `location`, where the template refuses the messages."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise DataError(
+                f"{location}: the chat template refuses these messages ({roles}): {_first_line(error)}"
+            ) from error
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that the template rendered: special tokens are recognised, none are added."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"]
+
+    @functools.cached_property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an assistant turn: what the template puts after it, else the tokenizer's EOS.
+
+        The two differ for base models that got a chat template (Qwen's <|im_end|> against <|endoftext|>).
+        """
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = self.render(messages, "chat template", add_generation_prompt=False)
+        special = set(self.tokenizer.all_special_ids)
+        special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ids = self.encode([text])[0]
+        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in special), None)
+        if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
+            return self.tokenizer.eos_token_id
+        return ids[last]
+
+
+def _check_local_path(path: str) -> None:
+    """Refuse a mistyped folder before the hub is asked for it."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"model.path {path} is not a folder (looked in {Path.cwd()})")
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"model.chat_template {path}: cannot read it: {error}") from error
+
+
+def _date(value: Any) -> datetime.date:
+    if isinstance(value, datetime.date):
+        return value
+    try:
+        return datetime.date.fromisoformat(str(value))
+    except ValueError as error:
+        raise ConfigError(
+            f"model.chat_template_options.current_date is {value!r}; write a date like 2026-01-31"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,96 @@
+"""What a response says: its text as people read it, and the part of it that is the final answer.
+
+Left out: judging the answer (`rewards`), and rendering prompts (`rl.prompts`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rollout import harmony
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_PROMPT_TAIL = 16  # tokens; a generation prompt that opens a think block ends with the tag and white space
+
+
+class ChatFormat(enum.StrEnum):
+    """How a model separates its reasoning from its answer."""
+
+    THINK = "think"  # <think>reasoning</think>answer; a response without tags is all answer
+    HARMONY = "harmony"  # GPT-OSS's channels
+
+
+class Answer(NamedTuple):
+    """A response, decoded. `answer` is always a part of `text`."""
+
+    text: str  # special tokens left out, except those that mark thinking or channels
+    answer: str  # "" where the response never came to one
+
+
+class AnswerExtractor:
+    """Decodes responses and finds their final answers, by the chat format that the tokenizer's special tokens show.
+
+    - THINK: the answer follows the *last* `</think>`. A `<think>` that is never closed means no answer, also where it
+      was the prompt that opened it. Without any tag the whole text is the answer, which is right for plain models.
+    - HARMONY: the answer is the content of the assistant's last message in the final channel, also one that was cut;
+      analysis and commentary are none. It is found by token id, and no token is ever encoded again.
+
+    Pickles with its tokenizer. Never raises for what a model wrote; an id outside the vocabulary decodes to nothing.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self._harmony = harmony.HarmonyTokens.find(vocabulary)
+        kept = (THINK_OPEN, THINK_CLOSE) if self._harmony is None else harmony.STRUCTURE_TOKENS
+        special = set(tokenizer.all_special_ids)
+        special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._hidden = frozenset(special - {vocabulary[token] for token in kept if token in vocabulary})
+
+    @property
+    def format(self) -> ChatFormat:
+        return ChatFormat.THINK if self._harmony is None else ChatFormat.HARMONY
+
+    def extract(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Answer:
+        """The response's text and final answer. `prompt_ids` says in what state the response begins."""
+        ids = [int(i) for i in response_ids]
+        if self._harmony is not None:
+            return self._extract_harmony(prompt_ids, ids, self._harmony)
+        text = self._decode(ids)
+        return Answer(text, think_answer(text, prompt_opens=self._prompt_opens_thinking(prompt_ids)))
+
+    def _extract_harmony(self, prompt_ids: Sequence[int], ids: list[int], tokens: harmony.HarmonyTokens) -> Answer:
+        before = harmony.open_message(prompt_ids, tokens)
+        content = harmony.final_content(harmony.parse([*before, *ids], tokens, self._decode))
+        if content is None:
+            return Answer(self._decode(ids), "")
+        # Positions within the response; the prompt may have begun the final message.
+        begin, end = max(content.start - len(before), 0), max(content.stop - len(before), 0)
+        answer = self._decode(ids[begin:end])
+        return Answer(self._decode(ids[:begin]) + answer + self._decode(ids[end:]), answer.strip())
+
+    def _prompt_opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
+        tail = self._tokenizer.decode(list(prompt_ids[-_PROMPT_TAIL:]))
+        return tail.rstrip().endswith(THINK_OPEN)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        shown = [i for i in ids if i not in self._hidden]
+        return self._tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+
+
+def final_answer(response_ids: Sequence[int], tokenizer: Any, *, prompt_ids: Sequence[int] = ()) -> tuple[str, str]:
+    """(text, answer) of one response; `AnswerExtractor` is the same for many."""
+    return AnswerExtractor(tokenizer).extract(prompt_ids, response_ids)
+
+
+def think_answer(text: str, *, prompt_opens: bool = False) -> str:
+    """What follows the last `</think>`, without white space around it; "" inside a block that is never closed.
+
+    Example: "<think>2+2</think> 4" gives "4"; "<think>2+2" gives ""; "4" gives "4", unless the prompt opened a block.
+    """
+    _, closed, after = text.rpartition(THINK_CLOSE)
+    if THINK_OPEN in after or (prompt_opens and not closed):
+        return ""
+    return after.strip()
