@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rl.batch import Annotations, FloatArray, Prompt, RolloutBatch, ScoredBatch, TrainBatch, UpdateResult, WeightVersion
-from rl.errors import WeightSyncError
+from rl.errors import RolloutError, WeightSyncError
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
 
@@ -41,6 +41,10 @@ class RolloutPool(Protocol):
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[FloatArray]]:
         """[worker][pair] -> [R] log-probabilities at temperature 1, for the probe."""
+        ...
+
+    def replace_lost_workers(self) -> int:
+        """Start a worker in place of every lost one; returns how many. Raises RolloutError when that cannot help."""
         ...
 
 
@@ -111,8 +115,7 @@ class Controller:
         """One on-policy step. `step` counts from 0; the rollouts come from policy version `step`."""
         clock = _Clock()
         prompts = next(self.prompt_source)
-        rollouts = self.rollout_pool.generate(prompts, group_size=self.group_size, step=step)
-        self._refuse_stale(rollouts)
+        rollouts = self._generate(prompts, step)
         clock.lap("rollout")
         scored = self.reward_pool.score(rollouts)
         clock.lap("reward")
@@ -124,6 +127,20 @@ class Controller:
         weights = self.sync_weights()
         clock.lap("sync")
         return StepResult(step, scored, batch, update, weights, clock.seconds())
+
+    def _generate(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch:
+        """Generate; when a worker is lost, replace it, give it the weights and generate again (same seeds, so the same
+        samples)."""
+        while True:
+            try:
+                rollouts = self.rollout_pool.generate(prompts, group_size=self.group_size, step=step)
+            except RolloutError:
+                if not self.rollout_pool.replace_lost_workers():
+                    raise  # every worker answers, so trying again would fail again
+                self.sync_weights()
+                continue
+            self._refuse_stale(rollouts)
+            return rollouts
 
     def _refuse_stale(self, rollouts: RolloutBatch) -> None:
         stale = [r for r in rollouts.rollouts if r.policy_version != self.policy_version]
