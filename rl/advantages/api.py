@@ -29,6 +29,7 @@ class AdvantageInputs:
         None  # N x [R] float64: KL in the reward; the sequence reward is not in it
     )
     values: tuple[Tensor, ...] | None = None  # N x [R] float64, from the critic
+    reward_parts: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [N] float64: the breakdown, unweighted
 
     def total_rewards(self) -> Tensor:
         """[N] float64: the sequence reward plus the sum of its token rewards, 0 where not valid."""

@@ -58,10 +58,20 @@ def estimate(
         valid=torch.tensor(valid_samples(scored), dtype=torch.bool),
         token_rewards=_kl_rewards(annotations, config, coefficient) if config.kl.placement == "reward" else None,
         values=None if annotations.values is None else tuple(_float64(v) for v in annotations.values),
+        reward_parts=_reward_parts(scored),
     )
     result = spec.function(inputs, **config.advantage_options)
     advantages = whiten(result.advantages, inputs.valid) if config.whiten_advantages else result.advantages
     return Advantages(advantages, result.returns, {**_metrics(inputs, advantages), **result.metrics})
+
+
+def _reward_parts(scored: ScoredBatch) -> dict[str, Tensor]:
+    """Name -> [N] float64, 0 where a sample lacks the part."""
+    names = sorted({name for score in scored.scores for name in score.breakdown})
+    return {
+        name: torch.tensor([score.breakdown.get(name, 0.0) for score in scored.scores], dtype=torch.float64)
+        for name in names
+    }
 
 
 def _kl_rewards(annotations: Annotations, config: AlgorithmConfig, coefficient: float) -> tuple[Tensor, ...]:

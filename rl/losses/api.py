@@ -101,6 +101,7 @@ class PolicyLossSpec:
     allowed_aggregations: tuple[Aggregation, ...] | None = None  # None: every one
     needs_entropy: bool = False
     paper: str = ""
+    split_invariant: bool = True  # False: it looks across sequences, so one micro-batch must hold the whole mini-batch
 
 
 _REGISTRY: dict[str, PolicyLossSpec] = {}

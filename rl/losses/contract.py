@@ -1,0 +1,145 @@
+"""What a policy loss promises, tried on a small batch before anything expensive starts. Left out: the losses
+themselves.
+
+A users' loss that forgets a mask, the rollout weights or the split into micro-batches gives a wrong number, not an
+error; here it gives an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl.errors import ConfigError, LearnerError
+from rl.losses.aggregation import aggregate
+from rl.losses.api import Aggregation, LossInputs, PolicyLossOutput, PolicyLossSpec, check_options
+
+_LENGTHS = (1, 3, 4, 2)
+_TOLERANCE = 1e-6  # absolute, in float64, on losses of order 1
+
+
+def resolve_aggregation(spec: PolicyLossSpec, requested: Aggregation | None) -> Aggregation:
+    """The aggregation to use: the requested one, or the loss's default. Errors: ConfigError if they contradict."""
+    mode = spec.default_aggregation if requested is None else requested
+    if spec.allowed_aggregations is not None and mode not in spec.allowed_aggregations:
+        raise ConfigError(
+            f"algorithm.aggregation {mode} contradicts algorithm.loss {spec.name}, which is defined with "
+            f"{' or '.join(spec.allowed_aggregations)}; leave aggregation out or choose another loss"
+        )
+    return mode
+
+
+def check_policy_loss(
+    spec: PolicyLossSpec, options: Mapping[str, Any], aggregation: Aggregation | None, *, accumulates: bool
+) -> None:
+    """Raise ConfigError unless the loss can be trained with: options, aggregation, masks, weights, split.
+
+    `accumulates` says whether a mini-batch may be split, into micro-batches or over ranks.
+    """
+    check_options(f"algorithm.loss {spec.name}", spec.function, options)
+    mode = resolve_aggregation(spec, aggregation)
+    if accumulates and not spec.split_invariant:
+        raise ConfigError(
+            f"algorithm.loss {spec.name} looks across sequences, so its result depends on the split of a mini-batch; "
+            "use one learner worker and a learner.max_tokens_per_microbatch that holds a whole mini-batch, or another "
+            "loss"
+        )
+    batch = _probe_batch()
+    whole, gradient = _value(spec, options, mode, [batch])
+    if spec.split_invariant:
+        _same(spec, "the split into micro-batches", (whole, gradient), _value(spec, options, mode, _split(batch)))
+    half = dataclasses.replace(batch, rollout_weights=torch.full_like(batch.advantages, 0.5))
+    value, halved = _value(spec, options, mode, [half])
+    _same(spec, "the rollout weights (return inputs.weighted(loss))", (0.5 * whole, 0.5 * gradient), (value, halved))
+    far = torch.where(batch.loss_mask, batch.old_logprobs, torch.full_like(batch.old_logprobs, -1e4))
+    hidden = _value(spec, options, mode, [dataclasses.replace(batch, old_logprobs=far)])
+    _same(
+        spec, "tokens outside loss_mask (use inputs.log_ratio, sequence_sum, sequence_mean)", (whole, gradient), hidden
+    )
+
+
+def require_whole_batch(spec: PolicyLossSpec, inputs: LossInputs, num_loss_tokens: int) -> None:
+    """Raise LearnerError when a loss that looks across sequences sees only a part of the mini-batch."""
+    if spec.split_invariant:
+        return
+    here = int(inputs.loss_mask.sum())
+    if here != num_loss_tokens:
+        raise LearnerError(
+            f"loss {spec.name} must see a whole mini-batch at once, but this micro-batch holds {here} of "
+            f"{num_loss_tokens} loss tokens; raise learner.max_tokens_per_microbatch or choose another loss"
+        )
+
+
+def _probe_batch() -> LossInputs:
+    """Ten tokens of four sequences near the old policy, both signs of the advantage, one token outside the mask."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.repeat_interleave(torch.arange(len(_LENGTHS)), torch.tensor(_LENGTHS))
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(len(index), generator=generator, dtype=torch.float64)
+
+    old = -1.0 - noise(0.3).abs()
+    mask = torch.ones(len(index), dtype=torch.bool)
+    mask[2] = False
+    return LossInputs(
+        logprobs=old + noise(0.1),
+        old_logprobs=old,
+        rollout_logprobs=old + noise(0.01),
+        advantages=noise(1.0),
+        loss_mask=mask,
+        sequence_index=index,
+        num_sequences=len(_LENGTHS),
+        entropy=1.0 + noise(0.1),
+        ref_logprobs=old + noise(0.1),
+    )
+
+
+def _split(batch: LossInputs) -> list[LossInputs]:
+    """One micro-batch a sequence."""
+    parts = []
+    for i in range(batch.num_sequences):
+        here = batch.sequence_index == i
+        fields: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        changed: dict[str, Any] = {name: value[here] for name, value in fields.items() if isinstance(value, Tensor)}
+        changed |= {"sequence_index": torch.zeros_like(changed["sequence_index"]), "num_sequences": 1}
+        parts.append(dataclasses.replace(batch, **changed))
+    return parts
+
+
+def _value(
+    spec: PolicyLossSpec, options: Mapping[str, Any], mode: Aggregation, parts: list[LossInputs]
+) -> tuple[Tensor, Tensor]:
+    """The loss summed over micro-batches, and its gradient [T] for the log-probabilities."""
+    total = torch.zeros((), dtype=torch.float64)
+    gradients = []
+    for part in parts:
+        inputs = dataclasses.replace(part, logprobs=part.logprobs.clone().requires_grad_())
+        output = spec.function(inputs, **options)
+        if not isinstance(output, PolicyLossOutput) or output.loss.shape != inputs.logprobs.shape:
+            shape = tuple(output.loss.shape) if isinstance(output, PolicyLossOutput) else type(output).__name__
+            raise ConfigError(
+                f"algorithm.loss {spec.name} must return PolicyLossOutput with one loss a token, shape "
+                f"{tuple(inputs.logprobs.shape)}; it returned {shape}"
+            )
+        loss = aggregate(output.loss, inputs, mode, num_loss_tokens=9, num_sequences=len(_LENGTHS), fixed_length=8)
+        if not loss.requires_grad:
+            raise ConfigError(f"algorithm.loss {spec.name} has no gradient for the log-probabilities")
+        loss.backward()
+        assert inputs.logprobs.grad is not None
+        gradients.append(inputs.logprobs.grad)
+        total = total + loss.detach()
+    return total, torch.cat(gradients)
+
+
+def _same(spec: PolicyLossSpec, what: str, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
+    for name, a, b in zip(("loss", "gradient"), expected, found, strict=True):
+        difference = (a - b).abs().max().item()
+        if not difference <= _TOLERANCE:  # NaN too
+            raise ConfigError(
+                f"algorithm.loss {spec.name} does not respect {what}: on a small batch the {name} is off by "
+                f"{difference:.3g}; see docs/adding-an-algorithm.md"
+            )
