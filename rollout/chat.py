@@ -9,9 +9,13 @@ import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from rollout import harmony
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+TokenIds = Sequence[int] | npt.NDArray[np.int32]
 _PROMPT_TAIL = 16  # tokens; a generation prompt that opens a think block ends with the tag and white space
 
 
@@ -53,9 +57,9 @@ class AnswerExtractor:
     def format(self) -> ChatFormat:
         return ChatFormat.THINK if self._harmony is None else ChatFormat.HARMONY
 
-    def extract(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Answer:
+    def extract(self, prompt_ids: Sequence[int], response_ids: TokenIds) -> Answer:
         """The response's text and final answer. `prompt_ids` says in what state the response begins."""
-        ids = [int(i) for i in response_ids]
+        ids: list[int] = np.asarray(response_ids, dtype=np.int64).tolist()
         if self._harmony is not None:
             return self._extract_harmony(prompt_ids, ids, self._harmony)
         text = self._decode(ids)
@@ -76,7 +80,12 @@ class AnswerExtractor:
         return tail.rstrip().endswith(THINK_OPEN)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        shown = [i for i in ids if i not in self._hidden]
+        end = len(ids)
+        while end and ids[end - 1] in self._hidden:
+            end -= 1
+        shown = ids[:end]
+        if not self._hidden.isdisjoint(shown):  # rare, and far cheaper to ask than to filter
+            shown = [i for i in shown if i not in self._hidden]
         return self._tokenizer.decode(shown, clean_up_tokenization_spaces=False)
 
 

@@ -7,6 +7,7 @@ checkpoint's own special tokens are enough.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class HarmonyTokens:
     channel: int
     message: int
     ends: frozenset[int]  # <|end|>, <|return|>, <|call|>: each closes a message
-    marks: frozenset[int]  # everything that ends a piece of a message's header
+    marks: frozenset[int]  # all of them, <|constrain|> included: each ends a piece of a header
 
     @classmethod
     def find(cls, vocabulary: Mapping[str, int]) -> HarmonyTokens | None:
@@ -47,25 +48,32 @@ class HarmonyMessage:
 def parse(
     token_ids: Sequence[int], tokens: HarmonyTokens, decode: Callable[[Sequence[int]], str]
 ) -> list[HarmonyMessage]:
-    """The messages in `token_ids`, which begin at a message's `<|start|>` or inside a header, after the role.
+    """The messages in `token_ids`, which begin at a message's `<|start|>`, or inside a header of the assistant's.
 
-    A header is `role [to=recipient]`, `<|channel|>`, `channel [to=recipient]`, perhaps `<|constrain|>type`; it ends at
-    `<|message|>`. Tokens that belong to no message (after a closed one, before the next start) are skipped. Nothing is
-    an error: a model may write anything. `decode` is only called on pieces of headers.
+    A header is `<|start|>role [to=recipient]`, `<|channel|>channel [to=recipient]`, perhaps `<|constrain|>type`; it
+    ends at `<|message|>`. Content lasts until an end token or the next `<|start|>`. Tokens between messages are
+    skipped. Nothing is an error: a model may write anything. `decode` is only called on pieces of headers.
     """
     messages: list[HarmonyMessage] = []
-    position, size = 0, len(token_ids)
-    while position < size:
-        role, channel, position = _parse_header(token_ids, position, tokens, decode)
-        if position == size or token_ids[position] != tokens.message:
-            # A header that ends without content: go on at the next message's start.
-            position = _find(token_ids, {tokens.start}, position + 1)
-            continue
-        begin = position + 1
-        end = _find(token_ids, tokens.ends | {tokens.start}, begin)
-        closed = end < size and token_ids[end] in tokens.ends
-        messages.append(HarmonyMessage(role, channel, range(begin, end), closed))
-        position = _find(token_ids, {tokens.start}, end)
+    role, channel, in_header, begin = "assistant", "", True, -1  # begin: of the content; negative outside of any
+    marks = [i for i, token in enumerate(token_ids) if token in tokens.marks]
+    for position, next_position in itertools.pairwise([*marks, len(token_ids)]):
+        mark = token_ids[position]
+        if begin >= 0 and (mark in tokens.ends or mark == tokens.start):
+            messages.append(HarmonyMessage(role, channel, range(begin, position), closed=mark in tokens.ends))
+            begin = -1
+        if begin >= 0:
+            continue  # a channel or message token inside content is part of it
+        if mark in tokens.ends:
+            in_header = False
+        elif mark == tokens.start:
+            role, channel, in_header = _first_word(decode(token_ids[position + 1 : next_position])), "", True
+        elif mark == tokens.channel and in_header:
+            channel = _first_word(decode(token_ids[position + 1 : next_position]))
+        elif mark == tokens.message and in_header:
+            begin, in_header = position + 1, False
+    if begin >= 0:
+        messages.append(HarmonyMessage(role, channel, range(begin, len(token_ids)), closed=False))
     return messages
 
 
@@ -85,29 +93,5 @@ def open_message(prompt_ids: Sequence[int], tokens: HarmonyTokens) -> Sequence[i
     return ()
 
 
-def _parse_header(
-    token_ids: Sequence[int], position: int, tokens: HarmonyTokens, decode: Callable[[Sequence[int]], str]
-) -> tuple[str, str, int]:
-    """(role, channel, position of the token that ended the header)"""
-    role, channel = "assistant", ""
-    while position < len(token_ids):
-        mark = token_ids[position]
-        if mark not in tokens.marks:  # the response begins inside the role's piece: nothing to read there
-            position = _find(token_ids, tokens.marks, position)
-            continue
-        if mark == tokens.message or mark in tokens.ends:
-            break
-        piece_end = _find(token_ids, tokens.marks, position + 1)
-        words = decode(token_ids[position + 1 : piece_end]).split()
-        first = words[0] if words else ""
-        if mark == tokens.start:
-            role, channel = first, ""
-        elif mark == tokens.channel:
-            channel = first
-        position = piece_end
-    return role, channel, position
-
-
-def _find(token_ids: Sequence[int], wanted: frozenset[int] | set[int], position: int) -> int:
-    """Position of the first wanted token from `position` on; the length where there is none."""
-    return next((i for i in range(position, len(token_ids)) if token_ids[i] in wanted), len(token_ids))
+def _first_word(text: str) -> str:
+    return text.split(maxsplit=1)[0] if text.strip() else ""

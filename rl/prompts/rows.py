@@ -44,15 +44,15 @@ def read_rows(config: DatasetConfig) -> Iterator[Row]:
         _refuse_settings(config, "a reasoning_gym task", ("split", "subset"))
         return _read_reasoning_gym(config)
     if path.is_dir():
-        _refuse_settings(config, "a dataset folder", ("options",))
+        _refuse_settings(config, "a dataset folder", ("seed", "options"))
         rows = _read_folder(config, path)
     elif path.is_file():
-        _refuse_settings(config, "a file", ("split", "subset", "options"))
+        _refuse_settings(config, "a file", ("split", "subset", "seed", "options"))
         rows = _read_file(path)
     elif _looks_like_path(config.path):
         raise DataError(f"dataset {config.path} does not exist{_near_files(path)} (looked in {Path.cwd()})")
     else:
-        _refuse_settings(config, "a hub dataset", ("options",))
+        _refuse_settings(config, "a hub dataset", ("seed", "options"))
         rows = _read_hub(config)
     return itertools.islice(rows, config.size)
 
@@ -125,21 +125,24 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Row]:
     import datasets
 
+    saved = any((path / name).is_file() for name in _SAVED_DATASET_FILES)
+    if saved:
+        _refuse_settings(config, "a folder that save_to_disk wrote", ("subset",))
     try:
-        if any((path / name).is_file() for name in _SAVED_DATASET_FILES):
+        if saved:
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(str(path), config.subset)
+            loaded = datasets.load_dataset(str(path), config.subset, split=config.split)
     except Exception as error:  # the loaders raise whatever their file formats raise
         raise DataError(f"dataset folder {path}: cannot load it: {error}") from error
-    return _rows_of(_pick_split(loaded, config), f"{path}[{config.split}]")
+    return _rows_of(_pick_split(loaded, config) if saved else loaded, f"{path}[{config.split}]")
 
 
 def _read_hub(config: DatasetConfig) -> Iterator[Row]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(config.path, config.subset)
+        loaded = datasets.load_dataset(config.path, config.subset, split=config.split)
     except ConnectionError as error:
         raise DataError(
             f"dataset {config.path}: no such file or folder here, and the hub cannot be reached ({error}); check the "
@@ -149,7 +152,7 @@ def _read_hub(config: DatasetConfig) -> Iterator[Row]:
         raise DataError(
             f"dataset {config.path}: no such file or folder here, and the hub does not give it: {error}"
         ) from error
-    return _rows_of(_pick_split(loaded, config), f"{config.path}[{config.split}]")
+    return _rows_of(loaded, f"{config.path}[{config.split}]")
 
 
 def _pick_split(loaded: Any, config: DatasetConfig) -> Any:

@@ -1,0 +1,331 @@
+"""Every source and row format, and what each broken row says."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from launch.tiny_models import build_tokenizer
+from rewards.api import GroundTruthError
+from rl.batch import Prompt
+from rl.config import DatasetConfig
+from rl.errors import ConfigError, DataError
+from rl.prompts import PromptSet, load_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer("qwen3")
+
+
+def write_jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path | str, tokenizer: Any, max_prompt_tokens: int = 500, **settings: Any) -> PromptSet:
+    config = DatasetConfig(path=str(path), **settings)
+    return load_prompts(config, tokenizer, max_prompt_tokens=max_prompt_tokens, chat_template_options={})
+
+
+def rendered(prompt: Prompt, tokenizer: Any) -> str:
+    return tokenizer.decode(list(prompt.token_ids))
+
+
+VERL_ROW = {
+    "data_source": "openai/gsm8k",
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6*7?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "42"},
+    "extra_info": {"split": "train", "index": 0},
+}
+
+
+def test_jsonl_rows_become_prompts(tmp_path, tokenizer):
+    path = write_jsonl(
+        tmp_path / "sums.jsonl",
+        {"prompt": "1+1?", "ground_truth": "2", "level": 3},
+        "",  # empty lines are skipped, and do not count as rows
+        {
+            "prompt": [{"role": "user", "content": "あ?"}],
+            "ground_truth": {"any": ["json"]},
+            "reward": "exact",
+            "data_source": "kana",
+        },
+    )
+    result = load(path, tokenizer, reward="math")
+    assert (result.name, result.num_dropped_too_long) == ("sums", 0)
+    first, second = result.prompts
+    assert rendered(first, tokenizer) == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert first == Prompt("sums:0", first.token_ids, "1+1?", "2", "", "math", {"level": 3})
+    assert second == Prompt("sums:1", second.token_ids, "あ?", {"any": ["json"]}, "kana", "exact", {})
+    assert pickle.loads(pickle.dumps(result)) == result
+
+
+def test_system_prompt_and_suffix(tmp_path, tokenizer):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", {"prompt": "1+1?", "ground_truth": "2"}, {**VERL_ROW, "ground_truth": "42"}
+    )
+    first, second = load(path, tokenizer, system_prompt="Think.", prompt_suffix=" Box it.", name="mixed").prompts
+    assert rendered(first, tokenizer).startswith(
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1+1? Box it.<|im_end|>"
+    )
+    assert first.text == "1+1? Box it."
+    assert rendered(second, tokenizer).startswith("<|im_start|>system\nBe brief.<|im_end|>")  # the row's own wins
+    assert second.prompt_id == "mixed:1"
+
+
+def test_verl_rows_from_parquet(tmp_path, tokenizer):
+    path = tmp_path / "verl.parquet"
+    pq.write_table(pa.Table.from_pylist([VERL_ROW]), path)
+    (prompt,) = load(path, tokenizer).prompts
+    assert (prompt.ground_truth, prompt.data_source, prompt.text) == ("42", "openai/gsm8k", "What is 6*7?")
+    assert prompt.extra == {
+        "ability": "math",
+        "reward_model": {"style": "rule"},
+        "extra_info": {"split": "train", "index": 0},
+    }
+
+
+def test_columns_that_only_some_messages_have_do_not_reach_the_template(tmp_path, tokenizer):
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Yes?", "thinking": "hm"},
+                {"role": "user", "content": "1+1?"},
+            ],
+            "ground_truth": "2",
+        }
+    ]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ '+' if 'thinking' in m else '-' }}{% endfor %}"
+    assert rendered(load(path, tokenizer).prompts[0], tokenizer) == "user-assistant+user-"
+
+
+@pytest.mark.parametrize("saved", ["save_to_disk", "save_to_disk_splits", "data_files"])
+def test_dataset_folders(tmp_path, tokenizer, saved, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "sums"
+    rows = datasets.Dataset.from_list(
+        [{"prompt": "1+1?", "ground_truth": "2"}, {"prompt": "1+2?", "ground_truth": "3"}]
+    )
+    if saved == "save_to_disk":
+        rows.save_to_disk(folder)
+    elif saved == "save_to_disk_splits":
+        datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        write_jsonl(folder / "train.jsonl", *rows)
+        write_jsonl(folder / "test.jsonl", rows[1])
+    assert [p.ground_truth for p in load(folder, tokenizer, size=1).prompts] == ["2"]
+    if saved == "save_to_disk":
+        with pytest.raises(DataError, match="saved without splits, but split is 'test'"):
+            load(folder, tokenizer, split="test")
+        return
+    assert [p.ground_truth for p in load(folder, tokenizer, split="test").prompts] == ["3"]
+    with pytest.raises(DataError, match=r"(?i)split ['\"]tset['\"].*train.*test"):
+        load(folder, tokenizer, split="tset")
+
+
+def test_a_folder_without_data_is_named(tmp_path, tokenizer):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"dataset folder .*empty: cannot load it"):
+        load(tmp_path / "empty", tokenizer)
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
+    rows = [{"prompt": "x" * n, "ground_truth": "1"} for n in (1, 100, 2, 300)]
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    result = load(path, tokenizer, max_prompt_tokens=60)
+    assert [p.prompt_id for p in result.prompts] == ["a:0", "a:2"]  # ids do not move when rows are dropped
+    assert result.num_dropped_too_long == 2
+    longest = len(load(path, tokenizer).prompts[3].token_ids)
+    with pytest.raises(DataError, match=rf"all 4 prompts .*max_prompt_tokens=5 \(the longest has {longest} tokens"):
+        load(path, tokenizer, max_prompt_tokens=5)
+
+
+GOOD = {"prompt": "1+1?", "ground_truth": "2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "1+1?", ', r":2: broken JSON: .* column"),
+        ("[" * 5000, r":2: broken JSON"),
+        ("[1, 2]", r":2: a row must be a JSON object, this is a list"),
+        ({"promt": "1+1?", "ground_truth": "2"}, r":2: no field 'prompt'; the row has promt, .*did you mean promt\?"),
+        ({"prompt": None, "ground_truth": "2"}, r":2: no field 'prompt'"),
+        ({"prompt": 5, "ground_truth": "2"}, r":2: prompt must be text or a list of messages, not a int"),
+        ({"prompt": [], "ground_truth": "2"}, r":2: prompt is an empty list of messages"),
+        ({"prompt": " \n", "ground_truth": "2"}, r":2: prompt\[0\]: content is empty"),
+        (
+            {"prompt": ["hi"], "ground_truth": "2"},
+            r":2: prompt\[0\] must be an object with role and content, not a str",
+        ),
+        ({"prompt": [{"role": "user"}], "ground_truth": "2"}, r":2: prompt\[0\]: content must be text, not null"),
+        ({"prompt": [{"content": "x"}], "ground_truth": "2"}, r":2: prompt\[0\]: role must be text, not null"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "ground_truth": "2"},
+            r":2: prompt\[0\]: content must be text, not a list",
+        ),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "ground_truth": "2"}, r":2: .*ends with an assistant"),
+        ({"prompt": [{"role": "system", "content": "x"}], "ground_truth": "2"}, r":2: prompt has no user message"),
+        ('{"prompt": "\\ud800", "ground_truth": "2"}', r":2: prompt\[0\]: content holds half a surrogate pair"),
+        ({"prompt": "1+1?"}, r":2: no field 'ground_truth'; the row has prompt.*set ground_truth_field"),
+        ({"prompt": "1+1?", "ground_truth": None}, r":2: ground_truth is null"),
+        ({"prompt": "1+1?", "reward_model": {"style": "rule"}}, r":2: ground_truth is null"),
+        ({**GOOD, "reward": 1.0}, r":2: reward must be text, not a float"),
+        ({**GOOD, "data_source": 3}, r":2: data_source must be text, not a int"),
+    ],
+)
+def test_a_broken_row_is_an_error_with_file_and_line(tmp_path, tokenizer, row, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", GOOD, row)
+    with pytest.raises(DataError, match=message) as error:
+        load(path, tokenizer)
+    assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_bytes_that_are_no_text_are_an_error_with_line(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not UTF-8 text"):
+        load(path, tokenizer)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(load(path, tokenizer).prompts) == 1
+
+
+def test_a_broken_parquet_row_is_named_by_number(tmp_path, tokenizer):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([GOOD, {"prompt": "2+2?", "ground_truth": None}]), path)
+    with pytest.raises(DataError, match=r"rows\.parquet row 2: ground_truth is null"):
+        load(path, tokenizer)
+    path.write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: not a readable Parquet file"):
+        load(path, tokenizer)
+
+
+def test_what_the_template_refuses_is_an_error_with_line(tmp_path):
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}x"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template refuses .*\(system, user\): no system here"):
+        load(write_jsonl(tmp_path / "a.jsonl", GOOD), tokenizer, system_prompt="Think.")
+
+
+def test_missing_sources_name_the_nearest(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"tran\.jsonl does not exist; did you mean .*train\.jsonl\?"):
+        load(tmp_path / "tran.jsonl", tokenizer)
+    with pytest.raises(DataError, match=r"the folder .*nowhere does not exist either"):
+        load(tmp_path / "nowhere" / "train.jsonl", tokenizer)
+    (tmp_path / "rows.csv").write_text("prompt\n")
+    with pytest.raises(DataError, match=r"unknown file type '\.csv'; known are \.jsonl"):
+        load(tmp_path / "rows.csv", tokenizer)
+    write_jsonl(tmp_path / "empty.jsonl", "")
+    with pytest.raises(DataError, match="holds no rows"):
+        load(tmp_path / "empty.jsonl", tokenizer)
+
+
+def test_a_hub_name_without_network_says_so(tokenizer, monkeypatch):
+    import datasets
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"openai/gsm8k: no such file or folder here, and the hub cannot be reached"):
+        load("openai/gsm8k", tokenizer)
+
+
+def test_settings_that_do_not_apply_are_errors(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", GOOD)
+    with pytest.raises(DataError, match="split does not apply to a file"):
+        load(path, tokenizer, split="test")
+    with pytest.raises(DataError, match="seed does not apply to a file"):
+        load(path, tokenizer, seed=1)
+    with pytest.raises(DataError, match="options does not apply to a file"):
+        load(path, tokenizer, options={"a": 1})
+    with pytest.raises(DataError, match="subset does not apply to a reasoning_gym task"):
+        load("reasoning_gym:chain_sum", tokenizer, subset="main")
+
+
+def test_other_field_names_and_no_ground_truth(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "2"})
+    (prompt,) = load(path, tokenizer, prompt_field="question", ground_truth_field="answer").prompts
+    assert (prompt.text, prompt.ground_truth, dict(prompt.extra)) == ("1+1?", "2", {})
+    (prompt,) = load(path, tokenizer, prompt_field="question", ground_truth_field=None).prompts
+    assert (prompt.ground_truth, dict(prompt.extra)) == (None, {"answer": "2"})
+
+
+def test_validate_refuses_a_ground_truth_with_its_line(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", GOOD, {"prompt": "1+1?", "ground_truth": "two"})
+
+    def is_number(prompt: Prompt) -> None:
+        if not prompt.ground_truth.isdigit():
+            raise GroundTruthError(f"{prompt.ground_truth!r} is no number")
+
+    config = DatasetConfig(path=str(path))
+    with pytest.raises(GroundTruthError, match=r"a\.jsonl:2: 'two' is no number"):
+        load_prompts(config, tokenizer, max_prompt_tokens=99, chat_template_options={}, validate=is_number)
+
+
+def test_reasoning_gym_rows_can_be_scored_by_their_task(tokenizer):
+    import reasoning_gym
+
+    options = {"min_terms": 2, "max_terms": 3}
+    settings = {"size": 4, "seed": 5, "options": options, "prompt_suffix": "\nShow your work."}
+    result = load("reasoning_gym:chain_sum", tokenizer, **settings)
+    assert result.name == "chain_sum"
+    assert len(result.prompts) == 4
+    prompt = result.prompts[3]
+    assert prompt.data_source == "reasoning_gym:chain_sum"
+    assert prompt.text == prompt.extra["question"] + "\nShow your work."
+    task = reasoning_gym.create_dataset("chain_sum", **prompt.extra["options"])
+    entry = {
+        "question": prompt.extra["question"],
+        "answer": prompt.ground_truth,
+        "metadata": prompt.extra["metadata"],
+    }
+    assert task.score_answer(prompt.ground_truth, entry) == 1.0
+    assert task.score_answer("no", entry) < 1.0
+    assert load("reasoning_gym:chain_sum", tokenizer, **settings) == result
+    assert load("reasoning_gym:chain_sum", tokenizer, **{**settings, "seed": 6}).prompts != result.prompts
+
+
+def test_reasoning_gym_tasks_without_an_answer_are_scored_by_metadata(tokenizer):
+    prompts = load("reasoning_gym:rush_hour", tokenizer, max_prompt_tokens=5000, size=1).prompts
+    assert prompts[0].ground_truth is None
+    assert prompts[0].extra["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("reasoning_gym:chain_sun", {}, "no task 'chain_sun'; did you mean chain_sum"),
+        ("reasoning_gym:chain_sum", {"min_term": 2}, "options has no min_term; chain_sum takes min_terms, max_terms"),
+        ("reasoning_gym:chain_sum", {"size": 2}, "options has no size; use the dataset's own size and seed"),
+        ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 3}, "the task refuses options .*max_terms"),
+    ],
+)
+def test_reasoning_gym_mistakes(tokenizer, path, options, message):
+    with pytest.raises(DataError, match=message):
+        load(path, tokenizer, options=options)
+
+
+def test_an_unused_template_option_is_an_error(tmp_path, tokenizer):
+    config = DatasetConfig(path=str(write_jsonl(tmp_path / "a.jsonl", GOOD)))
+    with pytest.raises(ConfigError, match=r"chat_template_options\.enable_thinkng: .* never reads"):
+        load_prompts(config, tokenizer, max_prompt_tokens=99, chat_template_options={"enable_thinkng": False})
