@@ -1,0 +1,87 @@
+"""What the parts of weight sync agree on: the client Protocol, parameter descriptions, the verdict over digests.
+
+Left out: torch (except in annotations), vLLM and Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from rl.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    import torch
+
+Transport = Literal["shm", "nccl", "ipc"]
+
+_MOST_NAMED = 8  # parameters that one error message names before it counts the rest
+
+
+def resolve_transport(transport: Literal["auto", "shm", "nccl", "ipc"], *, cuda: bool, colocate: bool) -> Transport:
+    """What `sync.transport` means on this cluster: shared memory without GPUs, CUDA IPC on shared ones, else NCCL."""
+    if transport != "auto":
+        return transport
+    if not cuda:
+        return "shm"
+    return "ipc" if colocate else "nccl"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """One tensor on the wire, in checkpoint terms. Field names are those of vLLM's `ParamMeta`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """A re-iterable stream of full tensors. Every rank iterates it, in the same order, because gathering is a
+    collective; a rank that does not send gets no items. (vLLM's trainer engines take it as their `WeightSource`.)"""
+
+    def metadata(self) -> list[ParameterInfo]: ...
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class WeightSyncClient(Protocol):
+    """The control plane to all engines, called by rank 0 only. Every method returns when every engine has answered, and
+    raises WeightSyncError, naming the engine, when one fails or has not answered in time."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+    def start_weight_update(self) -> None: ...
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
+        """One dict an engine: checkpoint name -> digest of the tensor as it arrived."""
+        ...
+
+
+def check_digests(policy_version: int, sent: Mapping[str, int], received: Sequence[Mapping[str, int]]) -> None:
+    """Raise WeightSyncError unless every engine received exactly what was sent; names engine, version, parameters."""
+    problems = []
+    for index, digests in enumerate(received):
+        faults = (
+            ("missing", [name for name in sent if name not in digests]),
+            ("different", [name for name in sent if name in digests and digests[name] != sent[name]]),
+            ("extra", [name for name in digests if name not in sent]),
+        )
+        text = "; ".join(f"{kind}: {name_some(names)}" for kind, names in faults if names)
+        if text:
+            problems.append(f"engine {index} ({text})")
+    if problems:
+        raise WeightSyncError(
+            f"the weights of policy version {policy_version} arrived changed at {len(problems)} of {len(received)} "
+            f"engines: {', '.join(problems)}. They must not be served; restart the engines and sync again"
+        )
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    shown = ", ".join(names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

@@ -1,0 +1,43 @@
+"""Calls that may hang, run on a daemon thread and waited for with a deadline.
+
+Left out: cancelling them. A late call goes on, but it cannot keep the process from exiting (a thread pool's would).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from rl.errors import WeightSyncError
+
+T = TypeVar("T")
+
+
+def start_call(call: Callable[[], T], name: str) -> Future[T]:
+    """Run `call` on a daemon thread; the future gets its result or its exception."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  # handed to whoever waits for the future
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def finish_call(future: Future[T], what: str, timeout_s: float) -> T:
+    """The call's result. Raises WeightSyncError, saying `what` was done, when the call fails or is late."""
+    try:
+        return future.result(timeout=timeout_s)
+    except TimeoutError as error:
+        if future.done():  # the call itself timed out
+            raise WeightSyncError(f"{what} failed: {error}") from error
+        raise WeightSyncError(
+            f"{what} has not ended within {timeout_s:g} s (sync.timeout_s); an engine or its network is stuck or slow"
+        ) from error
+    except Exception as error:
+        raise WeightSyncError(f"{what} failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,147 @@
+"""Buckets of tensors in shared memory: how weights reach an engine on the same machine without a GPU.
+
+A bucket is an anonymous memory file (`memfd_create`) that the receiver maps through `/proc/<pid>/fd/<fd>`. It has no
+name in /dev/shm, so nothing is left behind however either side dies, and a container's /dev/shm limit does not apply.
+Left out: who sends which bucket when (`rl.weight_sync.transports`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl.errors import WeightSyncError
+from rl.weight_sync.api import ParameterInfo
+
+_ALIGNMENT = 64  # bytes; a tensor of any dtype may be viewed at a multiple of it
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPlan:
+    """Consecutive parameters that travel together."""
+
+    index: int
+    parameters: tuple[ParameterInfo, ...]
+    offsets: tuple[int, ...]
+    num_bytes: int
+
+    def describe(self) -> str:
+        """For error messages: which parameters a bucket holds."""
+        first, last = self.parameters[0].name, self.parameters[-1].name
+        return f"bucket {self.index} ({first}{'' if first == last else f' to {last}'})"
+
+
+def plan_buckets(parameters: Iterable[ParameterInfo], bucket_bytes: int) -> list[BucketPlan]:
+    """Split parameters, in order, into buckets of at most `bucket_bytes`; a larger one gets a bucket of its own."""
+    plans: list[BucketPlan] = []
+    members: list[ParameterInfo] = []
+    offsets: list[int] = []
+    size = 0
+
+    def close() -> None:
+        nonlocal members, offsets, size
+        if members:
+            plans.append(BucketPlan(len(plans), tuple(members), tuple(offsets), size))
+        members, offsets, size = [], [], 0
+
+    for parameter in parameters:
+        room = -(-parameter.num_bytes // _ALIGNMENT) * _ALIGNMENT
+        if members and size + room > bucket_bytes:
+            close()
+        members.append(parameter)
+        offsets.append(size)
+        size += room
+    close()
+    return plans
+
+
+class SharedBucket:
+    """The sender's side of one bucket: filled in plan order, then announced by `update_info`, then closed."""
+
+    def __init__(self, plan: BucketPlan) -> None:
+        self.plan = plan
+        self._filled = 0
+        self._fd = os.memfd_create(f"fledge-bucket-{plan.index}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, max(plan.num_bytes, 1))
+            self._memory = mmap.mmap(self._fd, max(plan.num_bytes, 1))
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    @property
+    def full(self) -> bool:
+        return self._filled == len(self.plan.parameters)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Copy the next tensor of the plan in, from whatever device it is on."""
+        expected = self.plan.parameters[self._filled]
+        if name != expected.name or tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+            raise WeightSyncError(
+                f"the weight source yielded {name} {tensor.dtype} {tuple(tensor.shape)} where its metadata says "
+                f"{expected.name} {expected.dtype} {expected.shape}"
+            )
+        if expected.num_bytes:
+            offset = self.plan.offsets[self._filled]
+            target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=offset, count=expected.num_bytes)
+            target.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        self._filled += 1
+
+    def update_info(self) -> dict[str, Any]:
+        """What the receiver needs to map the bucket; plain JSON-like values."""
+        return {
+            "pid": os.getpid(),
+            "fd": self._fd,
+            "index": self.plan.index,
+            "num_bytes": self.plan.num_bytes,
+            "names": [p.name for p in self.plan.parameters],
+            "dtype_names": [dtype_name(p.dtype) for p in self.plan.parameters],
+            "shapes": [list(p.shape) for p in self.plan.parameters],
+            "offsets": list(self.plan.offsets),
+        }
+
+    def close(self) -> None:
+        """Give the memory up; it lives on only while a receiver still has it mapped."""
+        self._memory.close()
+        os.close(self._fd)
+
+
+def open_bucket(info: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The receiver's side: map the bucket that `SharedBucket.update_info` announced.
+
+    The tensors are views of a private (copy-on-write) mapping that lives as long as they do; the sender may close its
+    bucket as soon as this has returned. Raises WeightSyncError when the sender is gone.
+    """
+    path = Path(f"/proc/{info['pid']}/fd/{info['fd']}")
+    size = max(int(info["num_bytes"]), 1)
+    try:
+        with path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise WeightSyncError(
+            f"cannot map weight bucket {info['index']} ({size} bytes) of process {info['pid']}: {error}. The shm "
+            "transport needs the learner's rank 0 and the engine on one machine, in one container, as one user"
+        ) from error
+    tensors = []
+    for name, dtype, shape, offset in zip(
+        info["names"], info["dtype_names"], info["shapes"], info["offsets"], strict=True
+    ):
+        parameter = ParameterInfo(name, getattr(torch, dtype), tuple(shape))
+        if parameter.num_bytes == 0:
+            tensors.append((name, torch.empty(parameter.shape, dtype=parameter.dtype)))
+            continue
+        data = torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=parameter.num_bytes)
+        tensors.append((name, data.view(parameter.dtype).view(parameter.shape)))
+    return tensors
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'bfloat16' for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

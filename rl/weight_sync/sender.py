@@ -1,0 +1,111 @@
+"""`WeightSender`: the learner's half of a weight sync, over shared memory, NCCL or CUDA IPC.
+
+Every learner rank calls `send`; rank 0 drives the engines through the client and compares digests; all ranks return the
+same `WeightVersion` or raise the same error. Left out: reaching the engines (the client) and serving the weights
+(`RolloutEngine.activate`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch.distributed as dist
+
+from rl.batch import WeightVersion
+from rl.errors import WeightSyncError
+from rl.weight_sync.api import Transport, WeightSource, WeightSyncClient, check_digests
+from rl.weight_sync.transports import SendReport, ShmTransport
+
+T = TypeVar("T")
+
+
+class SendsWeights(Protocol):
+    """A transport. Both methods are collectives over the learner's ranks."""
+
+    def connect(self) -> None: ...
+    def send(self, policy_version: int) -> SendReport: ...
+
+
+class WeightSender:
+    """Sends the source's weights to all engines and proves that they arrived."""
+
+    def __init__(  # noqa: PLR0913  # all but three are keywords with defaults
+        self,
+        source: WeightSource,
+        transport: Transport,
+        client: WeightSyncClient,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        num_engines: int = 1,
+        tensor_parallel_size: int = 1,
+        bucket_bytes: int = 256 << 20,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """
+        Args:
+            source: every rank's end of the gather; its `keep` must be "all" for ipc.
+            transport: see `rl.weight_sync.api.resolve_transport`.
+            client: the engines; only rank 0's is called.
+            rank, world_size: of the learner, in torch's default process group.
+            num_engines, tensor_parallel_size: how many receivers there are, for the NCCL group.
+            bucket_bytes: the most that one message carries (or one tensor, where one is larger).
+            timeout_s: of each wait: one call, one bucket, or the whole NCCL broadcast.
+        """
+        self._rank = rank
+        self._world_size = world_size
+        self._connected = False
+        self._transport: SendsWeights
+        if transport == "shm":
+            self._transport = ShmTransport(source, client, rank, bucket_bytes, timeout_s)
+            return
+        from rl.weight_sync.gpu_transports import IpcTransport, NcclTransport
+
+        if transport == "nccl":
+            offsets = [1 + index * tensor_parallel_size for index in range(num_engines)]
+            group_size = 1 + num_engines * tensor_parallel_size
+            self._transport = NcclTransport(source, client, rank, bucket_bytes, timeout_s, group_size, offsets)
+        else:
+            self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s)
+
+    def connect(self) -> None:
+        """Connect to the engines. Every rank calls it again after an engine was replaced; the first `send` does it."""
+        self._agree(self._transport.connect)
+        self._connected = True
+
+    def send(self, policy_version: int) -> WeightVersion:
+        """Transfer every tensor, end the update at every engine and compare digests.
+
+        Returns the proof, on every rank. The engines stay paused: serve the weights with `activate`. Raises
+        WeightSyncError, on every rank, when an engine fails, is late, or holds something else than was sent; the
+        engines must then be restarted.
+        """
+        if not self._connected:
+            self.connect()
+        return self._agree(lambda: self._send(policy_version))
+
+    def _send(self, policy_version: int) -> WeightVersion:
+        started = time.monotonic()
+        report = self._transport.send(policy_version)
+        if self._rank == 0:
+            check_digests(policy_version, report.sent, report.received)
+        return WeightVersion(policy_version, report.sent, report.num_bytes, time.monotonic() - started)
+
+    def _agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on this rank; every rank returns rank 0's result or raises rank 0's error (or its own)."""
+        result: T | None = None
+        error: WeightSyncError | None = None
+        try:
+            result = action()
+        except WeightSyncError as caught:
+            error = caught
+        if self._world_size > 1:
+            verdict = [(result, error)]
+            dist.broadcast_object_list(verdict, src=0)
+            result, first_error = verdict[0]
+            error = first_error or error
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # None only where T is None

@@ -1,0 +1,114 @@
+"""The shared-memory transport: buckets to engines on the same machine, two alive at a time.
+
+Left out: GPU transports (`rl.weight_sync.gpu_transports`) and the bucket format (`rl.weight_sync.buckets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
+
+from rl.errors import WeightSyncError
+from rl.weight_sync.api import WeightSource, WeightSyncClient
+from rl.weight_sync.background import finish_call, start_call
+from rl.weight_sync.buckets import BucketPlan, SharedBucket, plan_buckets
+from rl.weight_sync.digest import digest
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class SendReport:
+    """What rank 0 knows after a transfer; empty on the other ranks."""
+
+    sent: dict[str, int] = field(default_factory=dict)  # checkpoint name -> digest
+    received: list[dict[str, int]] = field(default_factory=list)  # the same, one dict an engine
+    num_bytes: int = 0
+
+
+class ShmTransport:
+    """Fills one bucket while the engines load the one before it."""
+
+    def __init__(
+        self, source: WeightSource, client: WeightSyncClient, rank: int, bucket_bytes: int, timeout_s: float
+    ) -> None:
+        self._source = source
+        self._client = client
+        self._rank = rank
+        self._plans = plan_buckets(source.metadata(), bucket_bytes)
+        self._timeout_s = timeout_s
+
+    def connect(self) -> None:
+        """Nothing to meet; the engines are called all the same, so that a dead one is found before training starts."""
+        if self._rank == 0:
+            self._call("connecting to the engines", lambda: self._client.init_weight_transfer_engine({}))
+
+    def send(self, policy_version: int) -> SendReport:
+        """Transfer everything. Gathering is a collective, so whatever fails at the engines, rank 0 walks the source to
+        its end with the other ranks before it raises."""
+        pairs = iter(self._source)
+        try:
+            return self._send(pairs, policy_version) if self._rank == 0 else SendReport()
+        finally:
+            for _ in pairs:
+                pass
+
+    def _send(self, pairs: Iterator[tuple[str, Tensor]], policy_version: int) -> SendReport:
+        of_version = f"of policy version {policy_version}"
+        report = SendReport()
+        self._call(f"starting the update {of_version}", self._client.start_weight_update)
+        loading: tuple[SharedBucket, Future[None]] | None = None
+        try:
+            for plan in self._plans:
+                bucket = self._fill(plan, pairs, report)
+                if loading is not None:
+                    self._await_loaded(*loading, of_version)
+                update = partial(self._client.update_weights, bucket.update_info())
+                loading = bucket, start_call(update, "weight-sync-bucket")
+            if loading is not None:
+                self._await_loaded(*loading, of_version)
+                loading = None
+        finally:
+            if loading is not None:
+                loading[0].close()
+        self._check_exhausted(pairs)
+        report.received = self._call(
+            f"finishing the update {of_version}", lambda: self._client.finish_weight_update(policy_version)
+        )
+        return report
+
+    @staticmethod
+    def _fill(plan: BucketPlan, pairs: Iterator[tuple[str, Tensor]], report: SendReport) -> SharedBucket:
+        bucket = SharedBucket(plan)
+        try:
+            for _ in plan.parameters:
+                name, tensor = next(pairs, (None, None))
+                if name is None or tensor is None:
+                    raise WeightSyncError(f"the weight source ended before the last parameter of {plan.describe()}")
+                bucket.put(name, tensor)
+                report.sent[name] = digest(tensor)
+                report.num_bytes += tensor.numel() * tensor.element_size()
+        except BaseException:
+            bucket.close()
+            raise
+        return bucket
+
+    def _await_loaded(self, bucket: SharedBucket, loaded: Future[None], of_version: str) -> None:
+        try:
+            finish_call(loaded, f"rank 0: loading {bucket.plan.describe()} {of_version}", self._timeout_s)
+        finally:
+            bucket.close()
+
+    @staticmethod
+    def _check_exhausted(pairs: Iterator[tuple[str, Tensor]]) -> None:
+        name, _ = next(pairs, (None, None))
+        if name is not None:
+            raise WeightSyncError(f"the weight source yielded {name}, which is beyond its metadata")
+
+    def _call(self, what: str, call: Callable[[], T]) -> T:
+        return finish_call(start_call(call, "weight-sync-call"), f"rank 0: {what}", self._timeout_s)

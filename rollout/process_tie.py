@@ -1,0 +1,57 @@
+"""Ties the engine's processes to the life of the process that owns the engine.
+
+vLLM 0.31 ends its engine core when the front end asks for it, but a front end that is killed cannot ask, and the core
+then lives on with all of its memory. PR_SET_PDEATHSIG is no cure: it fires when the *thread* that started the child
+ends. So each process watches the owner through a pidfd. Left out: orderly shutdown (`VLLMEngine.shutdown`).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+
+OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
+
+
+def own(environment: dict[str, str] | os._Environ[str]) -> None:
+    """Declare this process the owner of every engine process that it starts with `environment`."""
+    environment[OWNER_VARIABLE] = f"{os.getpid()}:{_start_time(os.getpid())}"
+
+
+def tie_to_owner() -> None:
+    """Start a thread that kills this process as soon as the owner has ended. Nothing happens in the owner itself, or
+    where no owner is declared."""
+    owner = os.environ.get(OWNER_VARIABLE)
+    if owner is None:
+        return
+    pid, start_time = (int(part) for part in owner.split(":"))
+    if pid == os.getpid():
+        return
+    try:
+        pidfd = os.pidfd_open(pid)
+        alive = _start_time(pid) == start_time  # checked after the pidfd is held, so the pid cannot be another process
+    except (ProcessLookupError, FileNotFoundError):
+        alive = False
+    if not alive:
+        _end()
+    threading.Thread(target=_watch, args=(pidfd,), name="fledge-owner-watch", daemon=True).start()
+
+
+def _watch(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)  # readable when the process has ended
+    poll.poll()
+    _end()
+
+
+def _end() -> None:
+    """SIGKILL, because nobody is left to whom an orderly end would matter, and an engine in a kernel takes no other."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _start_time(pid: int) -> int:
+    """In clock ticks since boot: with the pid, it names a process once and for all (proc(5), field 22 of stat)."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -1,0 +1,411 @@
+"""`VLLMEngine`: one vLLM 0.31 `AsyncLLM` behind the `RolloutEngine` Protocol.
+
+The front end lives in the calling process, the engine core in a child process that dies with it. Left out: Ray, and the
+workers' half of weight sync (`rollout.weight_receiver`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rl.batch import FinishReason, FloatArray
+from rl.config import ModelConfig, RolloutConfig
+from rl.errors import RolloutError
+from rollout import process_tie
+from rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+_CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would take a share of the whole machine's memory
+# The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
+# process with its 15 s import, and keeps one core from the worker.
+_ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
+_SHUTDOWN_GRACE_S = 10.0  # for the engine core to end in order, before it is killed
+
+
+class VLLMEngine:
+    """Implements `rollout.engine.RolloutEngine`. Call `start` once before anything else, and `shutdown` at the end."""
+
+    def __init__(  # noqa: PLR0913  # all but three are keywords with defaults
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        *,
+        transport: str,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        deterministic: bool = False,
+        index: int = 0,
+        policy_version: int = 0,
+        health_timeout_s: float = 60.0,
+    ) -> None:
+        """
+        Args:
+            model: the checkpoint.
+            rollout: the engine's size and options.
+            transport: "shm", "nccl" or "ipc", as the learner's `WeightSender`.
+            max_model_len: prompt plus response tokens; None: the model's own limit.
+            seed: vLLM's own; samples are drawn with their requests' seeds.
+            deterministic: requests of one `generate` call enter the scheduler together, on an empty prefix cache.
+            index: of this engine among all, for messages and for its place in the NCCL group.
+            policy_version: of the checkpoint.
+            health_timeout_s: how long the workers may take to answer `check_health`; must exceed the longest step.
+        """
+        self._model = model
+        self._rollout = rollout
+        self._transport = transport
+        self._max_model_len = max_model_len
+        self._seed = seed
+        self._deterministic = deterministic
+        self._index = index
+        self._policy_version = policy_version
+        self._health_timeout_s = health_timeout_s
+        self._llm: AsyncLLM | None = None
+        self._request_numbers = itertools.count()
+        self._admission = asyncio.Lock()  # held while the scheduler is being paused or resumed
+        self._updating = False  # between start_weight_update and activate
+
+    async def start(self) -> None:
+        """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
+        _set_environment(self._rollout)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            # Constructing blocks for as long as the model takes to load.
+            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, self._engine_args())
+        except Exception as error:
+            raise RolloutError(
+                f"rollout engine {self._index} did not start on {self._model.path}: {type(error).__name__}: {error}"
+            ) from error
+
+    # ---- generation ----
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest], parameters: SamplingParameters
+    ) -> list[GenerationResult]:
+        """Generate all requests; results in request order. Raises RolloutError when the engine is dead."""
+        sampling = [_sampling_params(parameters, request.seed) for request in requests]
+        async with self._submitted([r.prompt_ids for r in requests], sampling) as streams:
+            return await asyncio.gather(
+                *(self._collect(r, stream) for r, stream in zip(requests, streams, strict=True))
+            )
+
+    async def score_logprobs(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[FloatArray]:
+        """For each (prompt_ids, response_ids): [R] log-probabilities at temperature 1. Waits while an update is on.
+
+        Prompt log-probabilities skip all sampling processors, whatever `logprobs_mode` says, so they are the log
+        softmax of the raw logits.
+        """
+        from vllm import SamplingParams
+
+        one_token = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        prompts = [tuple(prompt) + tuple(response) for prompt, response in sequences]
+        async with self._submitted(prompts, [one_token.clone() for _ in prompts]) as streams:
+            outputs = await asyncio.gather(*(self._last_output(stream) for stream in streams))
+        return [
+            _flat_logprobs(output.prompt_logprobs, len(tokens))[len(prompt) :]
+            for output, tokens, (prompt, _) in zip(outputs, prompts, sequences, strict=True)
+        ]
+
+    @asynccontextmanager
+    async def _submitted(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+    ) -> AsyncIterator[list[RequestOutputCollector]]:
+        """Hand requests to the scheduler; abort those that are unfinished when the block is left with an error."""
+        llm = self._engine()
+        streams: list[RequestOutputCollector] = []
+        with self._engine_errors():
+            try:
+                await self._submit(prompts, sampling, streams)
+                yield streams
+            except BaseException:
+                if not llm.errored:
+                    await llm.abort([stream.request_id for stream in streams], internal=True)
+                raise
+            finally:
+                for stream in streams:
+                    stream.close()
+
+    async def _submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        streams: list[RequestOutputCollector],
+    ) -> None:
+        if not self._deterministic:
+            await self._add_requests(prompts, sampling, streams)
+            return
+        # Requests that trickle in make the batches, and so the last bits of the result, depend on timing; cached
+        # prefixes make them depend on what ran before.
+        async with self._admission:
+            if self._updating:  # paused already, and resumed by `activate`
+                await self._add_requests(prompts, sampling, streams)
+                return
+            await self._engine().pause_generation(mode="keep", clear_cache=True)
+            try:
+                await self._add_requests(prompts, sampling, streams)
+            finally:
+                await self._engine().resume_generation()
+
+    async def _add_requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        streams: list[RequestOutputCollector],
+    ) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        llm = self._engine()
+        for prompt, params in zip(prompts, sampling, strict=True):
+            request_id = f"fledge-{next(self._request_numbers)}"
+            streams.append(await llm.add_request(request_id, tokens_input(list(prompt)), params))
+
+    async def _collect(self, request: GenerationRequest, stream: RequestOutputCollector) -> GenerationResult:
+        """Wait for one request; the policy version is read when its first token and when its end arrive."""
+        output = await _next_output(stream)
+        first_version = self._policy_version
+        while not output.finished:
+            output = await _next_output(stream)
+        completion = output.outputs[0]
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        return GenerationResult(
+            request_id=request.request_id,
+            token_ids=token_ids,
+            logprobs=_flat_logprobs(completion.logprobs, len(token_ids)),
+            finish_reason=_finish_reason(completion.finish_reason),
+            policy_version=first_version,
+            last_policy_version=self._policy_version,
+            routed_experts=None
+            if completion.routed_experts is None
+            else np.asarray(completion.routed_experts, dtype=np.int16),
+        )
+
+    @staticmethod
+    async def _last_output(stream: RequestOutputCollector) -> RequestOutput:
+        while not (output := await _next_output(stream)).finished:
+            pass
+        return output
+
+    # ---- weight sync ----
+
+    async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
+        """Meet the sender. `rank_offsets`, when given, has one place in the NCCL group for each engine."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = dict(init_info)
+        if (offsets := info.pop("rank_offsets", None)) is not None:
+            info["rank_offset"] = offsets[self._index]
+        with self._engine_errors():
+            await self._engine().init_weight_transfer_engine(WeightTransferInitRequest(info))
+
+    async def start_weight_update(self) -> None:
+        """Pause generation where it stands, empty the prefix cache, and get ready to receive."""
+        with self._engine_errors():
+            async with self._admission:
+                self._updating = True
+                await self._engine().pause_generation(mode="keep", clear_cache=True)
+            await self._engine().start_weight_update()
+
+    async def update_weights(self, update_info: Mapping[str, Any]) -> None:
+        """Receive one bucket, chunk or broadcast; it is loaded when this returns."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        with self._engine_errors():
+            await self._engine().update_weights(WeightTransferUpdateRequest(dict(update_info)))
+
+    async def finish_weight_update(self, policy_version: int) -> dict[str, int]:
+        """End the update; return the digest of every tensor as received. Generation stays paused until `activate`."""
+        from rollout.weight_receiver import merge_digests
+
+        with self._engine_errors():
+            await self._engine().finish_weight_update(str(policy_version))
+            return merge_digests(await self._engine().collective_rpc("fledge_received_digests"))
+
+    async def activate(self, policy_version: int) -> None:
+        """Serve the weights that were just loaded under this policy version, and go on generating.
+
+        Requests that were in flight go on: the tokens they have are kept, with the log-probabilities and the first
+        policy version they were drawn under; the keys and values of those tokens are computed again under the new
+        weights, so no stale cache is ever attended to. Raises RolloutError when the engine holds another version.
+        """
+        with self._engine_errors():
+            held = await self._engine().get_weight_version()
+            if self._updating and held != str(policy_version):
+                raise RolloutError(
+                    f"rollout engine {self._index} was told to serve policy version {policy_version}, but the last "
+                    f"update it finished is {held!r}"
+                )
+            async with self._admission:
+                self._policy_version = policy_version
+                self._updating = False
+                await self._engine().resume_generation()
+
+    # ---- life ----
+
+    async def check_health(self) -> None:
+        """Raise RolloutError unless every worker answers in time.
+
+        The engine core answers between two steps, on the thread that runs them, so an engine whose process is stopped
+        or whose step hangs makes no tokens and gives no answer.
+        """
+        with self._engine_errors():
+            await self._engine().check_health()
+            try:
+                await asyncio.wait_for(self._engine().collective_rpc("check_health"), self._health_timeout_s)
+            except TimeoutError as error:
+                raise RolloutError(
+                    f"rollout engine {self._index} has made no progress for {self._health_timeout_s:g} s: its process "
+                    "is stopped, or a step hangs"
+                ) from error
+
+    async def shutdown(self) -> None:
+        """End the engine and every process under it; a second call does nothing."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        processes = _engine_processes(llm)
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # it would log the end of the engine core as an error
+        await asyncio.to_thread(llm.shutdown, _SHUTDOWN_GRACE_S)
+        await asyncio.to_thread(_kill_remaining, processes)
+
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise RolloutError(f"rollout engine {self._index} is not running")
+        return self._llm
+
+    @contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        """Turn vLLM's errors into RolloutError, with how the engine's processes ended."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            ended = self._llm.engine_core.resources.engine_manager.finished_procs() if self._llm is not None else {}
+            codes = ", ".join(f"{name} with exit code {code}" for name, code in ended.items()) or "no exit code yet"
+            raise RolloutError(f"rollout engine {self._index} is dead ({codes}); its log has the cause") from error
+        except EngineGenerateError as error:
+            raise RolloutError(f"rollout engine {self._index} failed to generate: {error.__cause__}") from error
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+
+        model, rollout = self._model, self._rollout
+        kv_cache_gib = rollout.kv_cache_gib or (_CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
+        options: dict[str, Any] = {
+            "model": model.path,
+            "revision": model.revision,
+            "trust_remote_code": model.trust_remote_code,
+            "dtype": model.dtype,
+            "seed": self._seed,
+            # One more, because scoring a sequence of full length makes one more token.
+            "max_model_len": None if self._max_model_len is None else self._max_model_len + 1,
+            "max_num_seqs": rollout.max_concurrent_sequences,
+            "tensor_parallel_size": rollout.tensor_parallel_size,
+            "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else _ONE_WORKER_EXECUTOR,
+            "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enforce_eager": rollout.enforce_eager,
+            "enable_prefix_caching": rollout.enable_prefix_caching,
+            "logprobs_mode": "processed_logprobs",
+            "stream_interval": _NO_STREAMING,
+            "disable_log_stats": True,
+            "generation_config": "auto",
+            "weight_transfer_config": WeightTransferConfig(backend=f"fledge_{self._transport}"),
+            "worker_extension_cls": "rollout.weight_receiver.WorkerExtension",
+        }
+        return AsyncEngineArgs(**(options | rollout.engine_options))
+
+
+def _set_environment(rollout: RolloutConfig) -> None:
+    """What vLLM reads from the environment, in this process and in the ones that it starts."""
+    process_tie.own(os.environ)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
+    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if "VLLM_PLUGINS" in os.environ and "fledge" not in os.environ["VLLM_PLUGINS"].split(","):
+        os.environ["VLLM_PLUGINS"] += ",fledge"
+
+
+def _sampling_params(parameters: SamplingParameters, seed: int) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=parameters.max_tokens,
+        temperature=parameters.temperature,
+        top_p=parameters.top_p,
+        top_k=parameters.top_k,
+        min_p=parameters.min_p,
+        stop=list(parameters.stop),
+        stop_token_ids=list(parameters.stop_token_ids),
+        ignore_eos=parameters.ignore_eos,
+        seed=seed,
+        logprobs=0,  # the sampled token's alone
+        flat_logprobs=True,
+        detokenize=bool(parameters.stop),
+    )
+
+
+async def _next_output(stream: RequestOutputCollector) -> RequestOutput:
+    return stream.get_nowait() or await stream.get()  # type: ignore[return-value]  # the other type is for pooling
+
+
+def _flat_logprobs(logprobs: Any, length: int) -> FloatArray:
+    """[length] the log-probability of the token itself at each position; NaN where the engine gives none (the first
+    prompt token)."""
+    values = np.full(length, np.nan, dtype=np.float32)
+    if logprobs is None:
+        if length:
+            raise RolloutError(f"the engine returned {length} tokens without log-probabilities")
+        return values
+    for position, (start, end) in enumerate(zip(logprobs.start_indices, logprobs.end_indices, strict=True)):
+        if start < end:
+            values[position] = logprobs.logprobs[start]
+    return values
+
+
+def _finish_reason(reason: str | None) -> FinishReason:
+    """vLLM's "error" and "repetition", too, are responses that the engine gave up."""
+    return FinishReason(reason) if reason in ("stop", "length") else FinishReason.ABORT
+
+
+def _engine_processes(llm: AsyncLLM) -> list[Any]:
+    """psutil handles of the engine core and of everything under it."""
+    import psutil
+
+    found: list[Any] = []
+    for process in llm.engine_core.resources.engine_manager.processes:
+        try:
+            core = psutil.Process(process.pid)
+            found += [core, *core.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _kill_remaining(processes: Sequence[Any]) -> None:
+    """SIGKILL what an orderly shutdown has left (a stopped process, say), and wait until it is gone."""
+    import psutil
+
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=_SHUTDOWN_GRACE_S)
