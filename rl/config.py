@@ -47,7 +47,7 @@ class DatasetConfig(Section):
     split: str = "train"
     subset: str | None = Field(None, description="a hub dataset's configuration name")
     prompt_field: str = "prompt"
-    ground_truth_field: str = "ground_truth"
+    ground_truth_field: str | None = Field("ground_truth", description="None: the rewards need no ground truth")
     system_prompt: str | None = None
     prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
     size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
@@ -146,9 +146,9 @@ class AlgorithmConfig(Section):
     advantage_options: dict[str, Any] = Field(default_factory=dict)
     loss: str = Field("ppo_clip", description="a registered policy loss, or verl:NAME")
     loss_options: dict[str, Any] = Field(default_factory=dict)
-    aggregation: (
-        Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None
-    ) = Field(None, description="None: the loss's own default")
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None = (
+        Field(None, description="None: the loss's own default")
+    )
     entropy_coefficient: float = 0.0
     kl: KLConfig = KLConfig()
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
@@ -171,6 +171,16 @@ class OptimizerConfig(Section):
     min_lr_ratio: Fraction = 0.0
 
 
+class MoEConfig(Section):
+    """Training of mixture-of-experts models; other models ignore it only while it is left as it is."""
+
+    freeze_router: bool = False
+    aux_loss_coefficient: NonNegativeFloat = Field(0.0, description="load balancing loss, of each micro-batch")
+    router_replay: bool = Field(
+        False, description="use the experts that the sampler chose again, where the rollouts carry them"
+    )
+
+
 class LearnerConfig(Section):
     """The ZeRO-3 learner workers."""
 
@@ -185,6 +195,8 @@ class LearnerConfig(Section):
     activation_checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    offload_reference: bool = Field(True, description="keep the KL reference in CPU memory between its forward passes")
+    moe: MoEConfig = MoEConfig()
     max_skipped_steps: NonNegativeInt = Field(3, description="non-finite steps in a row before the run ends")
     timeout_s: PositiveFloat = 3600.0
 
@@ -195,7 +207,9 @@ class SyncConfig(Section):
     transport: Literal["auto", "shm", "nccl", "ipc"] = "auto"
     bucket_mib: PositiveInt = 256
     timeout_s: PositiveFloat = 300.0
-    probe_every: NonNegativeInt = Field(20, description="syncs between log-probability probes after the first; 0: never")
+    probe_every: NonNegativeInt = Field(
+        20, description="syncs between log-probability probes after the first; 0: never"
+    )
     probe_tolerance: PositiveFloat | None = Field(
         None, description="largest mean |difference| allowed; None: 1e-4 in float32, 0.05 in bfloat16"
     )
