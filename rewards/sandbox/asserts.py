@@ -1,0 +1,207 @@
+"""`assert` statements as tests: each is split into calls for the program's box and a judgement made without it.
+
+Left out: running either half (`rewards.code`). In `assert abs(f(2) - 3.0) < 1e-6` the program is asked for `f(2)`
+alone; its plain value then takes the call's place, and `abs(_0 - 3.0) < 1e-6` is judged where the program has never
+been: here when it compares with a literal, else in a fresh box. What the program redefines, it redefines for itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.api import GroundTruthError
+from rewards.sandbox import grading
+from rewards.sandbox.inside import plain
+
+MAX_TEST_CHARACTERS = 100_000
+_BUILTINS = frozenset(dir(builtins))
+_BINDERS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.NamedExpr, ast.Await, ast.Yield)
+
+
+@dataclass(frozen=True, slots=True)
+class AssertTest:
+    """One split assert statement."""
+
+    source: str
+    imports: str  # the test's import statements
+    calls: tuple[str, ...]  # evaluated in the program's box, in this order
+    roots: tuple[str, ...]  # names in `calls` that the program must define
+    judgement: str  # Python expression of _0, _1, ... (the calls' values)
+    expected: grading.Tree | None = None  # when the judgement is `_0 == literal`: the literal
+    is_equality: bool = False
+
+
+def split_asserts(tests: list[str]) -> list[AssertTest]:
+    """Split every assert statement of the tests; imports in any of them hold for all.
+
+    Raises GroundTruthError for a test that is not made of `import` and `assert` statements, that asks nothing of the
+    program, or whose calls cannot be separated from it (calls inside comprehensions or lambdas).
+    """
+    imports: list[str] = []
+    asserts: list[ast.Assert] = []
+    for test in tests:
+        for statement in _parse(test).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                imports.append(ast.unparse(statement))
+            elif isinstance(statement, ast.Assert):
+                asserts.append(statement)
+            else:
+                raise GroundTruthError(
+                    f"the test {_short(test)} holds a {type(statement).__name__} statement; only import and assert"
+                    " statements can be separated from the program: write each check as an assert of its own"
+                )
+    if not asserts:
+        raise GroundTruthError("the tests hold no assert statement")
+    known = _imported_names(imports)
+    return [_split(statement, "\n".join(imports), known) for statement in asserts]
+
+
+def _parse(test: str) -> ast.Module:
+    if len(test) > MAX_TEST_CHARACTERS:
+        raise GroundTruthError(f"a test of {len(test)} characters; at most {MAX_TEST_CHARACTERS} are taken")
+    try:
+        return ast.parse(test)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise GroundTruthError(f"the test {_short(test)} is not Python: {error}") from error
+
+
+def _imported_names(imports: list[str]) -> frozenset[str]:
+    names = set()
+    for source in imports:
+        for alias in ast.parse(source).body[0].names:  # type: ignore[attr-defined]
+            names.add((alias.asname or alias.name).split(".")[0])
+    return frozenset(names)
+
+
+def _split(statement: ast.Assert, imports: str, imported: frozenset[str]) -> AssertTest:
+    source = ast.unparse(statement)
+    splitter = _Splitter(imported | _BUILTINS, source)
+    condition = splitter.visit(_copy(statement.test))
+    if not splitter.calls:
+        # a function that the program calls like a builtin (`sum`): its first call is the one under test
+        root = next(filter(None, map(_called_builtin, ast.walk(statement.test))), None)
+        if root is None:
+            raise GroundTruthError(f"{_short(source)} asks nothing of the program")
+        splitter = _Splitter((imported | _BUILTINS) - {root}, source)
+        condition = splitter.visit(_copy(statement.test))
+    judgement = ast.unparse(ast.fix_missing_locations(condition))
+    is_equality, expected = _literal_comparison(condition)
+    roots = tuple(sorted(splitter.roots))
+    return AssertTest(source, imports, tuple(splitter.calls), roots, judgement, expected, is_equality)
+
+
+def _copy(expression: ast.expr) -> ast.expr:
+    return ast.parse(ast.unparse(expression), mode="eval").body
+
+
+def _called_builtin(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BUILTINS:
+        return node.func.id
+    return None
+
+
+class _Splitter(ast.NodeTransformer):
+    """Replaces each largest expression that starts at a name of the program by a numbered name."""
+
+    def __init__(self, known: frozenset[str], source: str) -> None:
+        self.known = known
+        self.source = source
+        self.calls: list[str] = []
+        self.roots: set[str] = set()
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Call | ast.Attribute | ast.Subscript | ast.Name):
+            root = _root(node)
+            if root is not None and root.id not in self.known:
+                return self._replace(node)
+        if isinstance(node, _BINDERS) and any(
+            isinstance(inner, ast.Name) and inner.id not in self.known and inner.id not in _bound(node)
+            for inner in ast.walk(node)
+        ):
+            raise GroundTruthError(
+                f"{_short(self.source)} calls the program inside a comprehension or lambda, which cannot be separated"
+                " from it; write the cases as asserts of their own"
+            )
+        return self.generic_visit(node) if not isinstance(node, _BINDERS) else node
+
+    def _replace(self, node: ast.expr) -> ast.expr:
+        outer: list[tuple[type[ast.AST], Any]] = []
+        # what follows the last call (an index, an attribute) is applied to the plain value, outside the program
+        while isinstance(node, ast.Attribute | ast.Subscript) and any(isinstance(n, ast.Call) for n in _chain(node)):
+            outer.append((type(node), node.attr if isinstance(node, ast.Attribute) else node.slice))
+            node = node.value
+        self.roots |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - self.known - _bound(node)
+        self.calls.append(ast.unparse(node))
+        made: ast.expr = ast.Name(f"_{len(self.calls) - 1}", ast.Load())
+        for kind, detail in reversed(outer):
+            if kind is ast.Attribute:
+                made = ast.Attribute(made, detail, ast.Load())
+            else:
+                made = ast.Subscript(made, self.visit(detail), ast.Load())
+        return made
+
+
+def _chain(node: ast.AST) -> list[ast.AST]:
+    links = [node]
+    while isinstance(node, ast.Call | ast.Attribute | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+        links.append(node)
+    return links
+
+
+def _root(node: ast.AST) -> ast.Name | None:
+    last = _chain(node)[-1]
+    return last if isinstance(last, ast.Name) else None
+
+
+def _bound(node: ast.AST) -> frozenset[str]:
+    """Names that comprehensions, lambdas and := inside the expression bind."""
+    stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return frozenset(stored | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)})
+
+
+def _literal_comparison(condition: ast.expr) -> tuple[bool, grading.Tree | None]:
+    """Whether the judgement is `_0 == literal`, either way round, and the literal."""
+    if not isinstance(condition, ast.Compare) or len(condition.ops) != 1 or not isinstance(condition.ops[0], ast.Eq):
+        return False, None
+    sides = [condition.left, condition.comparators[0]]
+    for hole, other in (sides, sides[::-1]):
+        if isinstance(hole, ast.Name) and hole.id == "_0":
+            try:
+                return True, grading.tree_of(ast.literal_eval(other))
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                return False, None
+    return False, None
+
+
+def judge_here(test: AssertTest, value: bytes | None, tolerance: float) -> bool | None:
+    """The verdict on the value of the test's EvaluateTask where no code needs to run for it, else None.
+
+    A value that has no plain form in it fails every test: it cannot be judged outside the program that made it.
+    """
+    try:
+        values = grading.parse_value(value)
+    except plain.NotPlainError:
+        return False
+    # inside a JSON string the quotes would be escaped, so this finds opaque values only
+    if not isinstance(values, list) or len(values) != len(test.calls) or b'{"o":' in (value or b""):
+        return False
+    if test.is_equality:
+        return grading.same_value(values[0], test.expected, tolerance, lists_are_tuples=False)
+    if test.judgement in ("_0", "not _0") and isinstance(values[0], bool):
+        return values[0] is (test.judgement == "_0")
+    return None
+
+
+def judge_source(test: AssertTest) -> str:
+    """A program that defines `judge(*values)`, to be run where the untrusted program is not."""
+    names = ", ".join(f"_{i}" for i in range(len(test.calls)))
+    return f"{test.imports}\ndef judge({names}):\n    return bool({test.judgement})\n"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 80 else text[:77] + "...")
