@@ -5,10 +5,11 @@ Left out: the rewards themselves, the Ray workers (`rewards.workers`), and combi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from rl.batch import IntArray
 from rl.errors import ConfigError, DataError
 
 
@@ -24,6 +25,9 @@ class RewardInput:
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other fields
     num_tokens: int = 0  # R
     truncated: bool = False  # finish_reason was LENGTH
+    token_ids: Sequence[int] | IntArray = field(default=(), compare=False, repr=False)  # [R] of the response
+    group_id: int | str | None = None  # responses that answer the same prompt share it
+    reward: str | None = None  # a reward named by the row, in place of the config's task rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,33 @@ class RewardFunction(Protocol):
 
 @runtime_checkable
 class BatchRewardFunction(Protocol):
-    """A reward that scores a batch at a time; one result (or exception) a sample, in order."""
+    """A reward that scores a batch at a time; one result (or exception) a sample, in order.
 
-    def score_batch(self, samples: Sequence[RewardInput]) -> Sequence[float | RewardOutput | Exception]: ...
+    The deadline covers the whole call. A generator that yields the results one by one gets the deadline anew for each.
+    """
+
+    def score_batch(self, samples: Sequence[RewardInput]) -> Iterable[float | RewardOutput | Exception]: ...
 
 
-RewardFactory = Callable[..., RewardFunction | BatchRewardFunction]  # (**options) -> reward
+@runtime_checkable
+class GroupRewardFunction(Protocol):
+    """A reward that compares the responses of one prompt with each other; cheap arithmetic, run where groups meet.
+
+    `task_rewards` holds, a sample, the reward of the task parts alone (see `shaping` below), before clipping.
+    """
+
+    def score_group(
+        self, samples: Sequence[RewardInput], task_rewards: Sequence[float]
+    ) -> Sequence[float | RewardOutput]: ...
+
+
+# A reward may also have:
+#   shaping: bool   True when it judges how a response is written (format, length) and not whether it is right. Shaping
+#       parts stay out of `Score.unshaped_reward`, and stay on when a row names its own reward.
+#   validate_ground_truth(ground_truth)   raises GroundTruthError; called for every row when the data loads.
+
+
+RewardFactory = Callable[..., RewardFunction | BatchRewardFunction | GroupRewardFunction]  # (**options) -> reward
 
 _REGISTRY: dict[str, RewardFactory] = {}
 

@@ -1,0 +1,107 @@
+"""TRL's reward functions, called as its trainer calls them: keyword columns of the batch. Left out: TRL itself."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rewards.api import RewardInput, RewardOutput
+
+_ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_source", "log_extra", "log_metric")
+
+
+class TrlFunction:
+    """`reward(prompts, completions, completion_ids, **columns)`, which returns a number or None (not applicable) a row.
+
+    Columns are the rows' own fields, `ground_truth` and `data_source`. Completions are lists of one message where the
+    function reads messages, plain strings otherwise (TRL goes by the dataset, which here is always conversational): by
+    its annotation, else by whether its code, or a function of its module that it calls, names the key "content".
+    Numbers that it logs with `log_extra` and `log_metric` join the breakdown.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self._function = function
+        self._options = dict(options)
+        self._parameters = inspect.signature(function).parameters
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        self._messages = reads_messages(function)
+
+    def call(self, samples: Sequence[RewardInput]) -> list[Any]:
+        logged: list[dict[str, float]] = [{} for _ in samples]
+        return _with_logged(self._function(**self._arguments(samples, logged)), logged)
+
+    async def call_async(self, samples: Sequence[RewardInput]) -> list[Any]:
+        logged: list[dict[str, float]] = [{} for _ in samples]
+        return _with_logged(await self._function(**self._arguments(samples, logged)), logged)
+
+    def _arguments(self, samples: Sequence[RewardInput], logged: list[dict[str, float]]) -> dict[str, Any]:
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            for parts, value in zip(logged, values, strict=True):
+                if isinstance(value, int | float):
+                    parts[column] = float(value)
+
+        def log_metric(name: str, value: float) -> None:
+            for parts in logged:
+                parts[name] = float(value)
+
+        columns: dict[str, Any] = {key: None for sample in samples for key in sample.extra}
+        columns = {
+            key: [sample.extra.get(key) for sample in samples] for key in columns if key not in ("prompt", "completion")
+        }
+        columns |= {
+            "ground_truth": [sample.ground_truth for sample in samples],
+            "data_source": [sample.data_source for sample in samples],
+            "prompts": [_as(self._messages, "user", sample.prompt) for sample in samples],
+            "completions": [_as(self._messages, "assistant", sample.response) for sample in samples],
+            "completion_ids": [[int(token) for token in sample.token_ids] for sample in samples],
+            "log_extra": log_extra,
+            "log_metric": log_metric,
+        }
+        arguments = columns if self._takes_all else {k: v for k, v in columns.items() if k in self._parameters}
+        arguments = {**arguments, **self._options}
+        required = [p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        if missing := [name for name in required if name not in arguments]:
+            raise KeyError(f"the function needs the column {', '.join(missing)}; the rows have {', '.join(columns)}")
+        return arguments
+
+
+def supplied_columns(function: Callable[..., Any], options: Mapping[str, Any]) -> set[str]:
+    """Parameters that the batch fills: any without a default may be a column of the rows, unless an option fills it."""
+    parameters = inspect.signature(function).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    return (required - set(options)) | set(_ALWAYS)
+
+
+def reads_messages(function: Callable[..., Any]) -> bool:
+    """Whether a TRL reward function expects completions as lists of messages rather than as strings."""
+    plain = inspect.unwrap(function) if callable(function) else function
+    if not isinstance(plain, types.FunctionType | types.MethodType):
+        plain = plain.__call__
+    annotation = str(getattr(plain, "__annotations__", {}).get("completions", ""))
+    if "dict" in annotation or "Dict" in annotation:
+        return True
+    if annotation and "str" in annotation:
+        return False
+    code, module = plain.__code__, getattr(plain, "__globals__", None) or plain.__func__.__globals__
+    callees = [module[name].__code__ for name in code.co_names if isinstance(module.get(name), types.FunctionType)]
+    return any(_names_content(c) for c in (code, *callees))
+
+
+def _names_content(code: types.CodeType) -> bool:
+    constants = code.co_consts
+    return "content" in constants or any(_names_content(c) for c in constants if isinstance(c, types.CodeType))
+
+
+def _as(messages: bool, role: str, text: str) -> Any:
+    return [{"role": role, "content": text}] if messages else text
+
+
+def _with_logged(results: Any, logged: list[dict[str, float]]) -> Any:
+    if not any(logged) or not isinstance(results, Sequence) or len(results) != len(logged):
+        return results
+    return [
+        RewardOutput(float(result), parts) if isinstance(result, int | float) and parts else result
+        for result, parts in zip(results, logged)
+    ]

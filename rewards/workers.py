@@ -1,0 +1,217 @@
+"""Ray reward workers and their pool: a batch of rollouts in, the same batch with one score a rollout out.
+
+Each worker is a Ray actor around one `ScoringProcess`, which holds the deadlines. Left out: torch and vLLM, which must
+never be imported here; combining (`rewards.combine`); the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rewards.api import RewardInput
+from rewards.combine import CombinedReward, PartResults
+from rewards.loading import absolute_name
+from rewards.scoring_process import START_TIMEOUT_S, ScoringProcess, ScoringSpec
+from rl.batch import FinishReason, RewardStatus, Rollout, RolloutBatch, Score, ScoredBatch
+from rl.config import RewardConfig
+from rl.errors import RewardError
+
+T = TypeVar("T")
+ACTOR_START_TIMEOUT_S = START_TIMEOUT_S + 60.0  # a Ray worker process comes on top
+
+
+class RewardWorker:
+    """The Ray actor: scores one chunk at a time in its own child process. Holds no batch between calls."""
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        self._process = ScoringProcess(spec)
+
+    def score(self, samples: Sequence[RewardInput]) -> list[PartResults]:
+        return self._process.score(samples)
+
+    def child_pid(self) -> int:
+        """Of the scoring process; answers once the rewards are loaded."""
+        return self._process.pid
+
+
+class RewardPool:
+    """Reward workers, spread over the cluster.
+
+    One event loop in a thread of its own owns the workers, so `score` (blocking) and `score_async` may be used from any
+    thread or loop, at the same time. Chunks wait for an idle worker: that is the back-pressure.
+
+    Raises:
+        ConfigError, RewardError: a reward cannot be loaded, here or on a worker; before any sample is scored.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        functions = tuple(f.model_copy(update={"name": absolute_name(f.name)}) for f in config.functions)
+        self._config = config
+        self._spec = ScoringSpec(functions, config.clip, config.timeout_s)
+        self._combined = CombinedReward(functions, config.clip)
+        self._actor = ray.remote(max_restarts=0, num_cpus=0, scheduling_strategy="SPREAD")(RewardWorker)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
+        self._thread.start()
+        self._idle: asyncio.Queue[Any] = asyncio.Queue()
+        self._workers: set[Any] = set()
+        self.num_replaced = 0
+        try:
+            self._submit(self._start_workers(config.num_workers)).result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rewards(self) -> CombinedReward:
+        """The loaded rewards, for `validate_ground_truth` and the part labels."""
+        return self._combined
+
+    def score(self, batch: RolloutBatch) -> ScoredBatch:
+        """Score a step's rollouts. Raises RewardError when more than `max_error_fraction` of them cannot be scored."""
+        scored = self._submit(self._score(batch)).result()
+        check_error_fraction(scored.scores, self._config.max_error_fraction)
+        return scored
+
+    async def score_async(self, batch: RolloutBatch) -> ScoredBatch:
+        """Score some rollouts, whole groups at a time, beside other calls; waits while every worker is busy.
+
+        Does not look at the share of errors: a few rollouts are too few. Call `check_error_fraction` on a step's worth.
+        """
+        return await asyncio.wrap_future(self._submit(self._score(batch)))
+
+    def worker_handles(self) -> tuple[Any, ...]:
+        """The actors that are alive now."""
+        return tuple(self._workers)
+
+    def close(self) -> None:
+        """End the workers. The pool cannot be used afterwards."""
+        if self._loop.is_closed():
+            return
+        if ray.is_initialized():
+            for worker in self._workers:
+                ray.kill(worker)
+        self._workers.clear()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _start_workers(self, count: int) -> None:
+        await asyncio.gather(*(self._add_worker() for _ in range(count)))
+
+    async def _add_worker(self) -> None:
+        worker: Any = self._actor.remote(self._spec)
+        self._workers.add(worker)
+        try:
+            await asyncio.wait_for(worker.child_pid.remote(), ACTOR_START_TIMEOUT_S)
+        except TimeoutError:
+            raise RewardError(
+                f"a reward worker did not start within {ACTOR_START_TIMEOUT_S:g} s; `ray status` shows why"
+            ) from None
+        except RayActorError as error:
+            self._workers.discard(worker)
+            raise _cause(error) from error
+        self._idle.put_nowait(worker)
+
+    async def _score(self, batch: RolloutBatch) -> ScoredBatch:
+        start = time.monotonic()
+        samples = reward_inputs(batch)
+        results = [PartResults(status=RewardStatus.SKIPPED, error="the rollout was aborted") for _ in samples]
+        live = [i for i, r in enumerate(batch.rollouts) if r.finish_reason is not FinishReason.ABORT]
+        size = min(self._config.batch_size, -(-len(live) // self._config.num_workers) or 1)
+        chunks = [live[i : i + size] for i in range(0, len(live), size)]
+        answers = await asyncio.gather(*(self._score_chunk([samples[i] for i in chunk]) for chunk in chunks))
+        for chunk, answer in zip(chunks, answers):
+            for index, result in zip(chunk, answer, strict=True):
+                results[index] = result
+        return ScoredBatch(batch, self._combined.finish(samples, results), time.monotonic() - start)
+
+    async def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
+        """On an idle worker; a worker that is lost meanwhile is replaced, and the chunk tried once more elsewhere."""
+        error = ""
+        for _ in range(2):
+            worker = await self._idle.get()
+            try:
+                reply = worker.score.remote(list(samples))
+                answer: list[PartResults] = await asyncio.wait_for(reply, self._chunk_deadline_s(len(samples)))
+            except (RayError, TimeoutError) as failure:
+                error = f"the reward worker was lost: {_one_line(failure)}"
+                await self._replace(worker)
+            else:
+                self._idle.put_nowait(worker)
+                return answer
+        return [PartResults(status=RewardStatus.INFRASTRUCTURE_ERROR, error=error)] * len(samples)
+
+    def _chunk_deadline_s(self, num_samples: int) -> float:
+        """When a worker must be stuck itself: its own deadlines would have ended every sample, twice over, by then."""
+        return 2 * num_samples * (self._config.timeout_s + 5.0) + START_TIMEOUT_S
+
+    async def _replace(self, worker: Any) -> None:
+        self._workers.discard(worker)
+        ray.kill(worker)  # a worker that is only cut off must not go on
+        self.num_replaced += 1
+        await self._add_worker()
+
+
+def reward_inputs(batch: RolloutBatch) -> list[RewardInput]:
+    """What the reward functions see of each rollout, in order."""
+    return [_reward_input(batch, rollout) for rollout in batch.rollouts]
+
+
+def check_error_fraction(scores: Sequence[Score], limit: float) -> None:
+    """Raise RewardError, naming the commonest error, when more than `limit` of the scores failed (SKIPPED aside)."""
+    tried = [score for score in scores if score.status is not RewardStatus.SKIPPED]
+    failed = [score for score in tried if not score.ok]
+    if len(failed) <= limit * len(tried):
+        return
+    (status, error), count = collections.Counter((s.status.value, s.error) for s in failed).most_common(1)[0]
+    raise RewardError(
+        f"{len(failed)} of {len(tried)} samples could not be scored, more than reward.max_error_fraction {limit:g} "
+        f"allows; the commonest error ({count} of {len(failed)}) is {status}: {error}"
+    )
+
+
+def status_counts(scores: Sequence[Score]) -> dict[str, float]:
+    """Samples of each status, as metrics: `reward/ok_count`, `reward/timeout_count` and so on, zeros included."""
+    counts = collections.Counter(score.status for score in scores)
+    return {f"reward/{status.value}_count": float(counts[status]) for status in RewardStatus}
+
+
+def _reward_input(batch: RolloutBatch, rollout: Rollout) -> RewardInput:
+    prompt = batch.prompt_of(rollout)
+    return RewardInput(
+        prompt=prompt.text,
+        response=rollout.text,
+        answer=rollout.answer,
+        ground_truth=prompt.ground_truth,
+        data_source=prompt.data_source,
+        extra=prompt.extra,
+        num_tokens=rollout.length,
+        truncated=rollout.finish_reason is FinishReason.LENGTH,
+        token_ids=rollout.token_ids,
+        group_id=rollout.group_id,
+        reward=prompt.reward,
+    )
+
+
+def _cause(error: RayActorError) -> RewardError:
+    """The worker's own error, which Ray wraps into text when a constructor raises."""
+    cause = getattr(error, "cause", None)
+    text = str(cause or error).strip().splitlines()[-1]
+    return RewardError(f"a reward worker could not start: {text}")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if isinstance(error, RayTaskError) else lines[0]  # a task error's text is a traceback

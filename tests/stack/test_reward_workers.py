@@ -1,0 +1,179 @@
+"""The reward workers on a real Ray cluster: deadlines, lost processes, accounting, and what they must not import."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from rewards.workers import RewardPool, check_error_fraction, status_counts
+from rl.batch import FinishReason, Prompt, RewardStatus, Rollout, RolloutBatch
+from rl.config import RewardConfig, RewardFunctionConfig
+from rl.errors import RewardError
+
+pytestmark = pytest.mark.stack
+
+PLUGIN = textwrap.dedent(
+    """
+    import os, re, sys, time
+    from pathlib import Path
+
+    from helper_beside_the_plugin import ANSWER
+
+
+    def reward(sample):
+        print("plugins may print")
+        text = sample.response
+        if text == "hang":
+            re.match(r"(a+)+$", "a" * 60 + "b")  # holds the interpreter lock
+        if text == "raise":
+            raise KeyError("no such thing")
+        if text == "modules":
+            return " ".join(sys.modules)  # no number: the error shows it
+        if text == "exit":
+            os._exit(7)
+        if text.startswith("exit once"):
+            mark = Path(text.split()[-1])
+            if not mark.exists():
+                mark.touch()
+                os._exit(7)
+        return float(text == ANSWER)
+
+
+    def completions_reward(completions, **kwargs):
+        if any(completion == "hang" for completion in completions):
+            time.sleep(600)
+        return [1.0 if completion == "right" else 0.0 for completion in completions]
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "helper_beside_the_plugin.py").write_text("ANSWER = 'right'\n")
+    path = folder / "my_reward.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster: None, plugin: Path) -> Iterator[RewardPool]:
+    """One pool for the module; a relative path, which the workers cannot resolve themselves."""
+    relative = os.path.relpath(plugin, Path.cwd())
+    functions = (RewardFunctionConfig(name=f"{relative}:reward"), RewardFunctionConfig(name="exact", weight=0.5))
+    pool = RewardPool(RewardConfig(functions=functions, num_workers=2, timeout_s=1.0, batch_size=4))
+    yield pool
+    pool.close()
+
+
+def make_batch(*texts: str, aborted: frozenset[int] = frozenset()) -> RolloutBatch:
+    prompts = (Prompt("train:0", (1, 2), "what is right?", ground_truth="right"),)
+    rollouts = tuple(
+        Rollout(
+            prompt_index=0,
+            group_id=0,
+            sample_index=i,
+            token_ids=np.array([3], np.int32),
+            rollout_logprobs=np.array([-0.5], np.float32),
+            finish_reason=FinishReason.ABORT if i in aborted else FinishReason.STOP,
+            policy_version=0,
+            text=text,
+            answer=text,
+        )
+        for i, text in enumerate(texts)
+    )
+    return RolloutBatch(prompts, rollouts)
+
+
+def test_scores_come_back_in_order_with_their_parts(pool: RewardPool) -> None:
+    scored = pool.score(make_batch("right", "wrong", "right", "", "wrong", "right", "right"))
+    assert [score.reward for score in scored.scores] == [1.5, 0.0, 1.5, 0.0, 0.0, 1.5, 1.5]
+    assert scored.scores[0].breakdown == {"reward": 1.0, "exact": 1.0}
+    assert status_counts(scored.scores)["reward/ok_count"] == 7
+
+
+def test_a_hanging_sample_times_out_and_the_others_are_scored(pool: RewardPool) -> None:
+    scored = pool.score(make_batch("right", "hang", "right", "wrong", "right"))
+    assert [s.status for s in scored.scores] == [RewardStatus.OK, RewardStatus.TIMEOUT] + [RewardStatus.OK] * 3
+    assert "deadline of 1 s (my_reward.py:" in scored.scores[1].error or "in match" in scored.scores[1].error
+    assert [s.reward for s in scored.scores if s.ok] == [1.5, 1.5, 0.0, 1.5]
+
+
+def test_a_sample_that_kills_its_process_is_tried_twice(pool: RewardPool, tmp_path: Path) -> None:
+    scored = pool.score(make_batch("right", "exit", f"exit once {tmp_path / 'mark'}", "right"))
+    statuses = [score.status for score in scored.scores]
+    assert statuses == [RewardStatus.OK, RewardStatus.INFRASTRUCTURE_ERROR, RewardStatus.OK, RewardStatus.OK]
+    assert "exit code 7" in scored.scores[1].error
+
+
+def test_errors_aborted_rollouts_and_the_error_limit(pool: RewardPool) -> None:
+    scored = pool.score(make_batch("right", "raise", "right", aborted=frozenset({2})))
+    statuses = [score.status for score in scored.scores]
+    assert statuses == [RewardStatus.OK, RewardStatus.PLUGIN_ERROR, RewardStatus.SKIPPED]
+    assert "KeyError: 'no such thing'" in scored.scores[1].error
+    with pytest.raises(RewardError, match=r"2 of 3 samples .* \(2 of 2\) is plugin_error: reward: KeyError"):
+        pool.score(make_batch("raise", "raise", "right"))
+    check_error_fraction(scored.scores, 0.5)
+
+
+def test_a_lost_worker_is_replaced_and_its_chunk_scored_elsewhere(pool: RewardPool) -> None:
+    before = pool.num_replaced
+    for worker in pool.worker_handles():
+        ray.kill(worker)
+    scored = pool.score(make_batch("right", "wrong", "right"))
+    assert [score.reward for score in scored.scores] == [1.5, 0.0, 1.5]
+    assert pool.num_replaced == before + 2
+
+
+def test_many_async_calls_share_the_workers(pool: RewardPool) -> None:
+    async def score_all() -> list[float]:
+        batches = [make_batch("right", "wrong") for _ in range(12)]
+        scored = await asyncio.gather(*(pool.score_async(batch) for batch in batches))
+        return [score.reward for one in scored for score in one.scores]
+
+    assert asyncio.run(score_all()) == [1.5, 0.0] * 12
+
+
+def test_workers_hold_no_framework(pool: RewardPool) -> None:
+    frameworks = {"torch", "vllm", "deepspeed", "transformers", "verl"}
+    for worker in pool.worker_handles():
+        loaded = set(ray.get(worker.__ray_call__.remote(lambda self: list(__import__("sys").modules))))
+        assert "rewards" in loaded
+        assert not loaded & frameworks
+    scored = pool.score(make_batch("modules"))
+    assert "rewards.combine" in scored.scores[0].error
+    assert not frameworks & set(scored.scores[0].error.split())
+
+
+def test_a_batch_function_that_hangs_is_rescored_one_by_one(ray_cluster: None, plugin: Path) -> None:
+    functions = (RewardFunctionConfig(name=f"{plugin}:completions_reward"),)
+    pool = RewardPool(RewardConfig(functions=functions, num_workers=1, timeout_s=1.0))
+    try:
+        scored = pool.score(make_batch("right", "hang", "wrong"))
+    finally:
+        pool.close()
+    assert [score.status for score in scored.scores] == [RewardStatus.OK, RewardStatus.TIMEOUT, RewardStatus.OK]
+    assert scored.scores[0].reward == 1.0
+
+
+def test_closing_leaves_no_process_behind(ray_cluster: None) -> None:
+    pool = RewardPool(RewardConfig(functions=(RewardFunctionConfig(name="exact"),), num_workers=1))
+    child = ray.get(pool.worker_handles()[0].child_pid.remote())
+    pool.close()
+    end = time.monotonic() + 20.0
+    while Path(f"/proc/{child}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_reward_that_cannot_load_says_so_at_once(ray_cluster: None) -> None:
+    with pytest.raises(RewardError, match=r"there is no reward 'exakt'; did you mean exact\?"):
+        RewardPool(RewardConfig(functions=(RewardFunctionConfig(name="exakt"),)))
