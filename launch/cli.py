@@ -1,0 +1,122 @@
+"""The `fledge` command: parses arguments, and turns errors into exit codes. Left out: what the commands do."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from launch.environment import quiet_frameworks, secure_local_ray
+from rl.config import RunConfig, SftConfig, TrainConfig
+from rl.config_loading import load_config
+from rl.errors import FledgeError
+
+Config = TypeVar("Config", bound=RunConfig)
+
+app = typer.Typer(
+    name="fledge",
+    help="Reinforcement learning post-training of reasoning models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, for example rollout.group_size=16", metavar="[KEY=VALUE]...")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in run_dir")]
+
+INTERRUPTED = 130
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = False) -> None:
+    """Train a model with reinforcement learning."""
+    loaded = _load(config, overrides, TrainConfig)
+    from launch.commands import train as run
+
+    _print_metrics(run(loaded, resume=resume), ("reward/mean", "eval/"))
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = False) -> None:
+    """Warm a model up on worked examples."""
+    loaded = _load(config, overrides, SftConfig)
+    from launch.commands import sft as run
+
+    _print_metrics(run(loaded, resume=resume), ("learner/loss",))
+
+
+@app.command(name="eval")
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Evaluate a model on the config's evaluation data: avg@k, pass@k, maj@k."""
+    loaded = _load(config, overrides, TrainConfig)
+    from launch.commands import evaluate as run
+
+    _print_metrics(run(loaded), ("eval/",))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="run directory")],
+    out_dir: Annotated[Path, typer.Argument(help="folder for the Hugging Face checkpoint")],
+) -> None:
+    """Turn a run's newest checkpoint into a Hugging Face checkpoint."""
+    from launch.commands import export as run
+
+    checkpoint = run(run_dir, out_dir)
+    typer.echo(f"{checkpoint} -> {out_dir}")
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """Write report.html, one self-contained page with the run's curves and samples."""
+    from launch.report import write_report
+
+    typer.echo(f"report {write_report(run_dir)}")
+
+
+def main() -> None:
+    """Entry point: every known error is one message and its own exit code; Ctrl-C and SIGTERM end the run cleanly."""
+    quiet_frameworks()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=False)
+    except FledgeError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted; every finished step is in the run directory, and --resume goes on from the last checkpoint")
+        sys.exit(INTERRUPTED)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _say(f"error: {error.format_message()}")
+            sys.exit(2)
+        raise
+
+
+def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Config:
+    """Load and validate before any framework is imported: a typo costs a moment, not a minute."""
+    config = load_config(path, overrides or [], schema)
+    secure_local_ray(config.ray.address)
+    return config
+
+
+def _terminate(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _print_metrics(metrics: dict[str, float], prefixes: tuple[str, ...]) -> None:
+    for name, value in sorted(metrics.items()):
+        if name.startswith(prefixes):
+            typer.echo(f"{name:40s} {value:.4f}")

@@ -1,0 +1,156 @@
+"""The Ray cluster of a run: joins a running one, or starts a local one that ends with the run; and placement.
+
+Left out: what the workers do, and starting clusters of several machines (Ray, Slurm and KubeRay do that).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.environment import cluster_address
+from rl.config import RayConfig, TrainConfig
+from rl.errors import ConfigError
+
+_OBJECT_STORE_BYTES = 512 << 20  # of a local cluster; a step's rollouts are a few megabytes
+_CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
+_PLACEMENT_TIMEOUT_S = 120.0
+
+
+@contextmanager
+def ray_cluster(config: RayConfig) -> Iterator[None]:
+    """Join the cluster at ray.address or RAY_ADDRESS; else start a local one, and end it afterwards.
+
+    A local cluster listens on the loopback interface, has no dashboard, and (see `launch.environment`) answers only
+    those who hold its token.
+    """
+    address = cluster_address(config.address)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "fledge"}
+    if address is None:
+        options |= {
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
+            f"{error}; start one with `ray start --head`, or unset it to run on this machine alone"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each worker goes: options for `ActorClass.options`, one a worker."""
+
+    learners: tuple[dict[str, Any], ...]
+    rollouts: tuple[dict[str, Any], ...]
+    group: PlacementGroup | None = None
+
+    def release(self) -> None:
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
+    """Reserve what the learner and rollout workers need.
+
+    On GPUs one placement group holds a bundle a learner (one GPU) and a bundle a rollout worker (tensor_parallel_size
+    GPUs); with ray.colocate a bundle a GPU is shared by one learner and one rollout worker.
+
+    Raises:
+        ConfigError: the cluster does not have the resources, with the numbers.
+    """
+    learners, rollouts = config.learner.num_workers, config.rollout.num_workers
+    extra_learner, extra_rollout = config.ray.learner_resources, config.ray.rollout_resources
+    if device == "cpu":
+        cpu = {"num_cpus": _CPUS_PER_WORKER}
+        return Placement(
+            tuple({**cpu, "resources": extra_learner} for _ in range(learners)),
+            tuple({**cpu, "resources": extra_rollout} for _ in range(rollouts)),
+        )
+    width = config.rollout.tensor_parallel_size
+    if config.ray.colocate:
+        bundles = [{"CPU": 2.0, "GPU": 1.0} for _ in range(learners)]
+        group = _reserve(bundles)
+        return Placement(
+            tuple(_in_bundle(group, i, num_gpus=0.5, resources=extra_learner) for i in range(learners)),
+            tuple(_in_bundle(group, i, num_gpus=0.5, resources=extra_rollout) for i in range(rollouts)),
+            group,
+        )
+    bundles = [{"CPU": 1.0, "GPU": 1.0, **extra_learner} for _ in range(learners)]
+    bundles += [{"CPU": 1.0, "GPU": float(width), **extra_rollout} for _ in range(rollouts)]
+    group = _reserve(bundles)
+    return Placement(
+        tuple(_in_bundle(group, i, num_gpus=1, resources=extra_learner) for i in range(learners)),
+        tuple(_in_bundle(group, learners + i, num_gpus=width, resources=extra_rollout) for i in range(rollouts)),
+        group,
+    )
+
+
+def place_learners(count: int, config: RayConfig, *, device: str) -> Placement:
+    """Reserve what the learner workers of a supervised run need."""
+    if device == "cpu":
+        return Placement(
+            tuple({"num_cpus": _CPUS_PER_WORKER, "resources": config.learner_resources} for _ in range(count)), ()
+        )
+    group = _reserve([{"CPU": 1.0, "GPU": 1.0, **config.learner_resources} for _ in range(count)])
+    return Placement(
+        tuple(_in_bundle(group, i, num_gpus=1, resources=config.learner_resources) for i in range(count)), (), group
+    )
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is cuda where the cluster has GPUs, else cpu."""
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    if device == "auto":
+        return "cuda" if has_gpus else "cpu"
+    if device == "cuda" and not has_gpus:
+        raise ConfigError(
+            "device is cuda, but the Ray cluster has no GPU; set device to cpu, or join a cluster with GPUs"
+        )
+    return device
+
+
+def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+    needed = sum(bundle.get("GPU", 0.0) for bundle in bundles)
+    available = ray.cluster_resources().get("GPU", 0.0)
+    if needed > available:
+        raise ConfigError(
+            f"the run needs {needed:g} GPUs (learner.num_workers, and rollout.num_workers x "
+            f"rollout.tensor_parallel_size), but the cluster has {available:g}"
+        )
+    group = placement_group(bundles, strategy="PACK")
+    if not group.wait(_PLACEMENT_TIMEOUT_S):
+        remove_placement_group(group)
+        raise ConfigError(
+            f"the cluster could not place {bundles} within {_PLACEMENT_TIMEOUT_S:g} s; it has "
+            f"{ray.available_resources()} free"
+        )
+    return group
+
+
+def _in_bundle(group: PlacementGroup, index: int, *, num_gpus: float, resources: dict[str, float]) -> dict[str, Any]:
+    return {
+        "num_cpus": 1,
+        "num_gpus": num_gpus,
+        "resources": resources,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
+        ),
+    }

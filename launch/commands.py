@@ -1,0 +1,140 @@
+"""What the commands do, as functions: train, sft, eval, export. Left out: argument parsing (`launch.cli`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from launch.cluster import place_learners, ray_cluster, resolve_device
+from launch.compose import evaluator_of, open_sinks, start_learners, training_run
+from launch.display import ProgressDisplay
+from launch.preflight import prepare_model
+from rl.checkpoint import CheckpointStore
+from rl.config import RunConfig, SftConfig, TrainConfig
+from rl.config_loading import load_config, to_yaml
+from rl.errors import CheckpointError, ConfigError
+from rl.metrics import METRICS_FILE
+from rl.prompts import load_sft_examples, load_tokenizer
+from rl.supervised import SupervisedRun, steps_per_epoch
+from rl.workers import LearnerSpec
+
+MODEL = "model"  # the folder of the exported model in a run directory
+
+
+def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
+    """`fledge train`: run to the end, export the model, return the last step's metrics."""
+    run_dir = _open_run_dir(config, resume=resume)
+    with ProgressDisplay(config.name, config.total_steps) as display, training_run(config, display) as run:
+        if resume and not run.restore():
+            display.message(f"no checkpoint in {run_dir / 'checkpoints'}; starting from the beginning")
+        metrics = run.execute()
+        run.controller.learners.export_hf(run_dir / MODEL)  # type: ignore[attr-defined]
+        display.message(f"model {run_dir / MODEL}")
+        return metrics
+
+
+def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
+    """`fledge sft`: run to the end, export the model, return the last step's metrics."""
+    run_dir = _open_run_dir(config, resume=resume)
+    prepare_model(config.model)
+    examples = load_sft_examples(
+        config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
+    )
+    total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
+    with ExitStack() as stack:
+        display = stack.enter_context(ProgressDisplay(config.name, total_steps))
+        dropped = f", {examples.num_dropped_too_long} too long and dropped" if examples.num_dropped_too_long else ""
+        display.message(f"worked examples {examples.name}: {len(examples.examples)}{dropped}")
+        stack.enter_context(ray_cluster(config.ray))
+        device = resolve_device(config.device)
+        placement = place_learners(config.learner.num_workers, config.ray, device=device)
+        stack.callback(placement.release)
+        spec = LearnerSpec(
+            config.learner,
+            config.model,
+            None,
+            seed=config.seed,
+            deterministic=config.deterministic,
+            device=device,
+            total_optimizer_steps=total_steps,
+        )
+        learners = start_learners(spec, actor_options=placement.learners)
+        stack.callback(learners.shutdown)
+        run = SupervisedRun(
+            examples.examples,
+            learners,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
+            checkpoint_every=config.checkpoint.every,
+            fingerprint=_sft_fingerprint(config),
+            display=display,
+        )
+        if resume:
+            run.restore()
+        metrics = run.execute(lambda first_step: open_sinks(config, run_dir, first_step))
+        learners.export_hf(run_dir / MODEL)
+        display.message(f"model {run_dir / MODEL}")
+        return metrics
+
+
+def evaluate(config: TrainConfig) -> dict[str, float]:
+    """`fledge eval`: score the model of the config on its evaluation data; samples and metrics go to run_dir."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ProgressDisplay(config.name, 1) as display, evaluator_of(config, display) as evaluator:
+        metrics = evaluator.evaluate(run_dir / "samples", "final")
+    (run_dir / "eval.json").write_text(json.dumps({"model": config.model.path, **metrics}, indent=1) + "\n")
+    return metrics
+
+
+def export(run_dir: Path, out_dir: Path) -> Path:
+    """`fledge export`: the newest checkpoint of a run as a Hugging Face folder, without starting any worker."""
+    from rl.learner_checkpoint import export_checkpoint
+
+    config_file = run_dir / "config.yaml"
+    if not config_file.is_file():
+        raise CheckpointError(f"{run_dir} has no config.yaml, so it is no run directory")
+    config = load_config(config_file, (), TrainConfig if _is_train_config(config_file) else SftConfig)
+    checkpoint = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).latest()
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
+    export_checkpoint(checkpoint / "learner", config.model, out_dir)
+    return checkpoint
+
+
+def _is_train_config(path: Path) -> bool:
+    return any(line.startswith("rollout:") for line in path.read_text().splitlines())
+
+
+def _open_run_dir(config: RunConfig, *, resume: bool) -> Path:
+    """Create the run directory and write the resolved configuration.
+
+    Raises:
+        ConfigError: it holds another run already, and this is no resume; nothing is overwritten.
+    """
+    run_dir = Path(config.run_dir)
+    if (run_dir / METRICS_FILE).exists() and not resume:
+        raise ConfigError(
+            f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    return run_dir
+
+
+def _sft_fingerprint(config: SftConfig) -> str:
+    kept = config.model_dump(
+        mode="json",
+        include={
+            "seed": True,
+            "model": {"path", "dtype"},
+            "data": True,
+            "batch_size": True,
+            "learner": {"num_workers"},
+        },
+    )
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,311 @@
+"""The composition root: from a validated configuration to running parts. Nothing else builds workers.
+
+Left out: the command line (`launch.cli`), and what the parts do.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from launch.cluster import place_train_workers, ray_cluster, resolve_device
+from launch.preflight import check_algorithm, prepare_model
+from rewards.workers import RewardPool
+from rl.advantages import build_train_batch, estimate
+from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
+from rl.checkpoint import CheckpointStore
+from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from rl.controller import Controller
+from rl.errors import DataError
+from rl.evaluation import EvalSet, Evaluator
+from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
+from rl.probe import AgreementBounds, WeightProbe
+from rl.prompts import PromptSource, load_prompts, load_tokenizer
+from rl.run import Display, RunPlan, TrainingRun
+from rl.weight_sync.api import resolve_transport
+from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
+from rollout.engine import RolloutEngine
+from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
+
+
+def build_engine(
+    index: int,
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    *,
+    transport: str,
+    max_model_len: int,
+    seed: int,
+    deterministic: bool,
+) -> tuple[RolloutEngine, DecodeResponse]:
+    """The parts of one rollout worker; runs inside its process."""
+    from rollout.chat import AnswerExtractor
+    from rollout.vllm_engine import VLLMEngine
+
+    extractor = AnswerExtractor(load_tokenizer(model))
+    engine = VLLMEngine(
+        model,
+        rollout,
+        transport=transport,
+        max_model_len=max_model_len,
+        seed=seed,
+        deterministic=deterministic,
+        index=index,
+    )
+    return engine, extractor.extract
+
+
+def start_rollout_pool(
+    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], deterministic: bool
+) -> RolloutPool:
+    """Start the rollout workers and wait for their engines."""
+    worker_class: Any = ray.remote(max_restarts=0, max_concurrency=1000)(RolloutWorker)
+    eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
+    max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
+
+    def start_worker(index: int) -> ActorHandle:
+        build = functools.partial(
+            build_engine,
+            index,
+            config.model,
+            config.rollout,
+            transport=transport,
+            max_model_len=max_model_len,
+            seed=config.seed,
+            deterministic=deterministic,
+        )
+        return worker_class.options(**actor_options[index]).remote(index, build)
+
+    evaluation = config.evaluation
+    return RolloutPool(
+        start_worker,
+        config.rollout,
+        training=sampling_parameters(config.rollout),
+        evaluation=evaluation_parameters(
+            config.rollout,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            max_tokens=evaluation.max_response_tokens,
+        ),
+        evaluation_samples=evaluation.samples_per_prompt,
+        seed=config.seed,
+        deterministic=deterministic,
+    )
+
+
+def start_learners(
+    spec: LearnerSpec,
+    *,
+    actor_options: Sequence[dict[str, Any]],
+    sync: SyncSpec | None = None,
+    receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+) -> LearnerGroup:
+    """Start the learner ranks and wait until the model is loaded."""
+    worker_class: Any = ray.remote(max_restarts=0)(LearnerWorker)
+
+    def start_worker(rank: int) -> ActorHandle:
+        return worker_class.options(**actor_options[rank]).remote(rank, spec.learner.num_workers)
+
+    return LearnerGroup.start(start_worker, spec, sync=sync, receivers=receivers)
+
+
+def make_batch(config: AlgorithmConfig, learners: LearnerGroup) -> Callable[[ScoredBatch, Annotations], TrainBatch]:
+    """The step between rewards and the update: advantages, then the batch."""
+
+    def build(scored: ScoredBatch, annotations: Annotations) -> TrainBatch:
+        return build_train_batch(
+            scored,
+            estimate(scored, annotations, config),
+            annotations,
+            policy_version=learners.policy_version,
+            config=config,
+        )
+
+    return build
+
+
+@contextmanager
+def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]:
+    """Everything that `fledge train` needs, checked and running; all of it ends with the block.
+
+    What can be wrong without a process (data, rewards, algorithm, model files) is checked first.
+    """
+    run_dir = Path(config.run_dir)
+    check_algorithm(config)
+    prepare_model(config.model)
+    with ExitStack() as stack:
+        stack.enter_context(ray_cluster(config.ray))
+        device = resolve_device(config.device)
+        rewards = RewardPool(config.reward)
+        stack.callback(rewards.close)
+        train_prompts, eval_sets = _load_data(config, rewards, display)
+        transport = resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=config.ray.colocate)
+        placement = place_train_workers(config, device=device)
+        stack.callback(placement.release)
+        rollouts = start_rollout_pool(
+            config, transport=transport, actor_options=placement.rollouts, deterministic=config.deterministic
+        )
+        stack.callback(rollouts.shutdown)
+        learners = start_learners(
+            learner_spec(config, device),
+            actor_options=placement.learners,
+            sync=SyncSpec(config.sync, transport, config.rollout.tensor_parallel_size),
+            receivers=lambda: rollouts.workers,
+        )
+        stack.callback(learners.shutdown)
+        controller = Controller(
+            PromptSource(train_prompts, config.rollout.prompts_per_step, shuffle=config.data.shuffle, seed=config.seed),
+            rollouts,
+            rewards,
+            learners,
+            make_batch(config.algorithm, learners),
+            group_size=config.rollout.group_size,
+        )
+        bounds = agreement_bounds(config)
+        yield TrainingRun(
+            _plan(config, run_dir),
+            controller,
+            checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
+            probe=WeightProbe(every=config.sync.probe_every, bounds=bounds),
+            bounds=bounds if _comparable(config.rollout) else AgreementBounds(float("inf"), float("inf")),
+            open_sinks=lambda first_step: open_sinks(config, run_dir, first_step),
+            display=display,
+            evaluator=Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at) if eval_sets else None,
+        )
+
+
+@contextmanager
+def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
+    """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
+    prepare_model(config.model)
+    with ExitStack() as stack:
+        stack.enter_context(ray_cluster(config.ray))
+        device = resolve_device(config.device)
+        rewards = RewardPool(config.reward)
+        stack.callback(rewards.close)
+        _, eval_sets = _load_data(config, rewards, display, train=False)
+        if not eval_sets:
+            raise DataError("data.eval is empty; add at least one dataset to evaluate on")
+        placement = place_train_workers(config, device=device)
+        stack.callback(placement.release)
+        rollouts = start_rollout_pool(
+            config,
+            transport=resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=False),
+            actor_options=placement.rollouts,
+            deterministic=config.deterministic,
+        )
+        stack.callback(rollouts.shutdown)
+        yield Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)
+
+
+def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
+    steps = config.total_steps * config.learner.epochs * config.learner.mini_batches
+    return LearnerSpec(
+        config.learner,
+        config.model,
+        config.algorithm,
+        seed=config.seed,
+        deterministic=config.deterministic,
+        device=device,
+        total_optimizer_steps=steps,
+        temperature=config.rollout.temperature or 1.0,
+        fixed_length=config.rollout.max_response_tokens,
+    )
+
+
+def agreement_bounds(config: TrainConfig) -> AgreementBounds:
+    return AgreementBounds.for_dtype(config.model.dtype, config.sync.probe_tolerance)
+
+
+def open_sinks(config: RunConfig, run_dir: Path, first_step: int) -> list[MetricSink]:
+    """Every sink that the configuration asks for; metrics.jsonl always."""
+    sinks: list[MetricSink] = [JsonlSink(run_dir, first_step=first_step)]
+    if config.logging.tensorboard:
+        sinks.append(TensorBoardSink(run_dir, first_step=first_step))
+    if config.logging.wandb_project:
+        sinks.append(
+            WandbSink(
+                run_dir,
+                project=config.logging.wandb_project,
+                mode=config.logging.wandb_mode,
+                name=config.name,
+                config=config.model_dump(mode="json"),
+            )
+        )
+    return sinks
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Of what a resumed run must share with its checkpoint. How long, how often and where it runs may change."""
+    kept = config.model_dump(
+        mode="json",
+        include={
+            "seed": True,
+            "model": {"path", "dtype"},
+            "data": {"train"},
+            "rollout": {"prompts_per_step", "group_size"},
+            "learner": {"num_workers", "optimizer", "epochs", "mini_batches"},
+        },
+    )
+    kept["learner"]["optimizer"] = kept["learner"]["optimizer"]["name"]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _load_data(
+    config: TrainConfig, rewards: RewardPool, display: Display, *, train: bool = True
+) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
+    """Training prompts and evaluation sets, every ground truth accepted by its reward."""
+    tokenizer = load_tokenizer(config.model)
+
+    def validate(prompt: Prompt) -> None:
+        rewards.rewards.validate_ground_truth(prompt.ground_truth, prompt.reward)
+
+    load = functools.partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        chat_template_options=config.model.chat_template_options,
+        validate=validate,
+    )
+    prompts: tuple[Prompt, ...] = ()
+    if train:
+        loaded = load(config.data.train)
+        prompts = loaded.prompts
+        display.message(_describe("training data", loaded))
+    eval_sets = []
+    for dataset in config.data.eval:
+        loaded = load(dataset)
+        display.message(_describe("evaluation data", loaded))
+        eval_sets.append(EvalSet(loaded.name, loaded.prompts))
+    return prompts, eval_sets
+
+
+def _describe(what: str, loaded: Any) -> str:
+    dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
+    return f"{what} {loaded.name}: {len(loaded.prompts)} prompts{dropped}"
+
+
+def _comparable(rollout: RolloutConfig) -> bool:
+    """With truncated sampling the rollout's distribution is not the learner's, so their difference proves nothing."""
+    return rollout.top_p == 1.0 and rollout.top_k == 0 and rollout.min_p == 0.0 and rollout.temperature > 0.0
+
+
+def _plan(config: TrainConfig, run_dir: Path) -> RunPlan:
+    return RunPlan(
+        run_dir=run_dir,
+        total_steps=config.total_steps,
+        checkpoint_every=config.checkpoint.every,
+        evaluate_every=config.evaluation.every,
+        evaluate_at_start=config.evaluation.at_start,
+        samples_every=config.logging.samples_every,
+        samples_per_step=config.logging.samples_per_step,
+        fingerprint=fingerprint(config),
+    )

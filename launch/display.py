@@ -1,0 +1,75 @@
+"""Progress for people: a live line on a terminal, plain lines elsewhere. Left out: everything that is kept on disk."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SHOWN = (  # metric, label, format
+    ("reward/mean", "reward", "{:.3f}"),
+    ("learner/loss", "loss", "{:.4f}"),
+    ("rollout/length_mean", "length", "{:.0f}"),
+    ("rollout/tokens_per_s", "gen tok/s", "{:,.0f}"),
+    ("learner/tokens_per_s", "train tok/s", "{:,.0f}"),
+    ("learner/grad_norm", "grad", "{:.2f}"),
+    ("rollout/logprob_diff_max", "diff", "{:.1e}"),
+    ("time/step_s", "s/step", "{:.1f}"),
+)
+
+
+class ProgressDisplay:
+    """Implements `rl.run.Display`. Use it as a context manager."""
+
+    def __init__(self, title: str, total_steps: int, console: Console | None = None) -> None:
+        self._title = title
+        self._total = total_steps
+        self._console = console or Console(file=sys.stderr, soft_wrap=True)
+        self._started = time.monotonic()
+        self._first_step: int | None = None
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, metrics="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def message(self, text: str) -> None:
+        """One line, whatever the terminal."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a finished step (counted from 1)."""
+        if self._first_step is None:
+            self._first_step = step - 1
+        text = "  ".join(f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, metrics=text)
+        else:
+            self.message(f"{self._title} step {step}/{self._total}  {text}  left {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        done = step - (self._first_step or 0)
+        left = (time.monotonic() - self._started) / max(done, 1) * (self._total - step)
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,67 @@
+"""Checks that need the frameworks but no process: model files, algorithm, group sizes. Run before anything starts.
+
+Left out: the configuration's own consistency (`rl.config`) and the machine's health (`launch.doctor`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rl.advantages import advantage_spec
+from rl.config import LearnerConfig, ModelConfig, TrainConfig
+from rl.errors import ConfigError
+from rl.losses import load_plugins, policy_loss_spec
+from rl.losses.api import check_options
+from rl.losses.contract import check_policy_loss
+
+
+def check_algorithm(config: TrainConfig) -> None:
+    """Raise ConfigError unless estimator, loss, options and sizes go together."""
+    algorithm = config.algorithm
+    load_plugins(algorithm.plugins)
+    estimator = advantage_spec(algorithm.advantage)
+    check_options(
+        f"advantage {algorithm.advantage!r} (algorithm.advantage_options)",
+        estimator.function,
+        algorithm.advantage_options,
+    )
+    if estimator.needs_groups and config.rollout.group_size < 2:
+        raise ConfigError(
+            f"algorithm.advantage {algorithm.advantage} compares the samples of a group, but rollout.group_size is "
+            f"{config.rollout.group_size}; set it to 2 or more"
+        )
+    if estimator.needs_critic:
+        raise ConfigError(
+            f"algorithm.advantage {algorithm.advantage} needs a critic, and this configuration has none; choose grpo, "
+            "rloo or another estimator without a critic"
+        )
+    check_policy_loss(
+        policy_loss_spec(algorithm.loss),
+        algorithm.loss_options,
+        algorithm.aggregation,
+        accumulates=_accumulates(config.learner, config),
+    )
+
+
+def prepare_model(model: ModelConfig) -> None:
+    """Raise ConfigError unless model.path holds (or names) a checkpoint with a configuration and weights."""
+    folder = Path(model.path).expanduser()
+    looks_local = model.path.startswith((".", "/", "~")) or folder.exists()
+    if not looks_local:
+        return  # a hub name; loading the tokenizer says whether it can be reached
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path {model.path} does not exist (looked in {Path.cwd()}); give a Hugging Face checkpoint folder "
+            "or a hub name"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path {model.path} has no config.json, so it is no Hugging Face checkpoint")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ConfigError(f"model.path {model.path} holds no weights (*.safetensors or *.bin)")
+
+
+def _accumulates(learner: LearnerConfig, config: TrainConfig) -> bool:
+    """Whether a mini-batch may be split: over ranks, or because it may not fit one micro-batch."""
+    samples = config.rollout.prompts_per_step * config.rollout.group_size // learner.mini_batches
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return learner.num_workers > 1 or samples * longest > learner.max_tokens_per_microbatch

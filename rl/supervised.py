@@ -1,0 +1,122 @@
+"""A supervised run: worked examples through the same learner, with resume. Left out: data loading and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rl.batch import TrainBatch, TrainSample, UpdateResult
+from rl.checkpoint import LEARNER, CheckpointStore, read_state
+from rl.errors import CheckpointError
+from rl.metrics import MetricSink
+from rl.prompts import SftExample
+from rl.run import Display
+
+
+class SupervisedLearners(Protocol):
+    """The learner group, as supervised training uses it."""
+
+    def sft_step(self, batch: TrainBatch) -> UpdateResult: ...
+    def save_checkpoint(self, directory: Path) -> None: ...
+    def load_checkpoint(self, directory: Path) -> None: ...
+
+
+class SupervisedRun:
+    """Epochs of shuffled batches; one optimizer step a batch. The last, smaller batch of an epoch is used too.
+
+    Args:
+        examples: of every epoch.
+        epochs, batch_size: how often, and how many examples a step.
+        seed: of the order, which depends on (seed, epoch) alone.
+        fingerprint: of what a resumed run must share.
+    """
+
+    def __init__(  # noqa: PLR0913 - one call site, all by name
+        self,
+        examples: Sequence[SftExample],
+        learners: SupervisedLearners,
+        *,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        checkpoints: CheckpointStore,
+        checkpoint_every: int,
+        fingerprint: str,
+        display: Display,
+    ) -> None:
+        self._examples = examples
+        self._learners = learners
+        self._batch_size = batch_size
+        self._seed = seed
+        self._checkpoints = checkpoints
+        self._checkpoint_every = checkpoint_every
+        self._fingerprint = fingerprint
+        self._display = display
+        self.steps_per_epoch = steps_per_epoch(len(examples), batch_size)
+        self.total_steps = epochs * self.steps_per_epoch
+        self.next_step = 0
+
+    def restore(self) -> bool:
+        """Load the newest complete checkpoint; False when there is none. Raises CheckpointError when it is foreign."""
+        path = self._checkpoints.latest()
+        if path is None:
+            return False
+        state = read_state(path)
+        if state["fingerprint"] != self._fingerprint:
+            raise CheckpointError(
+                f"{path} was written under another configuration (model, data, batch size or seed changed); resume "
+                "with the run's own config.yaml, or choose another run_dir"
+            )
+        self._learners.load_checkpoint(path / LEARNER)
+        self.next_step = int(state["step"])
+        self._display.message(f"resumed from {path} ({self.next_step} steps done)")
+        return True
+
+    def execute(self, open_sinks: Callable[[int], Sequence[MetricSink]]) -> dict[str, float]:
+        """Run to the end; returns the metrics of the last step."""
+        sinks = open_sinks(self.next_step)
+        metrics: dict[str, float] = {}
+        try:
+            while self.next_step < self.total_steps:
+                result = self._learners.sft_step(self._batch(self.next_step))
+                metrics = {**result.metrics, "time/step_s": result.seconds}
+                self.next_step += 1
+                for sink in sinks:
+                    sink.write(self.next_step, metrics)
+                self._display.step(self.next_step, metrics)
+                if self._checkpoint_every and self.next_step % self._checkpoint_every == 0:
+                    self._save()
+            return metrics
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def _batch(self, step: int) -> TrainBatch:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
+        chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
+        return TrainBatch.from_samples(tuple(_train_sample(self._examples[i]) for i in chosen))
+
+    def _save(self) -> None:
+        path = self._checkpoints.save(
+            self.next_step, {"fingerprint": self._fingerprint}, self._learners.save_checkpoint
+        )
+        self._display.message(f"checkpoint {path}")
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    return -(-num_examples // batch_size)
+
+
+def _train_sample(example: SftExample) -> TrainSample:
+    length = len(example.response_ids)
+    return TrainSample(
+        prompt_ids=example.prompt_ids,
+        response_ids=example.response_ids,
+        loss_mask=example.loss_mask,
+        advantages=np.zeros(length, dtype=np.float32),  # the supervised loss has no use for these two
+        rollout_logprobs=np.zeros(length, dtype=np.float32),
+    )

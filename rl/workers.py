@@ -1,0 +1,392 @@
+"""Ray learner actors, and their group, which the controller drives as one learner. No mathematics here.
+
+A `LearnerWorker` is one rank of the ZeRO-3 process group. Left out: vLLM; the rollout workers are only handles here, to
+which rank 0 sends weights.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from rl.batch import Annotations, FloatArray, ScoredBatch, TrainBatch, TrainSample, UpdateResult, WeightVersion
+from rl.batching import MiniBatchShare, balance, plan_update
+from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig, SyncConfig
+from rl.errors import FledgeError, LearnerError, WeightSyncError
+from rl.weight_sync.api import Transport
+
+if TYPE_CHECKING:
+    from rl.learner import Learner
+    from rl.weight_sync.sender import WeightSender
+
+TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
+
+_START_TIMEOUT_S = 1800.0  # loading a large checkpoint from a shared file system
+_EXIT_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSpec:
+    """What every rank is built from."""
+
+    learner: LearnerConfig
+    model: ModelConfig
+    algorithm: AlgorithmConfig | None  # None: supervised training
+    seed: int
+    deterministic: bool
+    device: str  # "cpu" or "cuda"
+    total_optimizer_steps: int
+    temperature: float = 1.0  # of the rollouts, because log-probabilities are taken at it
+    fixed_length: int = 1  # tokens, the divisor of the fixed_length aggregation
+
+
+@dataclass(frozen=True, slots=True)
+class SyncSpec:
+    """How rank 0 reaches the rollout workers."""
+
+    config: SyncConfig
+    transport: Transport
+    tensor_parallel_size: int = 1
+
+
+class LearnerWorker:
+    """One rank of the learner, in a Ray actor of its own process."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._spec: LearnerSpec
+        self._learner: Learner
+        self._sender: WeightSender | None = None
+        self._receivers: list[ActorHandle] = []
+
+    def address(self) -> tuple[str, int]:
+        """An address and a free port on this node, for the process group to meet at."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, spec: LearnerSpec, address: tuple[str, int]) -> None:
+        """Join the process group and load the model."""
+        os.environ.update(
+            RANK=str(self._rank),
+            WORLD_SIZE=str(self._world_size),
+            LOCAL_RANK="0",  # Ray shows each actor its own GPU only
+            MASTER_ADDR=address[0],
+            MASTER_PORT=str(address[1]),
+        )
+        import torch
+
+        from rl.learner import Learner
+        from rl.plugins import load_plugins
+
+        self._spec = spec
+        if spec.algorithm is not None:
+            load_plugins(spec.algorithm.plugins)
+        if spec.device == "cpu":
+            threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // self._world_size)
+            torch.set_num_threads(threads)
+        self._learner = Learner(
+            spec.learner,
+            spec.model,
+            spec.algorithm,
+            seed=spec.seed,
+            deterministic=spec.deterministic,
+            device=spec.device,
+            total_optimizer_steps=spec.total_optimizer_steps,
+            temperature=spec.temperature,
+            fixed_length=spec.fixed_length,
+        )
+
+    def annotate(self, samples: Sequence[TrainSample]) -> Annotations:
+        return self._learner.annotate(list(samples))
+
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
+        return self._learner.score_logprobs(pairs)
+
+    def update(self, shares: Sequence[MiniBatchShare]) -> UpdateResult:
+        return self._learner.update(list(shares))
+
+    def sft_step(self, share: MiniBatchShare) -> UpdateResult:
+        return self._learner.sft_step(share)
+
+    def publish_weights(self, sync: SyncSpec, receivers: Sequence[ActorHandle]) -> WeightVersion:
+        """Send the weights to every rollout worker; a collective over the ranks."""
+        if self._sender is None or list(receivers) != self._receivers:
+            self._connect(sync, receivers)
+        assert self._sender is not None
+        return self._sender.send(self._learner.policy_version)
+
+    def _connect(self, sync: SyncSpec, receivers: Sequence[ActorHandle]) -> None:
+        import torch
+
+        from rl.weight_sync.sender import WeightSender
+        from rl.weight_sync.source import Zero3WeightSource
+
+        bucket_bytes = sync.config.bucket_mib << 20
+        source = Zero3WeightSource(
+            self._learner.module,
+            dtype=getattr(torch, self._spec.model.dtype),
+            bucket_bytes=bucket_bytes,
+            rank=self._rank,
+            keep="all" if sync.transport == "ipc" else "sender",
+        )
+        self._sender = WeightSender(
+            source,
+            sync.transport,
+            RayWeightSyncClient(receivers, sync.config.timeout_s),
+            rank=self._rank,
+            world_size=self._world_size,
+            num_engines=len(receivers),
+            tensor_parallel_size=sync.tensor_parallel_size,
+            bucket_bytes=bucket_bytes,
+            timeout_s=sync.config.timeout_s,
+        )
+        self._receivers = list(receivers)
+
+    def save_checkpoint(self, directory: str) -> None:
+        self._learner.save_checkpoint(Path(directory))
+
+    def load_checkpoint(self, directory: str) -> int:
+        """Returns the policy version that was saved."""
+        self._learner.load_checkpoint(Path(directory))
+        return self._learner.policy_version
+
+    def export_hf(self, directory: str) -> None:
+        self._learner.export_hf(Path(directory))
+
+    def close(self) -> None:
+        self._learner.close()
+
+
+class RayWeightSyncClient:
+    """`rl.weight_sync.api.WeightSyncClient` over rollout actors. Every call waits for all of them, up to a deadline."""
+
+    def __init__(self, receivers: Sequence[ActorHandle], timeout_s: float) -> None:
+        self._receivers = list(receivers)
+        self._timeout_s = timeout_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer", init_info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
+        return self._call("finish_weight_update", policy_version)
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(receiver, method).remote(*arguments) for receiver in self._receivers]
+        _, late = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
+        if late:
+            raise WeightSyncError(
+                f"rollout workers {[calls.index(call) for call in late]} did not answer {method} within sync.timeout_s "
+                f"{self._timeout_s:g}"
+            )
+        results = []
+        for index, call in enumerate(calls):
+            try:
+                results.append(ray.get(call))
+            except RayActorError as error:
+                raise WeightSyncError(f"rollout worker {index} died during {method}: {error}") from error
+            except RayTaskError as error:
+                raise WeightSyncError(f"rollout worker {index} failed in {method}: {error.cause}") from error
+        return results
+
+
+@dataclass(slots=True)
+class LearnerGroup:
+    """N learner workers as one; implements `rl.controller.Learners`.
+
+    Build it with `LearnerGroup.start`. `receivers` gives the rollout workers that hold the weights now, because lost
+    ones are replaced during a run.
+    """
+
+    spec: LearnerSpec
+    workers: list[ActorHandle]
+    sync: SyncSpec | None = None
+    receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
+    policy_version: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        start_worker: Callable[[int], ActorHandle],
+        spec: LearnerSpec,
+        *,
+        sync: SyncSpec | None = None,
+        receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+    ) -> LearnerGroup:
+        """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
+        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
+        try:
+            address = group._get([group.workers[0].address.remote()], "find a port", _START_TIMEOUT_S)[0]
+            group._all("start", spec, address, timeout_s=_START_TIMEOUT_S)
+        except BaseException:
+            group.shutdown()
+            raise
+        return group
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """With more than one optimizer step a batch, the first one moves the policy that the rest compares with."""
+        learner, algorithm = self.spec.learner, self.spec.algorithm
+        return learner.epochs * learner.mini_batches > 1 or (
+            algorithm is not None and algorithm.kl.placement == "reward"
+        )
+
+    def annotate(self, scored: ScoredBatch) -> Annotations:
+        """See `rl.controller.Learners`; does no work when the algorithm needs nothing."""
+        algorithm = self.spec.algorithm
+        if not self.needs_old_logprobs and (algorithm is None or algorithm.kl.placement == "none"):
+            return Annotations()
+        samples = [
+            TrainSample(
+                prompt_ids=np.asarray(scored.batch.prompt_of(rollout).token_ids, dtype=np.int32),
+                response_ids=rollout.token_ids,
+                loss_mask=np.ones(rollout.length, dtype=np.bool_),
+                advantages=np.zeros(rollout.length, dtype=np.float32),
+                rollout_logprobs=rollout.rollout_logprobs,
+                routed_experts=rollout.routed_experts,
+            )
+            for rollout in scored.batch.rollouts
+        ]
+        shares, indices = _deal(samples, len(self.workers))
+        parts = self._get(
+            [w.annotate.remote(share) for w, share in zip(self.workers, shares, strict=True)],
+            "annotate",
+            self.spec.learner.timeout_s,
+        )
+        return Annotations(
+            old_logprobs=_collect([p.old_logprobs for p in parts], indices, len(samples)),
+            ref_logprobs=_collect([p.ref_logprobs for p in parts], indices, len(samples)),
+        )
+
+    def update(self, batch: TrainBatch) -> UpdateResult:
+        """All optimizer steps of one batch. Raises LearnerError when nothing in it can be learned from."""
+        started = time.perf_counter()
+        learner = self.spec.learner
+        if batch.num_loss_tokens == 0:
+            raise LearnerError(
+                f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored or "
+                "masked); see the status and error fields of the last samples file"
+            )
+        plan = plan_update(
+            batch,
+            num_ranks=len(self.workers),
+            mini_batches=learner.mini_batches,
+            epochs=learner.epochs,
+            seed=self.spec.seed + self.policy_version,
+        )
+        results: list[UpdateResult] = self._get(
+            [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)],
+            "update",
+            learner.timeout_s,
+        )
+        self.policy_version = results[0].policy_version
+        return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
+
+    def sft_step(self, batch: TrainBatch) -> UpdateResult:
+        """One supervised optimizer step."""
+        started = time.perf_counter()
+        plan = plan_update(batch, num_ranks=len(self.workers))
+        results: list[UpdateResult] = self._get(
+            [w.sft_step.remote(shares[0]) for w, shares in zip(self.workers, plan, strict=True)],
+            "sft_step",
+            self.spec.learner.timeout_s,
+        )
+        self.policy_version = results[0].policy_version
+        return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
+
+    def publish_weights(self) -> WeightVersion:
+        """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""
+        if self.sync is None:
+            raise WeightSyncError("this learner group was started without rollout workers to send weights to")
+        timeout_s = self.sync.config.timeout_s * 4  # the sender's own deadlines, which name the culprit, come first
+        versions: list[WeightVersion] = self._all(
+            "publish_weights", self.sync, list(self.receivers()), timeout_s=timeout_s
+        )
+        return versions[0]
+
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
+        """[pair] -> [R] at temperature 1. All ranks compute all pairs: a probe is small, and gathers are collective."""
+        return self._all("score_logprobs", list(pairs))[0]
+
+    def save_checkpoint(self, directory: Path) -> None:
+        self._all("save_checkpoint", str(directory.resolve()))
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Load parameters, optimizer, schedule, random state and the policy version."""
+        versions = self._all("load_checkpoint", str(directory.resolve()))
+        self.policy_version = versions[0]
+
+    def export_hf(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint."""
+        self._all("export_hf", str(directory.resolve()))
+
+    def shutdown(self) -> None:
+        """End every rank. Never raises: it runs while other errors are on their way out."""
+        calls: list[Any] = [worker.close.remote() for worker in self.workers]
+        ray.wait(calls, num_returns=len(calls), timeout=_EXIT_TIMEOUT_S)
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+
+    def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
+        return self._get(calls, method, timeout_s or self.spec.learner.timeout_s)
+
+    @staticmethod
+    def _get(calls: list[Any], what: str, timeout_s: float) -> list[Any]:
+        """Results by rank. The first rank to fail decides the error: the others only wait for it in a collective."""
+        deadline = time.monotonic() + timeout_s
+        waiting = list(calls)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                late = [calls.index(call) for call in waiting]
+                raise LearnerError(f"learner ranks {late} did not {what} within their deadline of {timeout_s:g} s")
+            rank = calls.index(ready[0])
+            try:
+                ray.get(ready[0])
+            except GetTimeoutError as error:
+                raise LearnerError(f"learner rank {rank}: the result of {what} could not be fetched") from error
+            except RayActorError as error:
+                raise LearnerError(f"learner rank {rank} died during {what}: {error}") from error
+            except RayTaskError as error:
+                if isinstance(error.cause, FledgeError):
+                    raise error.cause from None
+                raise LearnerError(f"learner rank {rank} failed to {what}: {error.cause!r}") from error
+        return ray.get(calls)
+
+
+def _deal(samples: list[TrainSample], num_ranks: int) -> tuple[list[list[TrainSample]], list[list[int]]]:
+    """Balanced shares, and for each the samples' places in the whole."""
+    places = {id(sample): place for place, sample in enumerate(samples)}
+    shares = balance(samples, num_ranks)
+    return shares, [[places[id(sample)] for sample in share] for share in shares]
+
+
+def _collect(
+    parts: Sequence[tuple[FloatArray, ...] | None], places: Sequence[Sequence[int]], count: int
+) -> tuple[FloatArray, ...] | None:
+    """Put the ranks' results back in the order of the samples."""
+    whole: dict[int, FloatArray] = {}
+    for part, part_places in zip(parts, places, strict=True):
+        if part is None:
+            return None
+        whole.update(zip(part_places, part, strict=True))
+    return tuple(whole[place] for place in range(count))
