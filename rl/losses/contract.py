@@ -118,7 +118,9 @@ def _value(
     gradients = []
     for part in parts:
         inputs = dataclasses.replace(part, logprobs=part.logprobs.clone().requires_grad_())
-        output = spec.function(inputs, **options)
+        with torch.random.fork_rng(devices=[]):  # a loss that draws at random must draw the same each time
+            torch.manual_seed(0)
+            output = spec.function(inputs, **options)
         if not isinstance(output, PolicyLossOutput) or output.loss.shape != inputs.logprobs.shape:
             shape = tuple(output.loss.shape) if isinstance(output, PolicyLossOutput) else type(output).__name__
             raise ConfigError(
