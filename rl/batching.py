@@ -1,0 +1,123 @@
+"""How a batch of samples becomes mini-batches, shares of ranks, and micro-batches. Pure and deterministic.
+
+Left out: tensors and padding (`rl.layouts`), and the forward pass (`rl.learner`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rl.batch import TrainBatch, TrainSample
+from rl.errors import LearnerError
+
+Layout = Literal["packed", "bucketed"]
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatchShare:
+    """What one rank computes of one optimizer step. The denominators are those of the whole mini-batch, over all ranks,
+    so that the loss does not depend on how the work is split."""
+
+    samples: tuple[TrainSample, ...]
+    num_loss_tokens: int
+    num_sequences: int
+
+
+def split_into_mini_batches(batch: TrainBatch, mini_batches: int, *, seed: int) -> list[TrainBatch]:
+    """Shuffle and cut a batch into `mini_batches` parts whose sample counts differ by at most one.
+
+    Samples without a loss token are left out: they would cost a forward pass and add nothing. A part may be empty when
+    fewer samples than parts are left. With one mini-batch the order stays.
+    """
+    useful = [s for s in batch.samples if s.num_loss_tokens]
+    order = np.arange(len(useful))
+    if mini_batches > 1:
+        order = np.random.default_rng(seed).permutation(len(useful))
+    return [TrainBatch.from_samples(tuple(useful[i] for i in part)) for part in np.array_split(order, mini_batches)]
+
+
+def sequence_cost(num_tokens: int, hidden_size: int = 4096) -> float:
+    """Relative compute of one sequence: n (1 + n / 6H).
+
+    A transformer layer costs about 24 H^2 FLOPs a token for its matrices and 4 n H for attention over n tokens.
+    """
+    return num_tokens * (1.0 + num_tokens / (6.0 * hidden_size))
+
+
+def balance(samples: Sequence[TrainSample], num_ranks: int, *, hidden_size: int = 4096) -> list[list[TrainSample]]:
+    """Deal samples to ranks so that their costs are about equal: longest first, each to the least loaded rank.
+
+    The largest load is at most 4/3 - 1/(3 num_ranks) of the best possible one (Graham 1969). Every rank gets work as
+    long as there are as many samples as ranks.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (-samples[i].num_tokens, i))
+    heap = [(0.0, rank) for rank in range(num_ranks)]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    for index in order:
+        load, rank = heapq.heappop(heap)
+        shares[rank].append(index)
+        heapq.heappush(heap, (load + sequence_cost(samples[index].num_tokens, hidden_size), rank))
+    return [[samples[i] for i in sorted(share)] for share in shares]
+
+
+def plan_update(
+    batch: TrainBatch, *, num_ranks: int, mini_batches: int = 1, epochs: int = 1, seed: int = 0, hidden_size: int = 4096
+) -> list[list[MiniBatchShare]]:
+    """The whole update: for each rank its share of every optimizer step, `epochs * mini_batches` of them.
+
+    Each epoch shuffles anew, from `seed` and the epoch's number.
+    """
+    plan: list[list[MiniBatchShare]] = [[] for _ in range(num_ranks)]
+    for epoch in range(epochs):
+        epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        for part in split_into_mini_batches(batch, mini_batches, seed=epoch_seed):
+            shares = balance(part.samples, num_ranks, hidden_size=hidden_size)
+            for rank, samples in enumerate(shares):
+                plan[rank].append(MiniBatchShare(tuple(samples), part.num_loss_tokens, part.num_sequences))
+    return plan
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Layout) -> list[list[int]]:
+    """Group sequences so that no group holds more than `max_tokens` positions, padding included.
+
+    bucketed: sequences of similar length together; a group of k sequences costs k times its longest one.
+    packed: first-fit decreasing; a group costs the sum of its lengths.
+
+    Groups come with the most expensive first, so that ranks that run in lockstep meet groups of similar cost.
+
+    Example: `micro_batches([3, 5, 2], 6, "bucketed")` is `[[1], [0, 2]]`; packed it is the same, and
+    `micro_batches([3, 5, 1], 6, "packed")` is `[[1, 2], [0]]`.
+
+    Raises:
+        LearnerError: a sequence is longer than `max_tokens`.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if order and lengths[order[0]] > max_tokens:
+        raise LearnerError(
+            f"a sequence of {lengths[order[0]]} tokens does not fit learner.max_tokens_per_microbatch {max_tokens}; "
+            f"raise it to at least {lengths[order[0]]}"
+        )
+    if layout == "bucketed":
+        groups: list[list[int]] = []
+        for index in order:
+            if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        return groups
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for index in order:
+        slot = next((i for i, space in enumerate(free) if space >= lengths[index]), None)
+        if slot is None:
+            bins.append([index])
+            free.append(max_tokens - lengths[index])
+        else:
+            bins[slot].append(index)
+            free[slot] -= lengths[index]
+    return [bins[i] for i in sorted(range(len(bins)), key=lambda i: (free[i], i))]

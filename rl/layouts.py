@@ -1,0 +1,198 @@
+"""Micro-batches as tensors: padded rows of similar length ("bucketed"), or one row of packed sequences ("packed").
+
+Both are exact: a sequence gets the log-probabilities that it gets alone. Left out: which samples go together
+(`rl.batching`) and the forward pass (`rl.learner`).
+
+A model reads every token but a sequence's last one, which nothing is predicted from: a sequence of P prompt and R
+response tokens takes n = P + R - 1 positions, and the last R of them predict the response.
+
+Shape legend: S sequences, n positions of one of them, B x L the padded input, T response tokens of the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rl.batch import IntArray, TrainSample
+from rl.batching import Layout
+from rl.errors import LearnerError
+
+FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
+# These leave position_ids out of their attention mask, so packed sequences need explicit masks.
+_NEEDS_EXPLICIT_MASKS = ("gpt_oss",)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """What the forward pass needs of one sample."""
+
+    prompt_ids: IntArray  # [P]
+    response_ids: IntArray  # [R]
+    routed_experts: npt.NDArray[np.int16] | None = None  # [P+R-1, layers, top_k]
+
+    @classmethod
+    def of(cls, sample: TrainSample) -> TokenSequence:
+        return cls(sample.prompt_ids, sample.response_ids, sample.routed_experts)
+
+    @property
+    def num_positions(self) -> int:
+        """n = P + R - 1."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Model inputs of S sequences, and where their response tokens are predicted."""
+
+    model_inputs: dict[str, Any]  # input_ids [B, L] and what the layout adds
+    positions: Tensor  # [T] int64 into B x L flattened: the hidden state that predicts each response token
+    targets: Tensor  # [T] int64, the response tokens
+    sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
+    lengths: tuple[int, ...]  # S x R
+    real: Tensor  # [B * L] bool, False on padding
+    routed_experts: Tensor | None = field(default=None)  # [B * L, layers, top_k] int64
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """[T] -> S x [R]."""
+        return list(values.split(list(self.lengths)))
+
+
+def resolve_layout(layout: str, *, attention: str, device: str) -> Layout:
+    """The layout that `learner.layout` means: `auto` packs where attention has a variable-length kernel (without one,
+    packing pays for the whole masked square), and else makes buckets."""
+    if layout == "auto":
+        return "packed" if device == "cuda" and attention in FLASH_ATTENTIONS else "bucketed"
+    if layout not in ("packed", "bucketed"):
+        raise LearnerError(f"unknown layout {layout!r}; use auto, packed or bucketed")
+    return layout  # type: ignore[return-value]
+
+
+def collate(
+    sequences: Sequence[TokenSequence],
+    layout: Layout,
+    *,
+    model_config: Any,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> MicroBatch:
+    """Build the tensors of one micro-batch.
+
+    Args:
+        sequences: S >= 1, each with at least one prompt and one response token.
+        layout: bucketed gives [S, max n], packed gives [1, sum n].
+        model_config: the transformers configuration of the model.
+        device: where the tensors go.
+        dtype: of additive attention masks, where the model needs them; that of its activations.
+
+    Raises:
+        LearnerError: a sequence without a prompt or a response, or a packed layout that the model cannot run.
+    """
+    for index, sequence in enumerate(sequences):
+        if not len(sequence.prompt_ids) or not len(sequence.response_ids):
+            raise LearnerError(
+                f"sequence {index} has {len(sequence.prompt_ids)} prompt and {len(sequence.response_ids)} response "
+                "tokens; the learner needs at least one of each"
+            )
+    lengths = np.array([s.num_positions for s in sequences])
+    if layout == "bucketed":
+        rows, width = len(sequences), int(lengths.max())
+        starts = np.arange(rows) * width
+    else:
+        rows, width = 1, int(lengths.sum())
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    input_ids = np.zeros(rows * width, dtype=np.int64)
+    real = np.zeros(rows * width, dtype=bool)
+    for start, length, sequence in zip(starts, lengths, sequences, strict=True):
+        span = slice(start, start + length)
+        input_ids[span] = np.concatenate([sequence.prompt_ids, sequence.response_ids])[:-1]
+        real[span] = True
+    responses = [len(s.response_ids) for s in sequences]
+    positions = [np.arange(s + n - r, s + n) for s, n, r in zip(starts, lengths, responses, strict=True)]
+
+    def tensor(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    inputs: dict[str, Any] = {"input_ids": tensor(input_ids.reshape(rows, width)), "use_cache": False}
+    if layout == "packed":
+        inputs |= _packed_inputs(lengths, model_config, device, dtype)
+    # Bucketed rows are padded on the right and need neither mask nor positions: attention is causal, so a real token
+    # never sees the padding behind it.
+    return MicroBatch(
+        model_inputs=inputs,
+        positions=tensor(np.concatenate(positions)),
+        targets=tensor(np.concatenate([s.response_ids for s in sequences]).astype(np.int64)),
+        sequence_index=tensor(np.repeat(np.arange(len(sequences)), responses)),
+        lengths=tuple(responses),
+        real=tensor(real),
+        routed_experts=_routed_experts(sequences, starts, rows * width, tensor),
+    )
+
+
+def _packed_inputs(
+    lengths: npt.NDArray[Any], model_config: Any, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Positions that restart, from which transformers builds block-diagonal attention (and only without a mask and a
+    cache); explicit masks for the models that do not look at them."""
+    position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
+    inputs: dict[str, Any] = {"position_ids": position_ids[None], "attention_mask": None}
+    attention = model_config._attn_implementation
+    if model_config.model_type in _NEEDS_EXPLICIT_MASKS and attention not in FLASH_ATTENTIONS:
+        if attention != "eager":
+            raise LearnerError(
+                f"{model_config.model_type} with {attention} attention cannot run packed sequences exactly; set "
+                "learner.layout to bucketed, or model.attention to eager"
+            )
+        sequence = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+        inputs["attention_mask"] = _explicit_masks(sequence, model_config, dtype)
+    return inputs
+
+
+def _explicit_masks(sequence: Tensor, model_config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """[L] sequence numbers -> additive masks [1, 1, L, L] by layer type: causal within a sequence, and in sliding
+    layers over the last `sliding_window` tokens only."""
+    index = torch.arange(len(sequence), device=sequence.device)
+    distance = index[:, None] - index[None, :]
+    full = (sequence[:, None] == sequence[None, :]) & (distance >= 0)
+    allowed = {"full_attention": full, "sliding_attention": full & (distance < model_config.sliding_window)}
+    blocked = torch.finfo(dtype).min
+    return {
+        name: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, blocked)[None, None]
+        for name, mask in allowed.items()
+    }
+
+
+def _routed_experts(
+    sequences: Sequence[TokenSequence],
+    starts: npt.NDArray[Any],
+    size: int,
+    tensor: Callable[[npt.NDArray[Any]], Tensor],
+) -> Tensor | None:
+    """The recorded experts of every position, in the layout's order; padding gets the first experts."""
+    recorded = [s.routed_experts for s in sequences if s.routed_experts is not None]
+    if not recorded:
+        return None
+    if len(recorded) != len(sequences):
+        raise LearnerError(
+            f"only {len(recorded)} of {len(sequences)} samples carry routed_experts; router replay needs all or none"
+        )
+    layers, top_k = recorded[0].shape[1:]
+    experts = np.tile(np.arange(top_k, dtype=np.int64), (size, layers, 1))
+    for start, sequence, routed in zip(starts, sequences, recorded, strict=True):
+        if routed.shape != (sequence.num_positions, layers, top_k):
+            raise LearnerError(
+                f"routed_experts has shape {routed.shape}; this sequence needs "
+                f"{(sequence.num_positions, layers, top_k)} (prompt + response - 1, layers, experts a token)"
+            )
+        experts[start : start + len(routed)] = routed
+    return tensor(experts)

@@ -1,0 +1,356 @@
+"""The learner: a ZeRO-3 engine as a plain class. It annotates, updates, scores, saves and exports one policy.
+
+One object is one rank. Methods are collectives: every rank calls them in the same order, each with its own share.
+Left out: Ray (`rl.workers`), the transfer of weights (`rl.weight_sync`), advantages, and a critic (a second engine
+beside this one would be a class of its own, made from the same parts).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rl.batch import Annotations, FloatArray, IntArray, TrainSample, UpdateResult
+from rl.batching import MiniBatchShare, micro_batches
+from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
+from rl.errors import LearnerError
+from rl.layouts import MicroBatch, TokenSequence, collate, resolve_layout
+from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
+from rl.learner_checks import check_layout
+from rl.learner_metrics import MetricSums, memory_peak_gib
+from rl.logprobs import LogprobHead
+from rl.models import DTYPES, load_config, load_model
+from rl.moe import Routers, router_metrics
+from rl.objectives import Objective, PolicyObjective, SupervisedObjective, correction_metrics
+from rl.optim import build_optimizer, build_schedule
+from rl.zero3 import inference_config, init_distributed, start_engine, training_config
+
+# What a rank runs when the others still have work: two tokens whose loss weighs nothing.
+_EMPTY = TokenSequence(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
+
+
+class Learner:
+    """One rank of the ZeRO-3 learner.
+
+    Args:
+        config: the learner's section.
+        model: the policy to load.
+        algorithm: the loss and what is around it; None for supervised training only.
+        seed: of everything random in this process.
+        deterministic: refuse operations whose result is not repeatable.
+        device: "cpu" (gloo) or "cuda" (NCCL, this rank's LOCAL_RANK).
+        total_optimizer_steps: the length of the learning-rate schedule.
+        fixed_length: the longest possible response, for the aggregation of that name.
+        temperature: of the rollouts; log-probabilities are of the distribution that was sampled from.
+
+    Raises:
+        LearnerError: the model cannot be loaded, or the layout would not be exact with its attention.
+    """
+
+    def __init__(  # noqa: PLR0913 - one call site, all by name
+        self,
+        config: LearnerConfig,
+        model: ModelConfig,
+        algorithm: AlgorithmConfig | None,
+        *,
+        seed: int,
+        deterministic: bool,
+        device: str,
+        total_optimizer_steps: int,
+        fixed_length: int,
+        temperature: float = 1.0,
+    ) -> None:
+        init_distributed(device, config.timeout_s)
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.device = _set_up_process(seed=seed, deterministic=deterministic, device=device)
+        self.policy_version = 0
+        self._config, self._model_config, self._algorithm = config, model, algorithm
+        self._temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
+        self._skipped_in_a_row = 0
+        self._objective = PolicyObjective(algorithm, fixed_length) if algorithm else None
+        self.engine = self._start_policy(total_optimizer_steps)
+        self._layout = resolve_layout(
+            config.layout, attention=self.module.config._attn_implementation, device=self.device.type
+        )
+        check_layout(self.engine, self._head, self._layout, device=self.device, dtype=DTYPES[model.dtype])
+        self._reference: tuple[Any, LogprobHead] | None = None
+        if algorithm is not None and algorithm.kl.placement != "none":
+            self._reference = self._start_reference(algorithm.kl.reference or model.path)
+
+    @property
+    def module(self) -> Any:
+        """The transformers model; its parameters are ZeRO-3 partitions."""
+        return self.engine.module
+
+    def annotate(self, sequences: Sequence[TrainSample]) -> Annotations:
+        """Log-probabilities of this rank's samples before the update, in their order, at the rollout's temperature.
+
+        old_logprobs is None when one update is one optimizer step and nothing else needs them; ref_logprobs is None
+        without a KL term.
+        """
+        if self._algorithm is None:
+            raise LearnerError("annotate needs an algorithm; this learner was made for supervised training")
+        tokens = [TokenSequence.of(s) for s in sequences]
+        steps = self._config.epochs * self._config.mini_batches
+        old = ref = None
+        if steps > 1 or self._algorithm.kl.placement == "reward":
+            old = tuple(self._score(self.engine, self._head, tokens, replay=self._config.moe.router_replay))
+        if self._reference is not None:
+            ref = tuple(self._score(*self._reference, tokens))
+        return Annotations(old_logprobs=old, ref_logprobs=ref)
+
+    def score_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[FloatArray]:
+        """For each (prompt_ids, response_ids): [R] log-probabilities of the response at temperature 1."""
+        sequences = [TokenSequence(_int32(prompt), _int32(response)) for prompt, response in pairs]
+        return self._score(self.engine, self._head, sequences, temperature=1.0)
+
+    def update(self, mini_batches: Sequence[MiniBatchShare]) -> UpdateResult:
+        """One optimizer step for each mini-batch, from this rank's shares (see `rl.batching.plan_update`).
+
+        Raises:
+            LearnerError: too many non-finite steps in a row, or samples that lack what the algorithm needs.
+        """
+        if self._objective is None:
+            raise LearnerError("update needs an algorithm; this learner was made for supervised training")
+        if len(mini_batches) > 1 and any(s.old_logprobs is None for share in mini_batches for s in share.samples):
+            raise LearnerError(
+                f"an update of {len(mini_batches)} optimizer steps needs old_logprobs; annotate the batch first"
+            )
+        result = self._run(mini_batches, self._objective)
+        if "learner/kl_ref" in result.metrics:
+            self._objective.kl.update(
+                result.metrics["learner/kl_ref"], sum(share.num_sequences for share in mini_batches)
+            )
+        return result
+
+    def sft_step(self, share: MiniBatchShare) -> UpdateResult:
+        """One supervised optimizer step: negative log-likelihood of the response tokens under the loss mask."""
+        return self._run([share], SupervisedObjective())
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write weights, optimizer, schedule and random state into `directory`, each rank its own shard."""
+        state = {
+            "policy_version": self.policy_version,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "kl_coefficient": self._objective.kl.coefficient if self._objective else None,
+        }
+        save_checkpoint(self.engine, Path(directory), state)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Continue from `save_checkpoint`. Raises CheckpointError if it is missing or of another number of ranks."""
+        state = load_checkpoint(self.engine, Path(directory))
+        self.policy_version = state["policy_version"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self._objective is not None and state["kl_coefficient"] is not None:
+            self._objective.kl.coefficient = state["kl_coefficient"]
+
+    def export_hf(self, directory: str | Path) -> None:
+        """Write a Hugging Face checkpoint: safetensors in checkpoint names, configuration, tokenizer."""
+        export_hf(self.module, self._model_config, Path(directory))
+
+    def close(self) -> None:
+        """Free the engines. The process group stays: whoever made it ends it."""
+        if self._reference is not None:
+            self._reference[0].destroy()
+            self._reference = None
+        self.engine.destroy()
+
+    def _start_policy(self, total_optimizer_steps: int) -> Any:
+        config, model = self._config, self._model_config
+        hidden_size = load_config(model).hidden_size
+        zero = training_config(config, dtype=model.dtype, hidden_size=hidden_size)
+        policy = load_model(model, zero, device=self.device.type)
+        self._head = LogprobHead(policy, config.logprob_chunk_tokens)
+        self._routers = _routers(policy, config, self.device)
+        if config.activation_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        return start_engine(
+            policy,
+            zero,
+            optimizer=build_optimizer(policy, config.optimizer),
+            schedule=lambda optimizer: build_schedule(optimizer, config.optimizer, total_optimizer_steps),
+        )
+
+    def _start_reference(self, path: str) -> tuple[Any, LogprobHead]:
+        model = self._model_config
+        hidden_size = load_config(model, path).hidden_size
+        zero = inference_config(dtype=model.dtype, hidden_size=hidden_size, offload=self._config.offload_reference)
+        reference = load_model(model, zero, device=self.device.type, path=path)
+        reference.requires_grad_(False).eval()
+        head = LogprobHead(reference, self._config.logprob_chunk_tokens)
+        return start_engine(reference, zero), head
+
+    def _groups(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """Micro-batches of this rank, as many as the rank with the most has: ZeRO-3 runs in lockstep. Groups that are
+        empty run `_EMPTY`."""
+        groups = micro_batches(
+            [s.num_positions for s in sequences], self._config.max_tokens_per_microbatch, self._layout
+        )
+        count = torch.tensor(len(groups), device=self.device)
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        return groups + [[] for _ in range(int(count) - len(groups))]
+
+    def _collate(self, sequences: Sequence[TokenSequence]) -> MicroBatch:
+        return collate(
+            sequences or [_EMPTY],
+            self._layout,
+            model_config=self.module.config,
+            device=self.device,
+            dtype=DTYPES[self._model_config.dtype],
+        )
+
+    @torch.no_grad()
+    def _score(
+        self,
+        engine: Any,
+        head: LogprobHead,
+        sequences: Sequence[TokenSequence],
+        *,
+        temperature: float | None = None,
+        replay: bool = False,
+    ) -> list[FloatArray]:
+        engine.eval()
+        results: list[FloatArray] = [np.empty(0, dtype=np.float32)] * len(sequences)
+        for group in self._groups(sequences):
+            micro = self._collate([sequences[i] for i in group])
+            routing = self._routers.forward_pass(micro.real, experts=micro.routed_experts) if replay else nullcontext()
+            with routing, head.query(micro.positions, micro.targets, temperature=temperature or self._temperature):
+                logprobs = engine(**micro.model_inputs).logits[0]
+            for index, values in zip(group, micro.split(logprobs), strict=False):  # `_EMPTY` belongs to no sample
+                results[index] = values.cpu().numpy()
+        return results
+
+    def _run(self, shares: Sequence[MiniBatchShare], objective: Objective) -> UpdateResult:
+        start = time.perf_counter()
+        self.engine.train()
+        sums = MetricSums()
+        for share in shares:
+            self._optimizer_step(share, objective, sums)
+        self.policy_version += 1
+        seconds = time.perf_counter() - start
+        sums.add_sum("learner/tokens", sum(s.num_tokens for share in shares for s in share.samples))
+        sums.add_max("seconds", seconds)
+        sums.add_max("learner/memory_peak_gib", memory_peak_gib())
+        metrics, totals = sums.reduce()
+        seconds = metrics.pop("seconds")
+        metrics |= correction_metrics(totals) | self._router_metrics()
+        metrics["learner/tokens_per_s"] = totals["learner/tokens"] / seconds
+        metrics["learner/skipped_steps"] = totals["learner/skipped_steps"] / self.world_size
+        return UpdateResult(policy_version=self.policy_version, metrics=metrics, seconds=seconds)
+
+    def _optimizer_step(self, share: MiniBatchShare, objective: Objective, sums: MetricSums) -> None:
+        sums.add_sum("learner/skipped_steps", 0.0)
+        if share.num_loss_tokens == 0:
+            return  # nothing to learn on any rank; a step would still move the weights by momentum and decay
+        sequences = [TokenSequence.of(s) for s in share.samples]
+        groups = self._groups(sequences)
+        if not objective.split_invariant and (len(groups) > 1 or self.world_size > 1):
+            raise LearnerError(
+                f"this policy loss looks across sequences and cannot be split, but the mini-batch takes {len(groups)} "
+                f"micro-batches on {self.world_size} ranks; use one rank and a larger "
+                "learner.max_tokens_per_microbatch, or another algorithm.loss"
+            )
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, group in enumerate(groups):
+            self.engine.set_gradient_accumulation_boundary(index == len(groups) - 1)
+            total += self._micro_step([share.samples[i] for i in group], share, objective, sums)
+        sums.add_mean("learner/lr", self.engine.get_lr()[0], 1.0)
+        self.engine.step()
+        if self._step_was_applied(sums):
+            # The ranks' parts add up to the loss, so all of them together weigh one.
+            sums.add_mean("learner/loss", total, 1.0 / self.world_size)
+            sums.add_mean("learner/grad_norm", self.engine.get_global_grad_norm(), 1.0)
+
+    def _micro_step(
+        self, samples: Sequence[TrainSample], share: MiniBatchShare, objective: Objective, sums: MetricSums
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the loss."""
+        moe = self._config.moe
+        micro = self._collate([TokenSequence.of(s) for s in samples])
+        # The backward pass is within, because checkpointed activations are recomputed with the same experts.
+        with self._routers.forward_pass(
+            micro.real,
+            experts=micro.routed_experts if moe.router_replay else None,
+            measure=bool(samples),
+        ):
+            with self._head.query(
+                micro.positions, micro.targets, temperature=self._temperature, entropy_grad=objective.entropy_grad
+            ):
+                logprobs, entropy = self.engine(**micro.model_inputs).logits
+            if samples:
+                loss = objective(logprobs, entropy, samples, micro, share, sums)
+                if moe.aux_loss_coefficient:
+                    loss = loss + self._aux_loss(samples, share, sums)
+            else:
+                loss = 0.0 * logprobs.sum()
+            # A loss that is not finite may still have finite gradients; DeepSpeed looks at the gradients alone, so they
+            # are made NaN, and every rank skips the step.
+            loss = loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)
+            # DeepSpeed averages gradients over ranks; the loss is already divided by global counts.
+            self.engine.backward(loss * self.world_size)
+        return loss.detach().double()
+
+    def _aux_loss(self, samples: Sequence[TrainSample], share: MiniBatchShare, sums: MetricSums) -> Tensor:
+        """Every micro-batch's load balancing loss, weighted by its share of the loss tokens."""
+        balance = self._routers.aux_loss()
+        tokens = sum(s.num_loss_tokens for s in samples)
+        sums.add_mean("learner/router_aux_loss", balance.detach() * tokens, tokens)
+        return self._config.moe.aux_loss_coefficient * balance * (tokens / share.num_loss_tokens)
+
+    def _step_was_applied(self, sums: MetricSums) -> bool:
+        """DeepSpeed leaves a step out, on all ranks, when the gradient's norm is not finite."""
+        if not self.engine.optimizer.overflow:
+            self._skipped_in_a_row = 0
+            return True
+        self._skipped_in_a_row += 1
+        sums.add_sum("learner/skipped_steps", 1.0)
+        if self._skipped_in_a_row > self._config.max_skipped_steps:
+            raise LearnerError(
+                f"{self._skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite "
+                f"(learner.max_skipped_steps {self._config.max_skipped_steps}); lower learner.optimizer.lr, or resume "
+                "from an earlier checkpoint"
+            )
+        return False
+
+    def _router_metrics(self) -> dict[str, float]:
+        if not len(self._routers):
+            return {}
+        load, entropy, tokens = self._routers.take_sums()
+        count = torch.tensor(tokens, dtype=torch.float64, device=self.device)
+        for tensor in (load, entropy, count):
+            torch.distributed.all_reduce(tensor)
+        return router_metrics(load, entropy, int(count))
+
+
+def _routers(policy: nn.Module, config: LearnerConfig, device: torch.device) -> Routers:
+    routers = Routers(policy, device)
+    moe = config.moe
+    if not len(routers) and (moe.freeze_router or moe.router_replay or moe.aux_loss_coefficient):
+        raise LearnerError(
+            f"learner.moe is set, but {type(policy).__name__} has no router that is known here; leave learner.moe out"
+        )
+    if moe.freeze_router:
+        routers.freeze()
+    return routers
+
+
+def _set_up_process(*, seed: int, deterministic: bool, device: str) -> torch.device:
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _int32(ids: Sequence[int]) -> IntArray:
+    return np.asarray(ids, dtype=np.int32)

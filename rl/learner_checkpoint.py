@@ -1,0 +1,181 @@
+"""The learner's files: sharded checkpoints to continue from, and Hugging Face checkpoints to use elsewhere.
+
+Left out: atomicity (`rl.checkpoint` writes into a temporary folder and renames it) and the run's own state.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl.config import ModelConfig
+from rl.errors import CheckpointError
+from rl.models import DTYPES, load_config
+from rl.weight_sync.source import Zero3WeightSource
+
+_TAG = "zero3"
+_META = "learner.json"
+_SHARD_BYTES = 4 * 2**30
+_BUCKET_BYTES = 256 * 2**20
+
+
+def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None:
+    """Write this rank's shard, its random state, and (rank 0) `state` as JSON. A collective."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    directory.mkdir(parents=True, exist_ok=True)
+    engine.save_checkpoint(str(directory), tag=_TAG)
+    torch.save(_random_state(), directory / f"random_{rank}.pt")
+    if rank == 0:
+        (directory / _META).write_text(json.dumps({"world_size": world_size, "state": state}, indent=1))
+    torch.distributed.barrier()
+
+
+def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote; returns its `state`. A collective."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    meta = _read_meta(directory)
+    if meta["world_size"] != world_size:
+        raise CheckpointError(
+            f"{directory} was written by {meta['world_size']} learner workers and cannot be read by {world_size}; "
+            f"set learner.num_workers to {meta['world_size']}"
+        )
+    path, _ = engine.load_checkpoint(str(directory), tag=_TAG)
+    if path is None:
+        raise CheckpointError(f"{directory / _TAG} is incomplete: DeepSpeed found no checkpoint in it")
+    _set_random_state(torch.load(directory / f"random_{rank}.pt", weights_only=True))
+    state: dict[str, Any] = meta["state"]
+    return state
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((directory / _META).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} holds no learner checkpoint ({_META} is missing)") from error
+    return meta
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def export_hf(model: Any, source: ModelConfig, directory: Path) -> None:
+    """Write the weights as safetensors in checkpoint names, with configuration, generation settings and tokenizer.
+
+    A collective. Memory is bounded by one bucket on every rank and one file (4 GiB) on rank 0.
+    """
+    rank = torch.distributed.get_rank()
+    weights = Zero3WeightSource(model, dtype=DTYPES[source.dtype], bucket_bytes=_BUCKET_BYTES, rank=rank)
+    writer = _ShardWriter(directory)
+    for name, tensor in weights:
+        writer.add(name, tensor.cpu())
+    if rank == 0:
+        writer.finish()
+        _write_companions(model, source, directory)
+    torch.distributed.barrier()
+
+
+def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) -> None:
+    """Write the Hugging Face checkpoint of a `save_checkpoint` folder, in this process alone, without an engine.
+
+    Memory is bounded by one parameter and one file. Raises CheckpointError if there is no learner checkpoint.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    _read_meta(checkpoint)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            load_config(source), dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
+        )
+    # The float32 master weights round to exactly the weights that were trained with.
+    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)
+    writer = _ShardWriter(directory)
+    for name, _ in skeleton.named_parameters():
+        whole = masters[name].contiguous().to(DTYPES[source.dtype])
+        for checkpoint_name, tensor in revert_weight_conversion(skeleton, {name: whole}).items():
+            writer.add(checkpoint_name, tensor)
+    writer.finish()
+    _write_companions(skeleton, source, directory)
+
+
+def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # the weights are written dequantised
+    config["dtype"] = source.dtype
+    config["architectures"] = [type(model).__name__]
+    type(model.config).from_dict(config).save_pretrained(directory)
+    try:
+        generation = GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    except OSError:  # the checkpoint has none
+        generation = GenerationConfig.from_model_config(model.config)
+    generation.save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    if source.chat_template is not None:
+        tokenizer.chat_template = Path(source.chat_template).read_text()
+    tokenizer.save_pretrained(directory)
+
+
+class _ShardWriter:
+    """Writes tensors into files of bounded size, and the index if there are several."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._files: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > _SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+
+    def finish(self) -> None:
+        self._flush()
+        for stale in self._directory.glob("model*.safetensors*"):
+            if not re.fullmatch(r"model-part-\d+\.safetensors", stale.name):
+                stale.unlink()
+        count = len(self._files)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._files, start=1):
+            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._part(number).chmod(0o644)  # safetensors writes for the owner only
+            self._part(number).rename(self._directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self._directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        self._files.append(list(self._pending))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save_file(self._pending, self._part(len(self._files)), metadata={"format": "pt"})
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self._directory / f"model-part-{number:05d}.safetensors"

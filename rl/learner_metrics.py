@@ -1,0 +1,79 @@
+"""Sums that become metrics: added up over micro-batches, then over ranks, divided once at the end.
+
+Left out: what is measured (`rl.objectives`, `rl.learner`) and where metrics go (`rl.metrics`).
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+Number = Tensor | float
+
+
+class MetricSums:
+    """Means (sum and weight), plain sums, and maxima by name.
+
+    A mean over tokens is right under any split only if numerator and denominator are added up apart; a mean of means is
+    not. Tensors stay on their device until `reduce`, so that nothing waits for a GPU in between.
+    """
+
+    def __init__(self) -> None:
+        self._means: dict[str, list[tuple[Number, Number]]] = {}
+        self._sums: dict[str, list[Number]] = {}
+        self._maxima: dict[str, list[Number]] = {}
+
+    def add_mean(self, name: str, total: Number, weight: Number) -> None:
+        """`total` is a sum over `weight` items."""
+        self._means.setdefault(name, []).append((total, weight))
+
+    def add_masked_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Mean of `values` [T] where `mask` [T] holds."""
+        values = values.detach()
+        self.add_mean(name, torch.where(mask, values, torch.zeros_like(values)).double().sum(), mask.sum())
+
+    def add_sum(self, name: str, value: Number) -> None:
+        self._sums.setdefault(name, []).append(value)
+
+    def add_max(self, name: str, value: Number) -> None:
+        self._maxima.setdefault(name, []).append(value)
+
+    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(means and maxima, plain sums) over all ranks. A collective: every rank calls it and gets the same numbers.
+
+        Ranks may hold different names (a rank without work holds few). A mean of weight 0 is left out.
+        """
+        mine = (
+            {n: (_total(t for t, _ in pairs), _total(w for _, w in pairs)) for n, pairs in self._means.items()},
+            {n: _total(values) for n, values in self._sums.items()},
+            {n: max(float(v) for v in values) for n, values in self._maxima.items()},
+        )
+        everyone = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        means: dict[str, list[float]] = {}
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for rank_means, rank_sums, rank_maxima in everyone:
+            for name, (total, weight) in rank_means.items():
+                entry = means.setdefault(name, [0.0, 0.0])
+                entry[0] += total
+                entry[1] += weight
+            for name, value in rank_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+            for name, value in rank_maxima.items():
+                maxima[name] = max(maxima.get(name, value), value)
+        return {n: t / w for n, (t, w) in means.items() if w > 0} | maxima, sums
+
+
+def _total(values: Iterable[Number]) -> float:
+    return sum(float(v) for v in values)
+
+
+def memory_peak_gib() -> float:
+    """Peak memory of this process: CUDA memory in use where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,0 +1,193 @@
+"""Log-probabilities and entropy of chosen tokens through a model's output head, without the [T, V] logits.
+
+Left out: the model's forward pass (`rl.learner`) and which positions are chosen (`rl.layouts`).
+
+Shape legend: T chosen positions, C tokens of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rl.errors import LearnerError
+
+# Rows of the head's gradient that are updated at a time, so that a second [V, H] tensor never exists.
+_VOCABULARY_BLOCK = 16384
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log p(target) and entropy per token; saves only the log-sum-exp and the entropy, and recomputes the logits.
+
+    With z the logits over temperature and p = softmax(z): d log p_t / d z_j = [j = t] - p_j, and for the entropy
+    S = logsumexp(z) - sum_j p_j z_j, d S / d z_j = -p_j (log p_j + S).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        count = hidden.shape[0]
+        logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        lse = torch.empty_like(logprobs)
+        for start in range(0, count, chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = _logits(hidden[rows], weight, bias, temperature)
+            lse[rows] = torch.logsumexp(logits, dim=-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
+            probs = torch.exp(logits - lse[rows, None])
+            entropy[rows] = lse[rows] - torch.linalg.vecdot(probs, logits)
+        # `weight` itself is saved, not a view of it: ZeRO-3 replaces its storage between forward and backward.
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.options = (temperature, chunk_tokens, entropy_grad)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        temperature, chunk_tokens, entropy_grad = ctx.options
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs_bias else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = _logits(hidden[rows], weight, bias, temperature)
+            grad_logits = logits.sub_(lse[rows, None])  # log p, turned into the gradient in place
+            grad_logprobs = grads[0][rows, None]
+            if entropy_grad:
+                probs = torch.exp(grad_logits)
+                factor = (grad_logits + entropy[rows, None]).mul_(grads[1][rows, None]).add_(grad_logprobs)
+                grad_logits = probs.mul_(factor).neg_()
+            else:
+                grad_logits = grad_logits.exp_().mul_(-grad_logprobs)
+            grad_logits.scatter_add_(1, targets[rows, None], grad_logprobs)
+            grad_logits /= temperature
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                for row in range(0, weight.shape[0], _VOCABULARY_BLOCK):
+                    block = slice(row, row + _VOCABULARY_BLOCK)
+                    grad_weight[block] += grad_logits[:, block].T @ hidden[rows]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 4,
+        )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[C, H] -> [C, V] float32: the product in the model's dtype, as the sampler makes it, then float32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each distribution.
+
+    Args:
+        hidden: [T, H], the last hidden states at the positions that predict the targets.
+        weight: [V, H] of the output head.
+        bias: [V] or None.
+        targets: [T] int64.
+        temperature: the logits are divided by it, as the sampler does.
+        chunk_tokens: C; peak memory is that of [C, V], whatever T is.
+        entropy_grad: let gradients flow through the entropy.
+
+    Returns:
+        (logprobs [T], entropy [T]), float32.
+    """
+    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_tokens, entropy_grad)
+    return logprobs, entropy
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    positions: Tensor  # [T] into the flattened batch x length
+    targets: Tensor  # [T]
+    temperature: float
+    entropy_grad: bool
+
+
+class LogprobHead:
+    """Makes a causal language model's output head return log-probabilities and entropies in place of logits.
+
+    It replaces the `forward` of the head module, so that all chunks happen in one call of that module: under ZeRO-3 the
+    head is then gathered once for the forward pass and once for the backward pass. Outside `query` the head is as it
+    was.
+    """
+
+    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise LearnerError(
+                f"{type(model).__name__} has the output head {type(head).__name__}; chunked log-probabilities need a "
+                "torch.nn.Linear"
+            )
+        self._head = head
+        self._chunk_tokens = chunk_tokens
+        self._query: _Query | None = None
+        self._plain_forward = head.forward
+        head.forward = self._forward  # type: ignore[method-assign,assignment]
+
+    @contextmanager
+    def query(
+        self, positions: Tensor, targets: Tensor, *, temperature: float, entropy_grad: bool = False
+    ) -> Iterator[None]:
+        """Within: the model's `logits` are [2, T], the log-probabilities of `targets` and the entropies.
+
+        Args:
+            positions: [T] int64, into batch x length flattened, of the hidden states that predict the targets.
+            targets: [T] int64 token ids.
+            temperature: as in `token_logprobs`.
+            entropy_grad: as in `token_logprobs`.
+        """
+        self._query = _Query(positions, targets, temperature, entropy_grad)
+        try:
+            yield
+        finally:
+            self._query = None
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        query = self._query
+        if query is None:
+            return self._plain_forward(hidden)
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, query.positions)
+        pair = token_logprobs(
+            chosen,
+            self._head.weight,
+            self._head.bias,
+            query.targets,
+            temperature=query.temperature,
+            chunk_tokens=self._chunk_tokens,
+            entropy_grad=query.entropy_grad,
+        )
+        return torch.stack(pair)

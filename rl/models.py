@@ -1,0 +1,109 @@
+"""Load a Hugging Face model as a ZeRO-3 module: attention by model and device, MXFP4 checkpoints as bfloat16.
+
+Left out: the DeepSpeed engine around it (`rl.zero3`), and tokenisation.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from rl.config import ModelConfig
+from rl.errors import LearnerError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_attention(requested: str, model_class: type, device: str) -> str:
+    """The attention that `model.attention` means: `auto` is flash attention on a GPU that has it, else sdpa or eager.
+
+    GPT-OSS runs with eager unless asked otherwise: its attention sinks have no sdpa form, and flash attention with
+    sinks needs the `kernels` package.
+    """
+    if requested != "auto":
+        return requested
+    flash = getattr(model_class, "_supports_flash_attn", False) and not getattr(
+        model_class, "_compatible_flash_implementations", None
+    )
+    if device == "cuda" and flash:
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def load_config(model: ModelConfig, path: str | None = None) -> Any:
+    """The transformers configuration of the policy, or of `path` in its place. Raises LearnerError if there is none."""
+    try:
+        return AutoConfig.from_pretrained(
+            path or model.path, revision=None if path else model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise LearnerError(
+            f"cannot load a model configuration from {path or model.path!r}: {error}; "
+            "give a folder or hub name of a Hugging Face checkpoint as model.path"
+        ) from error
+
+
+def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, path: str | None = None) -> nn.Module:
+    """Load weights, partitioned over the ranks while they are read.
+
+    Args:
+        model: the policy; its dtype and attention also hold for `path`.
+        zero_config: the DeepSpeed configuration that the engine will use.
+        device: "cpu" or "cuda".
+        path: another checkpoint (the KL reference) in place of `model.path`.
+
+    Returns:
+        The transformers model. Quantised (MXFP4) checkpoints are dequantised to `model.dtype`; they are read whole by
+        every rank, because transformers does not dequantise into partitioned parameters.
+    """
+    config = load_config(model, path)
+    attention = choose_attention(model.attention, _model_class(config), device)
+    options: dict[str, Any] = {
+        "dtype": DTYPES[model.dtype],
+        "attn_implementation": attention,
+        "trust_remote_code": model.trust_remote_code,
+        "revision": None if path else model.revision,
+    }
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        options["quantization_config"] = _dequantize(quantization, path or model.path)
+    # transformers partitions what it loads as long as this object lives (it keeps a weak reference).
+    zero3 = HfDeepSpeedConfig(zero_config)
+    try:
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path or model.path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise LearnerError(
+            f"cannot load {path or model.path!r} as {model.dtype} with {attention} attention: {error}"
+        ) from error
+    finally:
+        del zero3
+        gc.collect()
+    loaded.config.use_cache = False  # type: ignore[union-attr]
+    return loaded
+
+
+def _model_class(config: Any) -> type:
+    """transformers' class for this configuration; of remote code nothing is known, so its attention is eager."""
+    known: Any = AutoModelForCausalLM._model_mapping  # lazy: it looks like a dict, and imports what is asked for
+    return known.get(type(config), nn.Module)
+
+
+def _dequantize(quantization: Any, path: str) -> Any:
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if str(getattr(method, "value", method)) != "mxfp4":
+        raise LearnerError(
+            f"{path!r} is quantised with {method}; only MXFP4 checkpoints can be dequantised for training, "
+            "so give an unquantised checkpoint"
+        )
+    return Mxfp4Config(dequantize=True)

@@ -1,0 +1,68 @@
+"""Optimizers and learning-rate schedules by name.
+
+Left out: gradient clipping and master weights, which are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rl.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters. Vectors (norms, biases, attention sinks) are not decayed.
+
+    adamw is torch's; fused_adamw its fused kernel; cpu_adam DeepSpeed's, for offloaded states, which is compiled at
+    first use; sgd has no momentum.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Under ZeRO-3 a parameter's own shape is empty; its whole shape is ds_shape.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    if config.name == "cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.name == "fused_adamw"
+    )
+
+
+def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning rate over `config.lr` as a function of the optimizer steps already taken.
+
+    Warm-up is linear and reaches 1 at step `warmup_steps`; step 0 already moves (factor 1 / (warmup_steps + 1)). Then
+    constant, or linear or cosine decay to `min_lr_ratio` at the last of `total_steps`.
+    """
+    warmup, floor = config.warmup_steps, config.min_lr_ratio
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if config.schedule == "constant":
+            return 1.0
+        progress = min((step - warmup) / max(total_steps - 1 - warmup, 1), 1.0)
+        decay = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return floor + (1.0 - floor) * decay
+
+    return factor
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule as a torch scheduler, stepped by DeepSpeed after each step that was not skipped."""
+    return LambdaLR(optimizer, lr_factor(config, total_steps))

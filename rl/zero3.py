@@ -1,0 +1,106 @@
+"""DeepSpeed ZeRO-3 as the learner uses it: set-up of the process group, configuration, engines.
+
+Left out: models (`rl.models`), and what is computed (`rl.learner`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rl.config import LearnerConfig
+
+
+def init_distributed(device: str, timeout_s: float) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, and let DeepSpeed use it.
+
+    torch's own set-up is called first, because DeepSpeed's binds a device to the default group, which can hang a second
+    NCCL group (the one for weight sync; allenai/open-instruct pull request 1311).
+    """
+    # DeepSpeed calls collectives that torch 2.13 renamed; each call would warn.
+    warnings.filterwarnings("ignore", message=".*_into_tensor` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor` is deprecated", category=FutureWarning)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported: it takes a GPU where there is one
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if device == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    import deepspeed
+    import deepspeed.comm
+
+    # DeepSpeed's shared-memory all-reduce serves inference only, but is compiled when a group starts: a minute, a
+    # compiler, and a lock file that hangs later starts if the process dies meanwhile. Declared incompatible, it is not.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def training_config(config: LearnerConfig, *, dtype: str, hidden_size: int) -> dict[str, Any]:
+    """DeepSpeed configuration of the policy's engine.
+
+    gradient_accumulation_steps is 1 and the learner says where the boundary is, so DeepSpeed never divides a loss.
+    Gradients are summed and kept in float32 whatever the model's dtype is.
+    """
+    result = _zero3_config(
+        hidden_size=hidden_size, dtype=dtype, offload_parameters=config.offload_parameters, overlap=True
+    )
+    if config.offload_optimizer:
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return result | {
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def inference_config(*, dtype: str, hidden_size: int, offload: bool) -> dict[str, Any]:
+    """DeepSpeed configuration of a frozen engine (the KL reference): parameters are sharded, nothing is updated."""
+    return _zero3_config(hidden_size=hidden_size, dtype=dtype, offload_parameters=offload, overlap=False)
+
+
+def _zero3_config(*, hidden_size: int, dtype: str, offload_parameters: bool, overlap: bool) -> dict[str, Any]:
+    bucket = min(max(4 * hidden_size * hidden_size, 1_000_000), 200_000_000)  # elements
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "overlap_comm": overlap and torch.cuda.is_available(),
+        "reduce_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+    if offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+
+
+def start_engine(
+    model: nn.Module,
+    config: dict[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+) -> Any:
+    """A DeepSpeedEngine over the model; without an optimizer it can only run forward."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+    )
+    return engine
