@@ -78,7 +78,9 @@ class GroupRewardFunction(Protocol):
 # A reward may also have:
 #   shaping: bool   True when it judges how a response is written (format, length) and not whether it is right. Shaping
 #       parts stay out of `Score.unshaped_reward`, and stay on when a row names its own reward.
-#   validate_ground_truth(ground_truth)   raises GroundTruthError; called for every row when the data loads.
+#   validate_ground_truth(ground_truth, extra)   raises GroundTruthError when the row's ground truth or its other fields
+#       cannot be used; called for every row when the data loads.
+#   close()   ends processes and connections that it holds.
 
 
 RewardFactory = Callable[..., RewardFunction | BatchRewardFunction | GroupRewardFunction]  # (**options) -> reward

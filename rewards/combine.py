@@ -64,14 +64,25 @@ class CombinedReward:
         """The breakdown key of each configured part, in order."""
         return tuple(part.label for part in self._parts)
 
-    def validate_ground_truth(self, ground_truth: Any, reward: str | None = None) -> None:
-        """Raise GroundTruthError unless every task part that checks ground truths can use this one.
+    def validate_ground_truth(
+        self, ground_truth: Any, reward: str | None = None, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise GroundTruthError unless every part that checks ground truths can use this one.
 
-        `reward` is the row's own reward. Raises RewardError or ConfigError when it cannot be loaded.
+        `reward` is the row's own reward, `extra` its other fields. Raises RewardError or ConfigError when the row's
+        reward cannot be loaded.
         """
         for part in self._parts_for(reward):
             if part.reward.validate_ground_truth is not None:
-                part.reward.validate_ground_truth(ground_truth)
+                part.reward.validate_ground_truth(ground_truth, extra or {})
+
+    def close(self) -> None:
+        """End what the parts hold: processes, connections."""
+        for part in (*self._parts, *self._row_parts.values()):
+            if part.reward.close is not None:
+                part.reward.close()
+        if self._runner is not None:
+            self._runner.close()
 
     def score(self, samples: Sequence[RewardInput], timeout_s: float = math.inf) -> tuple[Score, ...]:
         """Score in this process; only coroutines are held to the deadline."""

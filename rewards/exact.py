@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 from rewards.api import GroundTruthError, RewardInput, register_reward
@@ -50,7 +51,8 @@ class ExactReward:
         wanted = {self._normal(text) for text in _accepted(sample.ground_truth)}
         return float(self._normal(answer) in wanted)
 
-    def validate_ground_truth(self, ground_truth: Any) -> None:
+    def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
+        """Raise GroundTruthError unless the ground truth is text, or a list of texts, that an answer can equal."""
         for text in _accepted(ground_truth):
             if not self._normal(text):
                 raise GroundTruthError(f"exact: the ground truth {text!r} is empty once normalised")

@@ -47,7 +47,8 @@ class Reward:
     call: Callable[..., Any]
     shaping: bool = False
     may_abstain: bool = False  # TRL: None means that the reward does not apply to the sample
-    validate_ground_truth: Callable[[Any], None] | None = None
+    validate_ground_truth: Callable[[Any, Mapping[str, Any]], None] | None = None
+    close: Callable[[], None] | None = None
 
 
 def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
@@ -87,6 +88,7 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
         shaping=bool(getattr(target, "shaping", False)),
         may_abstain="completions" in names,
         validate_ground_truth=getattr(target, "validate_ground_truth", None),
+        close=getattr(target, "close", None),
     )
 
 

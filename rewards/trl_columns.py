@@ -15,9 +15,13 @@ _ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_sou
 class TrlFunction:
     """`reward(prompts, completions, completion_ids, **columns)`, which returns a number or None (not applicable) a row.
 
-    Columns are the rows' own fields, `ground_truth` and `data_source`. Completions are lists of one message where the
-    function reads messages, plain strings otherwise (TRL goes by the dataset, which here is always conversational): by
-    its annotation, else by whether its code, or a function of its module that it calls, names the key "content".
+    Columns are the rows' own fields, `ground_truth` and `data_source`. One required column that the rows lack is the
+    ground truth under the name that the function has for it (`solution`, `answer`).
+
+    Completions are lists of one message where the function reads messages, plain strings otherwise (TRL goes by the
+    dataset, which here is always conversational): by its annotation, else by whether its code, or a function of its
+    module that it calls, names the key "content".
+
     Numbers that it logs with `log_extra` and `log_metric` join the breakdown.
     """
 
@@ -62,7 +66,10 @@ class TrlFunction:
         arguments = columns if self._takes_all else {k: v for k, v in columns.items() if k in self._parameters}
         arguments = {**arguments, **self._options}
         required = [p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-        if missing := [name for name in required if name not in arguments]:
+        missing = [name for name in required if name not in arguments]
+        if len(missing) == 1:
+            return {**arguments, missing[0]: columns["ground_truth"]}
+        if missing:
             raise KeyError(f"the function needs the column {', '.join(missing)}; the rows have {', '.join(columns)}")
         return arguments
 
