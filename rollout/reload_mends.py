@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-CPU_HEAD = "cpu_head"
+CPU_TIED_HEAD = "cpu_tied_head"
 CPU_EXPERTS = "cpu_experts"
 GPT_OSS_EXPERTS = "gpt_oss_experts"
 GPT_OSS_SINKS = "gpt_oss_sinks"
-ALL_MENDS = frozenset((CPU_HEAD, CPU_EXPERTS, GPT_OSS_EXPERTS, GPT_OSS_SINKS))
+ALL_MENDS = frozenset((CPU_TIED_HEAD, CPU_EXPERTS, GPT_OSS_EXPERTS, GPT_OSS_SINKS))
 
 _EXPERT_TENSORS = frozenset(("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"))
 _EXPERT_NAME = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|gate_up_proj_bias|down_proj|down_proj_bias)$")
@@ -54,8 +54,8 @@ class ReloadMends:
             raise RuntimeError(f"the update ended with half-loaded layers; they lack {incomplete}")
 
     def after_finish(self) -> None:
-        if self._on_cpu and CPU_HEAD in self._enabled:
-            repack_heads(self._model)
+        if self._on_cpu and CPU_TIED_HEAD in self._enabled:
+            repack_tied_heads(self._model)
 
     def _direct_layer(self, name: str) -> tuple[_DirectLayer, str] | None:
         """The layer whose loader writes checkpoint tensor `name` directly, and the tensor's name within it."""
@@ -65,11 +65,12 @@ class ReloadMends:
         return None
 
 
-def repack_heads(model: nn.Module) -> None:
-    """Fault 1, CPU, every model: the packed copy of the output head is not rebuilt after a reload.
+def repack_tied_heads(model: nn.Module) -> None:
+    """Fault 1, CPU, every model with tied embeddings: the packed copy of the output head is not rebuilt after a reload.
 
-    `UnquantizedEmbeddingMethod` closes over a copy of the weight in `cpu_linear`; the reload runs before the kernel's
-    own tensors are back in place, or not at all for a tied head.
+    `UnquantizedEmbeddingMethod` keeps a packed copy of the weight in `cpu_linear`. A checkpoint has no tensor for a tied
+    head, so the reload finds that nothing was loaded and leaves the module as it was, while the embedding's new values
+    come into the weight that both share.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -112,6 +113,17 @@ def find_direct_layers(model: nn.Module, enabled: frozenset[str]) -> dict[tuple[
         elif isinstance(module, OAIAttention) and GPT_OSS_SINKS in enabled:
             found[GPT_OSS_SINKS, int(index[1])] = _DirectLayer(module, frozenset(("sinks",)))
     return found
+
+
+def restore_unfinished_layers(model: nn.Module) -> None:
+    """Leave the layerwise reload without finishing it; vLLM itself has no way back."""
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load() and info.kernel_tensors is not None:
+            _place_kernel_tensors(layer, info)
+        info.reset()
 
 
 class _DirectLayer:

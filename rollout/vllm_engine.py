@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,21 +17,15 @@ import numpy as np
 from rl.batch import FinishReason, FloatArray
 from rl.config import ModelConfig, RolloutConfig
 from rl.errors import RolloutError
-from rollout import process_tie
 from rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
+from rollout.vllm_options import engine_args, sampling_params, set_environment
 
 if TYPE_CHECKING:
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-_CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would take a share of the whole machine's memory
-# The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
-# process with its 15 s import, and keeps one core from the worker.
-_ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-_NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
 _SHUTDOWN_GRACE_S = 10.0  # for the engine core to end in order, before it is killed
 
 
@@ -80,12 +73,19 @@ class VLLMEngine:
 
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
-        _set_environment(self._rollout)
+        set_environment(self._rollout)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
             # Constructing blocks for as long as the model takes to load.
-            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, self._engine_args())
+            arguments = engine_args(
+                self._model,
+                self._rollout,
+                transport=self._transport,
+                max_model_len=self._max_model_len,
+                seed=self._seed,
+            )
+            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         except Exception as error:
             raise RolloutError(
                 f"rollout engine {self._index} did not start on {self._model.path}: {type(error).__name__}: {error}"
@@ -97,7 +97,7 @@ class VLLMEngine:
         self, requests: Sequence[GenerationRequest], parameters: SamplingParameters
     ) -> list[GenerationResult]:
         """Generate all requests; results in request order. Raises RolloutError when the engine is dead."""
-        sampling = [_sampling_params(parameters, request.seed) for request in requests]
+        sampling = [sampling_params(parameters, request.seed) for request in requests]
         async with self._submitted([r.prompt_ids for r in requests], sampling) as streams:
             return await asyncio.gather(
                 *(self._collect(r, stream) for r, stream in zip(requests, streams, strict=True))
@@ -113,6 +113,9 @@ class VLLMEngine:
 
         one_token = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         prompts = [tuple(prompt) + tuple(response) for prompt, response in sequences]
+        limit = self._engine().model_config.max_model_len
+        if (longest := max(map(len, prompts), default=0)) >= limit:
+            raise RolloutError(f"cannot score {longest} tokens: the engine's limit is {limit - 1} (one is generated)")
         async with self._submitted(prompts, [one_token.clone() for _ in prompts]) as streams:
             outputs = await asyncio.gather(*(self._last_output(stream) for stream in streams))
         return [
@@ -217,6 +220,7 @@ class VLLMEngine:
             async with self._admission:
                 self._updating = True
                 await self._engine().pause_generation(mode="keep", clear_cache=True)
+            await self._engine().collective_rpc("fledge_abandon_update")  # one that another engine's death cut short
             await self._engine().start_weight_update()
 
     async def update_weights(self, update_info: Mapping[str, Any]) -> None:
@@ -228,8 +232,6 @@ class VLLMEngine:
 
     async def finish_weight_update(self, policy_version: int) -> dict[str, int]:
         """End the update; return the digest of every tensor as received. Generation stays paused until `activate`."""
-        from rollout.weight_receiver import merge_digests
-
         with self._engine_errors():
             await self._engine().finish_weight_update(str(policy_version))
             return merge_digests(await self._engine().collective_rpc("fledge_received_digests"))
@@ -301,66 +303,6 @@ class VLLMEngine:
         except EngineGenerateError as error:
             raise RolloutError(f"rollout engine {self._index} failed to generate: {error.__cause__}") from error
 
-    def _engine_args(self) -> AsyncEngineArgs:
-        from vllm.config.weight_transfer import WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
-
-        model, rollout = self._model, self._rollout
-        kv_cache_gib = rollout.kv_cache_gib or (_CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
-        options: dict[str, Any] = {
-            "model": model.path,
-            "revision": model.revision,
-            "trust_remote_code": model.trust_remote_code,
-            "dtype": model.dtype,
-            "seed": self._seed,
-            # One more, because scoring a sequence of full length makes one more token.
-            "max_model_len": None if self._max_model_len is None else self._max_model_len + 1,
-            "max_num_seqs": rollout.max_concurrent_sequences,
-            "tensor_parallel_size": rollout.tensor_parallel_size,
-            "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else _ONE_WORKER_EXECUTOR,
-            "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-            "gpu_memory_utilization": rollout.gpu_memory_utilization,
-            "enforce_eager": rollout.enforce_eager,
-            "enable_prefix_caching": rollout.enable_prefix_caching,
-            "logprobs_mode": "processed_logprobs",
-            "stream_interval": _NO_STREAMING,
-            "disable_log_stats": True,
-            "generation_config": "auto",
-            "weight_transfer_config": WeightTransferConfig(backend=f"fledge_{self._transport}"),
-            "worker_extension_cls": "rollout.weight_receiver.WorkerExtension",
-        }
-        return AsyncEngineArgs(**(options | rollout.engine_options))
-
-
-def _set_environment(rollout: RolloutConfig) -> None:
-    """What vLLM reads from the environment, in this process and in the ones that it starts."""
-    process_tie.own(os.environ)
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
-    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if "VLLM_PLUGINS" in os.environ and "fledge" not in os.environ["VLLM_PLUGINS"].split(","):
-        os.environ["VLLM_PLUGINS"] += ",fledge"
-
-
-def _sampling_params(parameters: SamplingParameters, seed: int) -> SamplingParams:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=parameters.max_tokens,
-        temperature=parameters.temperature,
-        top_p=parameters.top_p,
-        top_k=parameters.top_k,
-        min_p=parameters.min_p,
-        stop=list(parameters.stop),
-        stop_token_ids=list(parameters.stop_token_ids),
-        ignore_eos=parameters.ignore_eos,
-        seed=seed,
-        logprobs=0,  # the sampled token's alone
-        flat_logprobs=True,
-        detokenize=bool(parameters.stop),
-    )
-
 
 async def _next_output(stream: RequestOutputCollector) -> RequestOutput:
     return stream.get_nowait() or await stream.get()  # type: ignore[return-value]  # the other type is for pooling
@@ -383,6 +325,20 @@ def _flat_logprobs(logprobs: Any, length: int) -> FloatArray:
 def _finish_reason(reason: str | None) -> FinishReason:
     """vLLM's "error" and "repetition", too, are responses that the engine gave up."""
     return FinishReason(reason) if reason in ("stop", "length") else FinishReason.ABORT
+
+
+def merge_digests(by_worker: Sequence[dict[str, int]]) -> dict[str, int]:
+    """One dict for an engine of several workers; every worker gets every full tensor, so they must agree.
+
+    A parameter on which they do not is reported with the first worker's digest that differs from worker 0's, so that
+    the sender's comparison names it.
+    """
+    merged = dict(by_worker[0])
+    for digests in by_worker[1:]:
+        for name in merged.keys() | digests.keys():
+            if digests.get(name) != by_worker[0].get(name):
+                merged[name] = digests.get(name, -1)
+    return merged
 
 
 def _engine_processes(llm: AsyncLLM) -> list[Any]:

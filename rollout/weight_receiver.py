@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rl.weight_sync.buckets import open_bucket
 from rl.weight_sync.digest import digest_tensor
-from rollout.reload_mends import ALL_MENDS, ReloadMends
+from rollout.reload_mends import ALL_MENDS, ReloadMends, restore_unfinished_layers
 
 _UINT64 = (1 << 64) - 1
 
@@ -39,6 +39,12 @@ class WorkerExtension:
         """Checkpoint name -> digest of every tensor that arrived at this worker in the last update."""
         engine: Any = self.weight_transfer_engine  # type: ignore[attr-defined]
         return engine.received_digests()
+
+    def fledge_abandon_update(self) -> None:
+        """Forget an update that was begun and not ended, because the sender or another engine failed. No-op without."""
+        worker: Any = self
+        worker.weight_transfer_engine.abandon_update()
+        worker._weight_update_active = False  # vLLM's own mark
 
     def fledge_set_mends(self, names: list[str]) -> None:
         """Use only these mends from now on; the tests that watch upstream switch one off at a time."""
@@ -56,9 +62,7 @@ class VerifiedReceiver(WeightTransferEngine):
         self._digests: dict[str, Tensor] = {}
 
     def start_weight_update(self) -> None:
-        """Put the model on vLLM's layerwise reload. Raises when an update was left unfinished."""
-        if self._mends is not None:
-            raise RuntimeError("the last weight update failed half-way; this engine must be restarted")
+        """Put the model on vLLM's layerwise reload."""
         self._digests = {}
         initialize_layerwise_reload(self.model)
         self._mends = ReloadMends(self.model, self.device, self.enabled_mends)
@@ -82,6 +86,13 @@ class VerifiedReceiver(WeightTransferEngine):
             finalize_layerwise_reload(self.model, self.model_config)
             self._mends.after_finish()
         self._mends = None
+
+    def abandon_update(self) -> None:
+        """Put the old tensors back wherever an unfinished update has not replaced them yet. The weights are then a mix
+        that must not be served, but the next complete update replaces all of them."""
+        if self._mends is not None:
+            restore_unfinished_layers(self.model)
+            self._mends = None
 
     def received_digests(self) -> dict[str, int]:
         """The digests of the last update, as 0 <= value < 2**64."""
@@ -192,17 +203,3 @@ class IpcReceiver(VerifiedReceiver, IPCWeightTransferEngine):
     def shutdown(self) -> None:
         VerifiedReceiver.shutdown(self)
         IPCWeightTransferEngine.shutdown(self)
-
-
-def merge_digests(by_worker: Sequence[dict[str, int]]) -> dict[str, int]:
-    """One dict for an engine of several workers; every worker gets every full tensor, so they must agree.
-
-    A parameter on which they do not is reported with the first worker's digest that differs from worker 0's, so that
-    the sender's comparison names it.
-    """
-    merged = dict(by_worker[0])
-    for digests in by_worker[1:]:
-        for name in merged.keys() | digests.keys():
-            if digests.get(name) != by_worker[0].get(name):
-                merged[name] = digests.get(name, -1)
-    return merged

@@ -108,9 +108,10 @@ class SharedBucket:
         }
 
     def close(self) -> None:
-        """Give the memory up; it lives on only while a receiver still has it mapped."""
-        self._memory.close()
-        os.close(self._fd)
+        """Give the memory up; it lives on only while a receiver has it mapped. A second call does nothing."""
+        if not self._memory.closed:
+            self._memory.close()
+            os.close(self._fd)
 
 
 def open_bucket(info: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

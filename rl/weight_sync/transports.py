@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from rl.errors import WeightSyncError
 from rl.weight_sync.api import WeightSource, WeightSyncClient
 from rl.weight_sync.background import finish_call, start_call
-from rl.weight_sync.buckets import BucketPlan, SharedBucket, plan_buckets
+from rl.weight_sync.buckets import SharedBucket, plan_buckets
 from rl.weight_sync.digest import digest
 
 T = TypeVar("T")
@@ -62,20 +63,18 @@ class ShmTransport:
         of_version = f"of policy version {policy_version}"
         report = SendReport()
         self._call(f"starting the update {of_version}", self._client.start_weight_update)
-        loading: tuple[SharedBucket, Future[None]] | None = None
-        try:
+        with ExitStack() as buckets:  # closes whatever an error leaves open
+            loading: tuple[SharedBucket, Future[None]] | None = None
             for plan in self._plans:
-                bucket = self._fill(plan, pairs, report)
+                bucket = SharedBucket(plan)
+                buckets.callback(bucket.close)
+                self._fill(bucket, pairs, report)
                 if loading is not None:
                     self._await_loaded(*loading, of_version)
                 update = partial(self._client.update_weights, bucket.update_info())
                 loading = bucket, start_call(update, "weight-sync-bucket")
             if loading is not None:
                 self._await_loaded(*loading, of_version)
-                loading = None
-        finally:
-            if loading is not None:
-                loading[0].close()
         self._check_exhausted(pairs)
         report.received = self._call(
             f"finishing the update {of_version}", lambda: self._client.finish_weight_update(policy_version)
@@ -83,26 +82,18 @@ class ShmTransport:
         return report
 
     @staticmethod
-    def _fill(plan: BucketPlan, pairs: Iterator[tuple[str, Tensor]], report: SendReport) -> SharedBucket:
-        bucket = SharedBucket(plan)
-        try:
-            for _ in plan.parameters:
-                name, tensor = next(pairs, (None, None))
-                if name is None or tensor is None:
-                    raise WeightSyncError(f"the weight source ended before the last parameter of {plan.describe()}")
-                bucket.put(name, tensor)
-                report.sent[name] = digest(tensor)
-                report.num_bytes += tensor.numel() * tensor.element_size()
-        except BaseException:
-            bucket.close()
-            raise
-        return bucket
+    def _fill(bucket: SharedBucket, pairs: Iterator[tuple[str, Tensor]], report: SendReport) -> None:
+        for _ in bucket.plan.parameters:
+            name, tensor = next(pairs, (None, None))
+            if name is None or tensor is None:
+                raise WeightSyncError(f"the weight source ended before the last parameter of {bucket.plan.describe()}")
+            bucket.put(name, tensor)
+            report.sent[name] = digest(tensor)
+            report.num_bytes += tensor.numel() * tensor.element_size()
 
     def _await_loaded(self, bucket: SharedBucket, loaded: Future[None], of_version: str) -> None:
-        try:
-            finish_call(loaded, f"rank 0: loading {bucket.plan.describe()} {of_version}", self._timeout_s)
-        finally:
-            bucket.close()
+        finish_call(loaded, f"rank 0: loading {bucket.plan.describe()} {of_version}", self._timeout_s)
+        bucket.close()
 
     @staticmethod
     def _check_exhausted(pairs: Iterator[tuple[str, Tensor]]) -> None:

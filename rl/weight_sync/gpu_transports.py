@@ -1,0 +1,183 @@
+"""The GPU transports, over vLLM's own trainer engines: NCCL between GPUs, CUDA IPC on a shared GPU.
+
+The one module here that imports vllm, and only when a run with GPUs connects. Left out: shared memory
+(`rl.weight_sync.transports`).
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rl.errors import WeightSyncError
+from rl.weight_sync.api import ParameterInfo, WeightSource, WeightSyncClient
+from rl.weight_sync.background import finish_call, start_call
+from rl.weight_sync.digest import digest_tensor
+from rl.weight_sync.transports import SendReport
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
+
+T = TypeVar("T")
+
+_UINT64 = (1 << 64) - 1
+
+
+class DigestingSource:
+    """A `WeightSource` that digests what passes; the digests stay on the device until `report` asks for them."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._digests: dict[str, Tensor] = {}
+        self._num_bytes = 0
+        self.last_name = "nothing yet"
+
+    def metadata(self) -> list[ParameterInfo]:
+        return self._source.metadata()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._digests, self._num_bytes = {}, 0
+        for name, tensor in self._source:
+            self._digests[name] = digest_tensor(tensor)
+            self._num_bytes += tensor.numel() * tensor.element_size()
+            self.last_name = name
+            yield name, tensor
+
+    def report(self, received: list[dict[str, int]]) -> SendReport:
+        sent = {name: int(value.item()) & _UINT64 for name, value in self._digests.items()}
+        return SendReport(sent, received, self._num_bytes)
+
+
+class TrainerClient:
+    """vLLM's `VLLMWeightSyncClient` over ours: adds what our messages carry, and keeps the engines' digests."""
+
+    def __init__(self, client: WeightSyncClient, extra_init_info: dict[str, Any]) -> None:
+        self._client = client
+        self._extra_init_info = extra_init_info
+        self.policy_version = -1
+        self.received: list[dict[str, int]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._client.init_weight_transfer_engine(init_info | self._extra_init_info)
+
+    def start_weight_update(self) -> None:
+        self._client.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """CUDA IPC handles hold torch types, which vLLM's own wire format refuses: they travel pickled, as text."""
+        assert isinstance(update_info, dict), "only vLLM's sharded transports send a list"
+        if "ipc_handles" in update_info:
+            handles = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
+            kept = ("names", "dtype_names", "shapes", "tensor_sizes")
+            update_info = {key: update_info[key] for key in kept} | {"handles": handles}
+        self._client.update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.received = self._client.finish_weight_update(self.policy_version)
+
+
+class GpuTransport:
+    """One of vLLM's trainer engines, run with a deadline. Subclasses say which."""
+
+    def __init__(
+        self, source: WeightSource, client: WeightSyncClient, rank: int, bucket_bytes: int, timeout_s: float
+    ) -> None:
+        self._source = DigestingSource(source)
+        self._client = TrainerClient(client, self._extra_init_info())
+        self._rank = rank
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
+        self._engine: TrainerWeightTransferEngine[Any] | None = None
+
+    def _extra_init_info(self) -> dict[str, Any]:
+        return {}
+
+    def _init_info(self) -> TrainerInitInfo:
+        raise NotImplementedError
+
+    def connect(self) -> None:
+        """Meet the engines, on every rank. Afresh each time: a group with a lost member is of no more use."""
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._engine = self._run(
+            lambda: WeightTransferTrainerFactory.trainer_init(
+                self._init_info(),
+                client=self._client,
+                source=self._source,  # type: ignore[arg-type]  # structurally a WeightSource
+            ),
+            "connecting to the engines",
+        )
+
+    def send(self, policy_version: int) -> SendReport:
+        """Broadcast everything; the deadline holds for the whole of it."""
+        engine = self._engine
+        if engine is None:
+            raise WeightSyncError("send before connect")
+        self._client.policy_version = policy_version
+        self._run(engine.send_weights, f"sending policy version {policy_version}")
+        return self._source.report(self._client.received) if self._rank == 0 else SendReport()
+
+    def _run(self, call: Callable[[], T], what: str) -> T:
+        device = torch.cuda.current_device()
+
+        def on_device() -> T:
+            torch.cuda.set_device(device)  # the current device is each thread's own
+            return call()
+
+        try:
+            return finish_call(start_call(on_device, "weight-sync"), f"rank {self._rank}: {what}", self._timeout_s)
+        except WeightSyncError as error:
+            raise WeightSyncError(f"{error}; the last parameter gathered was {self._source.last_name}") from error
+
+
+class NcclTransport(GpuTransport):
+    """Packed broadcasts from rank 0 to every worker of every engine, in a group of their own."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        client: WeightSyncClient,
+        rank: int,
+        bucket_bytes: int,
+        timeout_s: float,
+        group_size: int,
+        rank_offsets: list[int],
+    ) -> None:
+        self._group_size = group_size
+        self._rank_offsets = rank_offsets
+        super().__init__(source, client, rank, bucket_bytes, timeout_s)
+
+    def _extra_init_info(self) -> dict[str, Any]:
+        return {"rank_offsets": self._rank_offsets}  # each engine takes its own place
+
+    def _init_info(self) -> TrainerInitInfo:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        return NCCLTrainerInitInfo(
+            rank=self._rank,
+            master_address=get_ip(),
+            master_port=get_open_port(),
+            world_size=self._group_size,
+            packed=True,
+            packed_buffer_size_bytes=self._bucket_bytes,
+        )
+
+
+class IpcTransport(GpuTransport):
+    """One packed buffer on each learner's GPU, mapped by the engine worker on the same GPU."""
+
+    def _init_info(self) -> TrainerInitInfo:
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        largest = max(info.num_bytes for info in self._source.metadata())
+        return IPCTrainerInitInfo(
+            rank=self._rank, packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest)
+        )

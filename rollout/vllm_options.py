@@ -1,0 +1,95 @@
+"""How an engine is configured: vLLM's arguments, its environment, and the sampling parameters of a request.
+
+Left out: running the engine (`rollout.vllm_engine`). vLLM is imported only by the functions.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from rl.config import ModelConfig, RolloutConfig
+from rollout import process_tie
+from rollout.engine import SamplingParameters
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import SamplingParams
+
+_CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would take a share of the whole machine's memory
+# The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
+# process with its 15 s import, and keeps one core from the worker.
+_ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
+
+
+def engine_args(
+    model: ModelConfig, rollout: RolloutConfig, *, transport: str, max_model_len: int | None, seed: int
+) -> AsyncEngineArgs:
+    """vLLM's arguments; `rollout.engine_options` has the last word."""
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    kv_cache_gib = rollout.kv_cache_gib or (_CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
+    options: dict[str, Any] = {
+        "model": model.path,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": model.dtype,
+        "seed": seed,
+        "max_model_len": None if max_model_len is None else max_model_len + _room_to_score(model, max_model_len),
+        "max_num_seqs": rollout.max_concurrent_sequences,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else _ONE_WORKER_EXECUTOR,
+        "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "enforce_eager": rollout.enforce_eager,
+        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "logprobs_mode": "processed_logprobs",
+        "stream_interval": _NO_STREAMING,
+        "disable_log_stats": True,
+        "generation_config": "auto",
+        "weight_transfer_config": WeightTransferConfig(backend=f"fledge_{transport}"),
+        "worker_extension_cls": "rollout.weight_receiver.WorkerExtension",
+    }
+    return AsyncEngineArgs(**(options | rollout.engine_options))
+
+
+def _room_to_score(model: ModelConfig, max_model_len: int) -> int:
+    """One more token, where the model has room for it, because scoring a sequence makes vLLM generate one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    ).get_text_config()
+    return int(max_model_len < getattr(config, "max_position_embeddings", max_model_len))
+
+
+def set_environment(rollout: RolloutConfig) -> None:
+    """What vLLM reads from the environment, in this process and in the ones that it starts."""
+    process_tie.own(os.environ)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
+    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if "VLLM_PLUGINS" in os.environ and "fledge" not in os.environ["VLLM_PLUGINS"].split(","):
+        os.environ["VLLM_PLUGINS"] += ",fledge"
+
+
+def sampling_params(parameters: SamplingParameters, seed: int) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=parameters.max_tokens,
+        temperature=parameters.temperature,
+        top_p=parameters.top_p,
+        top_k=parameters.top_k,
+        min_p=parameters.min_p,
+        stop=list(parameters.stop),
+        stop_token_ids=list(parameters.stop_token_ids),
+        ignore_eos=parameters.ignore_eos,
+        seed=seed,
+        logprobs=0,  # the sampled token's alone
+        flat_logprobs=True,
+        detokenize=bool(parameters.stop),
+    )
