@@ -23,6 +23,7 @@ from rl.errors import ConfigError
 _OBJECT_STORE_BYTES = 512 << 20  # of a local cluster; a step's rollouts are a few megabytes
 _CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
 _PLACEMENT_TIMEOUT_S = 120.0
+_START_ATTEMPTS = 3
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             "_node_ip_address": "127.0.0.1",
         }
     try:
-        ray.init(address=address, **options)
+        _init(address, options)
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
@@ -52,6 +53,19 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str | None, options: dict[str, Any]) -> None:
+    """`ray.init`, again when a local node was too slow: Ray gives it 30 s, which a busy machine can exceed."""
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            ray.init(address=address, **options)
+            return
+        except Exception as error:
+            last = attempt == _START_ATTEMPTS - 1
+            if last or address is not None or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 @dataclass(frozen=True, slots=True)

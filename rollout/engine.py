@@ -51,6 +51,10 @@ class GenerationResult:
 class RolloutEngine(Protocol):
     """One inference engine with its weights. Methods are coroutines; every one may run beside `generate`."""
 
+    async def start(self) -> None:
+        """Load the model and get ready; once, before anything else. Raises RolloutError."""
+        ...
+
     async def generate(
         self, requests: Sequence[GenerationRequest], parameters: SamplingParameters
     ) -> list[GenerationResult]:

@@ -46,21 +46,19 @@ class RolloutWorker:
     def __init__(self, index: int, build: Callable[[], EngineParts]) -> None:
         self.index = index
         self._build = build
-        self._calls = 0
         self._engine: RolloutEngine
         self._decode: DecodeResponse
 
     async def start(self) -> str:
         """Start the engine; returns the node it runs on."""
         self._engine, self._decode = self._build()
-        await self._engine.check_health()
+        await self._engine.start()
         return str(ray.get_runtime_context().get_node_id())
 
     async def generate(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Generate every sample of every group; one list a group."""
-        self._calls += 1  # request ids stay unique when a step is generated again while its first try is ending
         requests = [
-            GenerationRequest(f"{self._calls}-{group.prompt_index}-{sample}", group.prompt_ids, seed)
+            GenerationRequest(f"{group.prompt_index}-{sample}", group.prompt_ids, seed)
             for group in groups
             for sample, seed in enumerate(group.seeds)
         ]
