@@ -21,10 +21,16 @@ def pass_at_k(inputs: AdvantageInputs, *, k: int = 4) -> Advantages:
 
     The mean over the group of A_i grad log pi(y_i) is an unbiased gradient of E[max of k rewards]: pass@k for rewards 0
     and 1. Never negative; 0 for all in a group with equal rewards, and for all but the best when k = n. A group with
-    fewer than k valid samples gets 0. Errors: ConfigError for k < 2 (for k = 1 use rloo).
+    fewer than k valid samples gets 0. Errors: ConfigError for k < 2 (for k = 1 use rloo),
+    and for k over the size of every group.
     """
     if k < 2:
         raise ConfigError(f"pass_at_k: k is {k}; it must be at least 2 (for k = 1 use rloo)")
+    largest = int(torch.unique(inputs.group_ids, return_counts=True)[1].max()) if len(inputs.group_ids) else k
+    if largest < k:
+        raise ConfigError(
+            f"pass_at_k: k is {k}, but groups have at most {largest} samples; lower k or raise group_size"
+        )
     rewards = inputs.total_rewards()
     out = torch.zeros_like(rewards)
     too_small = 0

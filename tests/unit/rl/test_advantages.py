@@ -231,6 +231,11 @@ def test_invalid_sample_gets_zero_and_changes_nobody_else(name) -> None:
         assert (found.advantages[i] - expected).abs().max() < 1e-12
 
 
+def test_k_over_every_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match="k is 6, but groups have at most 5 samples"):
+        run("pass_at_k", advantage_batch(0, groups=(2, 5)), k=6)
+
+
 def test_group_smaller_than_k_is_counted() -> None:
     result = run("pass_at_k", advantage_batch(0, groups=(2, 5)), k=3)
     assert result.metrics == {"advantage/groups_under_k": 1.0}
@@ -293,6 +298,18 @@ def test_failed_and_aborted_samples_are_not_valid() -> None:
         [1.0, 0.0, 1.0, 0.0], status={1: RewardStatus.TIMEOUT}, finish={2: FinishReason.ABORT, 3: FinishReason.LENGTH}
     )
     assert valid_samples(scored) == (True, False, False, True)
+    empty = dataclasses.replace(
+        scored.batch.rollouts[0], token_ids=np.zeros(0, np.int32), rollout_logprobs=np.zeros(0, np.float32)
+    )
+    rollouts = (empty, *scored.batch.rollouts[1:])
+    scored = ScoredBatch(RolloutBatch(scored.batch.prompts, rollouts), scored.scores)
+    assert valid_samples(scored) == (False, False, False, True)
+    advantages = estimate(scored, Annotations(), AlgorithmConfig())
+    assert [len(row) for row in advantages.advantages] == [0, 2, 3, 1]
+    assert (
+        build_train_batch(scored, advantages, Annotations(), policy_version=7, config=AlgorithmConfig()).num_sequences
+        == 1
+    )
 
 
 def test_train_batch_holds_masks_lags_and_global_denominators() -> None:
