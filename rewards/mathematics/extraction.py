@@ -33,20 +33,23 @@ _ANCHOR = re.compile(
 _MATH_SPAN = re.compile(
     r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?![$\d])", re.DOTALL
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s+(?:[A-Z\"'*(\[$\\]|$))|(?<=[。！？])|\n+")
+_SENTENCE_END = re.compile(
+    r"(?:(?<=[.!?])|(?<=[.!?]\$)|(?<=[.!?]\$\$)|(?<=[.!?]\\[\])]))(?=\s+(?:[A-Z\"'*(\[$\\]|$))|(?<=[。！？])|\n+"
+)
 _CLOSING_REMARK = re.compile(
     r"(?:I hope (?:it|this) is correct|Hope this helps|Let me know[^.]*|<\|im_\w+\|>\w*)[.!]?", re.I
 )
 _CHAT_MARK = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|return)\|>")
 _CLAUSE_AFTER = re.compile(
-    r"(?:,|;|\s)\s*(?:because|since|which|where|as\s+(?:we|the|it)|so\s+(?:the|we)|when|given\s+that|after|if\s|という|なぜなら|ので)\b.*$",
+    r"(?:,|;|\s)\s*(?:because|since|where|as\s+(?:we|the|it)|so\s+(?:the|we)|when|given\s+that|that|such|after|if\s|という|なぜなら|ので)\b.*$",
     re.DOTALL,
 )
 _JAPANESE_COPULA = re.compile(
     r"\s*(?:です|となります|となる|になります|になる|である|であり|だ|でした|になりました)(?:。|\.|!|$).*$", re.DOTALL
 )
-_VERB = re.compile(
-    r"(?:\b(?:is|are|equals|equal\s+to|was|gives?|gets?|yields?|be|becomes?|obtains?|obtain|by)\b:?|[=＝≈]|\\approx|→|⇒|は|が)\s*"
+_ASSERTION = re.compile(
+    r"(?:\b(?:is|are|was|equals|equal\s+to|gives?|yields?|gets?|becomes?|obtains?|by|it's|that's)\b:?"
+    r"|(?<=[^<>!=])=(?=[^=])|≈|→|⇒|:\s|は|が)\s*"
 )
 _NUMBER = re.compile(
     r"[-+−－]?[$€£¥￥]?\s?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?(?:\s?(?:\\?%|％|percent\b))?(?:[a-zA-Zµ°²³]{1,3}(?:\^?[23²³])?\b)?"
@@ -62,7 +65,7 @@ def extract_answer(text: str) -> str | None:
     final = _after_thinking(text)
     if final is None:
         return None
-    text = _CLOSING_REMARK.sub(" ", final)
+    text = _CLOSING_REMARK.sub(" ", final).rstrip()
     box, box_end = _last_boxes(text)
     anchored = _anchored(text, box_end)
     answer = anchored if anchored is not None else box
@@ -161,15 +164,21 @@ def _first_statement(text: str) -> str:
 
 
 def _answer_in_statement(statement: str) -> str:
-    """The answer in what follows an anchor: its formulas when it has some, else its words up to the first clause."""
+    """The answer in what follows an anchor: what it asserts last, its formulas, its only number, or its words."""
     spans = list(_MATH_SPAN.finditer(statement))
+    verbs = [v for v in _ASSERTION.finditer(statement) if not any(s.start() < v.start() < s.end() for s in spans)]
+    if verbs:
+        said = statement[verbs[-1].end() :]
+        if _MATH_SPAN.search(said) or re.search(r"\d|\\", said):
+            statement, spans = said, list(_MATH_SPAN.finditer(said))
     if spans:
         return _joined_spans(statement, spans)
     statement = _JAPANESE_COPULA.sub("", _CLAUSE_AFTER.sub("", statement))
-    verb = list(re.finditer(r"\b(?:is|are|equals)\b:?\s*|(?<=[^<>!=])=(?=[^=])\s*|は\s*", statement))
-    if verb and re.search(r"\d|\\", statement[verb[-1].end() :]):
-        statement = statement[verb[-1].end() :]
-    return statement.strip().strip('*_`"“”').rstrip(".。!").strip("*_` ")
+    statement = statement.strip().strip('*_`"“”').rstrip(".。!").strip("*_` ")
+    numbers = _NUMBER.findall(statement)
+    if len(numbers) == 1 and re.match(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}", statement):  # Jane started 3 hours ago
+        return str(numbers[0])
+    return statement
 
 
 def _joined_spans(statement: str, spans: list[re.Match[str]]) -> str:
@@ -196,22 +205,25 @@ def _from_last_sentence(text: str) -> str | None:
         return None
     last = sentences[-1].strip("*_ ")
     spans = list(_MATH_SPAN.finditer(last))
-    if not spans and (displayed := list(_MATH_SPAN.finditer(text))) and displayed[-1].end() >= len(text) - 2:
-        return _span_text(displayed[-1])
-    if spans:
-        return _joined_spans(last, spans)
-    if len(sentences) == 1 and not re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}\s+[^\W\d_]{2,}", last) and "は" not in last:
+    if not spans:
+        displayed = list(_MATH_SPAN.finditer(text))
+        if displayed and displayed[-1].end() >= len(text) - 2:
+            return _span_text(displayed[-1])
+    if len(sentences) == 1 and not spans and _is_bare(last):
         return last.rstrip(".。")
-    return _said_by(last)
+    if re.search(r"\d|\\|\$", last):
+        return _answer_in_statement(last)
+    asserted = list(_ASSERTION.finditer(last))
+    return last[asserted[-1].end() :].rstrip(".。! ") if asserted else None
 
 
-def _said_by(sentence: str) -> str | None:
-    """What a sentence without formulas asserts: the value after its last verb or sign, else its only number."""
-    sentence = _JAPANESE_COPULA.sub("", _CLAUSE_AFTER.sub("", sentence)).rstrip(".。! ")
-    verbs = list(_VERB.finditer(sentence))
-    if verbs:
-        rest = sentence[verbs[-1].end() :].strip().strip("*_`")
-        if rest and len(rest) <= 80:
-            return rest
-    numbers = _NUMBER.findall(sentence)
-    return numbers[0] if len(numbers) == 1 else None
+def _is_bare(text: str) -> bool:
+    """Whether a text is an answer by itself: a formula, a number with a unit, or a few words."""
+    if re.match(r"[-+(\[{\\|.√±]?\s*[-+$€£¥]?\s*\d|\\|[(\[{|√±]", text) and not re.search(
+        r"\b(?:is|are|was)\b|は", text
+    ):
+        return True
+    words = re.findall(r"[^\W\d_]{2,}", text)
+    if re.search(r"\d|\\|\$", text):
+        return len(words) <= 1 and ":" not in text
+    return len(words) <= 3 and not _ASSERTION.search(text)

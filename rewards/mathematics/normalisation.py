@@ -44,7 +44,7 @@ _REWRITES = [
     (re.compile(r"\\(?:left|right|middle|mathopen|mathclose)\s*(?=[\\()\[\]{}|<>/.]|$)\.?"), ""),
     (re.compile(r"\\[bB]igg?[lrm]?\s*(?=[\\()\[\]{}|<>/.])"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|protect|hfill|noindent|centering)\b"), " "),
-    (re.compile(r"\\(?:[,;:!> ]|quad\b|qquad\b|enspace\b|thinspace\b|,)"), " "),
+    (re.compile(r"(?<!\\)\\(?:[,;:!> ]|quad\b|qquad\b|enspace\b|thinspace\b|,)"), " "),
     (re.compile(r"\\hspace\*?\{[^{}]*\}|\\phantom\{[^{}]*\}|\\(?:label|tag)\*?\{[^{}]*\}"), " "),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
@@ -76,7 +76,12 @@ _REWRITES = [
     (re.compile(r"\\(?:dots|ldots|cdots|dotsc|dotsb)\b|\.\.\.|…"), r"\\dots "),
 ]  # fmt: skip
 _MATH_DELIMITERS = re.compile(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\](?!\d)|(?<!\\)\$(?!\s*\d)|\$(?=\s*$)")
+_PERCENT_WORD = re.compile(
+    r"(?<=[\d)}\s])\s*(?:\\text\s*\{\s*)?\b(?:percent|percentage|pct)\b(?:\s*\})?", re.IGNORECASE
+)
+_PAIRED_DOLLARS = re.compile(r"(?<!\\)\$([^$]*[^$\\\s][^$]*)(?<!\\)\$")
 _OUTER_QUOTES = re.compile(r"""^(["'`*_]+)(.*?)\1$""", re.DOTALL)
+_ONLY_TEXT = re.compile(r"^(\\text)\s*\{([^{}]*)\}$")
 _TRAILING = re.compile(r"(?:[\s.,;:!]|\\\\)+$")
 
 
@@ -89,9 +94,10 @@ def normalise(text: str) -> str:
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
     text = _strip_math_delimiters(text)
-    text = text.replace(r"\%", "%").replace(r"\$", "$").replace(r"\#", "#").replace(r"\&", " and ")
+    text = _PERCENT_WORD.sub("%", text.replace(r"\%", "%"))
+    text = text.replace(r"\$", "$").replace(r"\#", "#").replace(r"\&", " and ")
     text = text.replace(r"\_", "_").replace("~", " ~ ").replace("\n", " ").strip()
-    while quoted := _OUTER_QUOTES.match(text):
+    while quoted := _OUTER_QUOTES.match(text) or _ONLY_TEXT.match(text):
         text = quoted.group(2).strip()
     return _without_trailing_punctuation(text)
 
@@ -127,7 +133,7 @@ def _strip_math_delimiters(text: str) -> str:
         enclosed = stripped.startswith(opening) and stripped.endswith(closing) and inner
         if enclosed and opening not in inner.replace(r"\$", ""):
             return inner.strip()
-    return _MATH_DELIMITERS.sub(" ", stripped)
+    return _MATH_DELIMITERS.sub(" ", _PAIRED_DOLLARS.sub(r" \1 ", stripped))
 
 
 def _without_trailing_punctuation(text: str) -> str:

@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from rewards.api import InfrastructureError
+from rewards.mathematics.worker import CLOCK_TO_CPU
 
 START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
-GRACE_S = 15.0  # beyond the deadline of a pair, which the worker keeps itself
+GRACE_S = 15.0  # beyond the clock deadline of a pair, which the worker keeps itself
 MAX_REPLY_BYTES = 65536
 
 
@@ -29,10 +30,15 @@ class WorkerLostError(Exception):
     """The computation passed its deadline or died (most often: out of memory). The next one is not affected."""
 
 
+class _WorkerDiedError(Exception):
+    """The process that forks the computations is gone, or does not answer."""
+
+
 class SymbolicPool:
     """At most `size` worker processes, started when first needed; safe to call from any number of threads.
 
-    A computation gets `deadline_s` seconds and `memory_mib` MiB of address space.
+    A computation gets `deadline_s` seconds of CPU time (and a few times that by the clock) and `memory_mib` MiB of
+    address space.
     """
 
     def __init__(self, size: int, deadline_s: float, memory_mib: int) -> None:
@@ -42,9 +48,23 @@ class SymbolicPool:
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._closed = False
+        self._started = False
+
+    def warm_up(self) -> None:
+        """Start a first worker if there was none yet, without waiting for it to be ready."""
+        with self._lock:
+            if self._started or self._closed:
+                return
+            self._started = True
+            self._idle.append(_Worker(self._memory_mib))
 
     def equal(self, gold: str, answer: str) -> bool | None:
-        """Whether two LaTeX expressions are equal; None when one cannot be read. Raises WorkerLostError."""
+        """Whether two LaTeX expressions are equal; None when one cannot be read.
+
+        Raises:
+            WorkerLostError: this computation passed a limit.
+            InfrastructureError: workers do not start, or die.
+        """
         return self._request({"op": "equal", "gold": gold, "answer": answer})
 
     def can_read(self, latex: str) -> bool:
@@ -71,23 +91,35 @@ class SymbolicPool:
         self.close()
 
     def _request(self, message: dict[str, Any]) -> bool | None:
+        message = {**message, "deadline_s": self._deadline_s}
         with self._slots:
-            worker = self._take()
             try:
-                reply = worker.request({**message, "deadline_s": self._deadline_s}, self._deadline_s + GRACE_S)
-            except BaseException:  # also KeyboardInterrupt: a worker in an unknown state is never used again
-                worker.kill()
-                raise
-            self._give_back(worker)
+                reply = self._ask_one(message)
+            except _WorkerDiedError:  # not of this pair, which runs in a process of its own; killed from outside
+                try:
+                    reply = self._ask_one(message)
+                except _WorkerDiedError as error:
+                    raise InfrastructureError(f"math: two symbolic workers died in a row: {error}") from error
         if "lost" in reply:
             raise WorkerLostError(f"symbolic comparison gave no verdict: {reply['lost']}")
         result = reply["equal"]
         return None if result is None else bool(result)
 
+    def _ask_one(self, message: dict[str, Any]) -> dict[str, Any]:
+        worker = self._take()
+        try:
+            reply = worker.request(message, self._deadline_s * CLOCK_TO_CPU + GRACE_S)
+        except BaseException:  # also KeyboardInterrupt: a worker in an unknown state is never used again
+            worker.kill()
+            raise
+        self._give_back(worker)
+        return reply
+
     def _take(self) -> _Worker:
         with self._lock:
             if self._closed:
                 raise InfrastructureError("the symbolic worker pool is closed; make a new reward to go on scoring")
+            self._started = True
             if self._idle:
                 return self._idle.pop()
         return _Worker(self._memory_mib)
@@ -101,9 +133,10 @@ class SymbolicPool:
 
 
 class _Worker:
-    """One child process and its pipes."""
+    """One child process and its pipes. Starting does not wait until it is ready; the first request does."""
 
     def __init__(self, memory_mib: int) -> None:
+        self._memory_mib = memory_mib
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rewards.mathematics.worker", str(memory_mib)],
@@ -113,28 +146,29 @@ class _Worker:
             env=environment,
         )
         self.pid = self._process.pid
-        try:
-            ready = self._read_line(START_DEADLINE_S)
-        except BaseException as error:
-            self.kill()
-            if isinstance(error, WorkerLostError):
-                raise InfrastructureError(
-                    f"the symbolic worker did not start: {error}; run "
-                    f"`{sys.executable} -m rewards.mathematics.worker {memory_mib}` by hand to see why"
-                ) from error
-            raise
-        if not ready["ready"]:
-            self.kill()
-            raise InfrastructureError(f"the symbolic worker did not start: {ready['error']}")
+        self._ready = False
 
     def request(self, message: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """Send one message and wait for its reply. Raises WorkerLostError at the deadline or when the process dies."""
+        """Send one message and wait for its reply. Raises _WorkerDiedError, or InfrastructureError without a start."""
+        self._wait_until_ready()
         try:
             _pipe(self._process.stdin).write(json.dumps(message).encode() + b"\n")
             _pipe(self._process.stdin).flush()
         except BrokenPipeError as error:
-            raise WorkerLostError("the worker had died before the request") from error
+            raise _WorkerDiedError("it had died before the request") from error
         return self._read_line(deadline_s)
+
+    def _wait_until_ready(self) -> None:
+        if self._ready:
+            return
+        by_hand = f"run `{sys.executable} -m rewards.mathematics.worker {self._memory_mib}` by hand to see why"
+        try:
+            ready = self._read_line(START_DEADLINE_S)
+        except _WorkerDiedError as error:
+            raise InfrastructureError(f"math: the symbolic worker did not start: {error}; {by_hand}") from error
+        if not ready["ready"]:
+            raise InfrastructureError(f"math: the symbolic worker did not start: {ready['error']}; {by_hand}")
+        self._ready = True
 
     def kill(self) -> None:
         """End the process and reap it. Safe to call twice."""
@@ -152,10 +186,10 @@ class _Worker:
             selector.register(stdout, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 if not selector.select(max(0.0, end - time.monotonic())):
-                    raise WorkerLostError(f"no reply within {deadline_s:g} s")
+                    raise _WorkerDiedError(f"no reply within {deadline_s:g} s")
                 chunk = os.read(stdout.fileno(), MAX_REPLY_BYTES)
                 if not chunk:
-                    raise WorkerLostError(f"the worker died with exit code {self._process.wait()}")
+                    raise _WorkerDiedError(f"it ended with exit code {self._process.wait()}")
                 line += chunk
         reply: dict[str, Any] = json.loads(line)
         return reply

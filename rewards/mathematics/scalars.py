@@ -1,0 +1,192 @@
+"""Whether two expressions have the same value: exactly, to a hundred digits, or at points where both are defined.
+
+Left out: everything that is not one value (`rewards.mathematics.comparison`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from enum import Enum
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+from rewards.mathematics.evaluation import Budget, Numeric, TooLargeError, UndefinedError, exact
+from rewards.mathematics.syntax import Apply, Constant, Node, Number, UnsupportedError, symbols, walk
+
+NUM_POINTS = 8
+MIN_AGREEING_POINTS = 3
+COARSE_DIGITS, FINE_DIGITS, FINEST_DIGITS = 60, 120, 240
+INTEGER_NAMES = frozenset("nkmNMK")  # variables that stand for whole numbers by custom
+FLOAT_NOISE = Fraction(1, 10**12)
+
+
+class Verdict(Enum):
+    """What a comparison says."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    UNDECIDED = "undecided"  # for a computer-algebra system to say
+
+
+def same_value(gold: Node, answer: Node, significant_digits: int) -> Verdict:
+    """Compare two scalar expressions. A decimal of at least `significant_digits` equals the value that it rounds."""
+    if gold == answer:
+        return Verdict.EQUAL
+    if symbols(gold) != symbols(answer):
+        return Verdict.DIFFERENT
+    try:
+        budget = Budget()
+        a, b = exact(gold, budget), exact(answer, budget)
+        if a is not None and b is not None:
+            return _verdict(a == b or _rounds(gold, answer, a, b, significant_digits))
+        if symbols(gold):
+            return _same_function(gold, answer)
+        return _same_constant(gold, answer, significant_digits)
+    except (TooLargeError, UndefinedError):
+        return Verdict.DIFFERENT
+    except UnsupportedError:
+        return Verdict.UNDECIDED
+
+
+def proportional(gold: Node, answer: Node) -> int | None:
+    """The sign of the constant c with gold = c * answer where both are defined; 0: there is none, None: unknown."""
+    if symbols(gold) != symbols(answer):
+        return 0
+    numeric = numeric_at(FINE_DIGITS)
+    ratios = []
+    try:
+        for point in points(symbols(gold)):
+            try:
+                a, b = numeric.value(gold, point), numeric.value(answer, point)
+            except UndefinedError:
+                continue
+            if abs(a) < 1e-40 and abs(b) < 1e-40:
+                continue
+            if abs(a) < 1e-40 or abs(b) < 1e-40:
+                return 0
+            ratios.append(a / b)
+    except TooLargeError:
+        return 0
+    except UnsupportedError:
+        return None
+    if len(ratios) < MIN_AGREEING_POINTS or any(abs(r - ratios[0]) > abs(ratios[0]) * 1e-50 for r in ratios[1:]):
+        return 0
+    ratio = ratios[0]
+    return 0 if abs(numeric.context.im(ratio)) > 1e-50 else (1 if numeric.context.re(ratio) > 0 else -1)
+
+
+def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
+    """Points to compare at: a few with every variable positive, then of mixed signs. The same on every call."""
+    ordered = sorted(names)
+    generator = random.Random(",".join(ordered))
+    count = NUM_POINTS if ordered else 1
+    return [
+        {
+            name: Fraction(generator.randint(211, 2903), 1009) * (1 if i < count // 2 else generator.choice((1, -1)))
+            for name in ordered
+        }
+        for i in range(count)
+    ]
+
+
+@cache
+def numeric_at(digits: int) -> Numeric:
+    """One evaluator a precision; they hold no state."""
+    return Numeric(digits)
+
+
+def as_decimal(node: Node) -> Number | None:
+    """The number when it is written as a decimal, a sign in front allowed."""
+    if isinstance(node, Apply) and node.name == "neg" and isinstance(node.args[0], Number):
+        inner = node.args[0]
+        node = Number(-inner.value, inner.places, inner.digits)
+    return node if isinstance(node, Number) and node.places is not None else None
+
+
+def _verdict(equal: bool) -> Verdict:
+    return Verdict.EQUAL if equal else Verdict.DIFFERENT
+
+
+def _rounds(gold: Node, answer: Node, a: Fraction, b: Fraction, significant_digits: int) -> bool:
+    """Whether one is a decimal that rounds (or cuts) the other, which is none; or both differ by float noise only."""
+    gold_decimal, answer_decimal = as_decimal(gold), as_decimal(answer)
+    if abs(a - b) <= FLOAT_NOISE * abs(a) and (gold_decimal or answer_decimal):
+        return max(d.digits for d in (gold_decimal, answer_decimal) if d) >= 15
+    decimal = gold_decimal or answer_decimal
+    if decimal is None or (gold_decimal and answer_decimal):
+        return False
+    return _within_last_place(decimal, abs(a - b), significant_digits)
+
+
+def _within_last_place(decimal: Number, difference: Any, significant_digits: int) -> bool:
+    assert decimal.places is not None  # as_decimal admits no others
+    return decimal.digits >= significant_digits and difference < Fraction(1, 10**decimal.places)
+
+
+def _same_constant(gold: Node, answer: Node, significant_digits: int) -> Verdict:
+    if _has_infinity(gold) or _has_infinity(answer):
+        numeric = numeric_at(COARSE_DIGITS)
+        return _verdict(bool(numeric.value(gold, {}) == numeric.value(answer, {})))
+    gold_decimal, answer_decimal = as_decimal(gold), as_decimal(answer)
+    if (gold_decimal is None) != (answer_decimal is None):
+        decimal, other = (gold_decimal, answer) if gold_decimal else (answer_decimal, gold)
+        assert decimal is not None and decimal.places is not None  # one of the two is
+        numeric = numeric_at(COARSE_DIGITS)
+        difference = abs(numeric.value(other, {}) - numeric.value(decimal, {}))
+        unit = numeric.context.mpf(10) ** -decimal.places
+        return _verdict(bool(decimal.digits >= significant_digits and difference < unit))
+    return _verdict(_agree(gold, answer, {}))
+
+
+def _has_infinity(node: Node) -> bool:
+    return any(isinstance(n, Constant) and n.name == "inf" for n in walk(node))
+
+
+def _same_function(gold: Node, answer: Node) -> Verdict:
+    names = symbols(gold)
+    if _agree_on(gold, answer, points(names)):
+        return Verdict.EQUAL
+    if names <= INTEGER_NAMES:
+        generator = random.Random(0)
+        whole = [{name: Fraction(generator.randint(2, 30)) for name in sorted(names)} for _ in range(NUM_POINTS)]
+        if _agree_on(gold, answer, whole):
+            return Verdict.EQUAL
+    return Verdict.DIFFERENT
+
+
+def _agree_on(gold: Node, answer: Node, where: list[dict[str, Fraction]]) -> bool:
+    agreed = 0
+    numeric = numeric_at(COARSE_DIGITS)
+    for point in where:
+        try:
+            a, b = numeric.value(gold, point), numeric.value(answer, point)
+            real = (_is_real(numeric, a), _is_real(numeric, b))
+            if real[0] != real[1]:
+                continue  # outside the real domain of one of them: ln x^2 and 2 ln x
+            if not _agree(gold, answer, point):
+                return False
+            agreed += 1
+        except UndefinedError:
+            continue
+    return agreed >= MIN_AGREEING_POINTS
+
+
+def _is_real(numeric: Numeric, value: Any) -> bool:
+    return bool(abs(numeric.context.im(value)) <= abs(value) * 1e-40)
+
+
+def _agree(gold: Node, answer: Node, point: Mapping[str, Fraction]) -> bool:
+    """Zero or not: a difference that is only rounding shrinks with the precision, a real one stays."""
+    coarse, fine = _difference(COARSE_DIGITS, gold, answer, point), _difference(FINE_DIGITS, gold, answer, point)
+    if fine == 0:
+        return True
+    if coarse == 0:
+        coarse, fine = fine, _difference(FINEST_DIGITS, gold, answer, point)
+    return bool(fine < coarse * 1e-30)
+
+
+def _difference(digits: int, gold: Node, answer: Node, point: Mapping[str, Fraction]) -> Any:
+    numeric = numeric_at(digits)
+    return abs(numeric.value(gold, point) - numeric.value(answer, point))
