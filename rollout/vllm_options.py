@@ -20,6 +20,7 @@ _CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would tak
 # The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
 # process with its 15 s import, and keeps one core from the worker.
 _ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_CPU_BATCHED_TOKENS = 8192  # tokens a step; at least the model's length, because prompts are not cut
 _NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
 
 
@@ -53,17 +54,28 @@ def engine_args(
         "weight_transfer_config": WeightTransferConfig(backend=f"fledge_{transport}"),
         "worker_extension_cls": "rollout.weight_receiver.WorkerExtension",
     }
+    if current_platform.is_cpu():
+        # Upstream fault: a seeded request whose prompt is prefilled in pieces kills the engine, because the draw for an
+        # unfinished prompt is taken back through the generator's offset, which CPU generators do not have (vLLM 0.31,
+        # `GPUModelRunner._bookkeeping_sync`). Whole prompts need no taking back.
+        longest = options["max_model_len"] or _model_length(model)
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest)}
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
 def _room_to_score(model: ModelConfig, max_model_len: int) -> int:
     """One more token, where the model has room for it, because scoring a sequence makes vLLM generate one."""
+    return int(max_model_len < _model_length(model))
+
+
+def _model_length(model: ModelConfig) -> int:
+    """The longest sequence that the checkpoint's configuration admits."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
     ).get_text_config()
-    return int(max_model_len < getattr(config, "max_position_embeddings", max_model_len))
+    return int(config.max_position_embeddings)
 
 
 def set_environment(rollout: RolloutConfig) -> None:
