@@ -53,6 +53,12 @@ class RewardFunction(Protocol):
     def __call__(self, sample: RewardInput) -> float | RewardOutput: ...
 
 
+class AsyncRewardFunction(Protocol):
+    """A reward that waits for something: a batch's coroutines run at once, each with its own deadline."""
+
+    async def __call__(self, sample: RewardInput) -> float | RewardOutput: ...
+
+
 @runtime_checkable
 class BatchRewardFunction(Protocol):
     """A reward that scores a batch at a time; one result (or exception) a sample, in order.
@@ -72,7 +78,7 @@ class GroupRewardFunction(Protocol):
 
     def score_group(
         self, samples: Sequence[RewardInput], task_rewards: Sequence[float]
-    ) -> Sequence[float | RewardOutput]: ...
+    ) -> Sequence[float | RewardOutput | Exception]: ...
 
 
 # A reward may also have:
@@ -83,7 +89,8 @@ class GroupRewardFunction(Protocol):
 #   close()   ends processes and connections that it holds.
 
 
-RewardFactory = Callable[..., RewardFunction | BatchRewardFunction | GroupRewardFunction]  # (**options) -> reward
+# (**options) -> reward
+RewardFactory = Callable[..., RewardFunction | AsyncRewardFunction | BatchRewardFunction | GroupRewardFunction]
 
 _REGISTRY: dict[str, RewardFactory] = {}
 

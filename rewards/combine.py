@@ -16,7 +16,7 @@ from typing import Any
 from rewards.api import GroundTruthError, InfrastructureError, RewardInput, RewardOutput
 from rewards.loading import describe_error, load_reward
 from rewards.signatures import Reward, iterate_results
-from rl.batch import RewardStatus, Score
+from rl.batch import Prompt, RewardStatus, Score
 from rl.config import RewardFunctionConfig
 from rl.errors import RewardError
 
@@ -75,6 +75,11 @@ class CombinedReward:
         for part in self._parts_for(reward):
             if part.reward.validate_ground_truth is not None:
                 part.reward.validate_ground_truth(ground_truth, extra or {})
+
+    def validate_prompt(self, prompt: Prompt) -> None:
+        """`validate_ground_truth` of a loaded row; the parts see its data_source among its fields."""
+        fields = {**prompt.extra, "data_source": prompt.data_source}
+        self.validate_ground_truth(prompt.ground_truth, prompt.reward, fields)
 
     def close(self) -> None:
         """End what the parts hold: processes, connections."""

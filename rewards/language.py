@@ -1,0 +1,191 @@
+"""`language`: is the response written in the wanted language, reasoning and answer alike.
+
+Scripts decide where they can; lingua decides between languages that share one. Left out: code, LaTeX, links and tags,
+which belong to no language.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rewards.api import RewardInput, RewardOutput, register_reward
+from rl.errors import ConfigError
+
+# ISO code -> the scripts that the language is written in, by the first word of the Unicode character name.
+_SCRIPTS: dict[str, frozenset[str]] = {
+    "ja": frozenset({"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "CJK"}),
+    "zh": frozenset({"CJK"}),
+    "ko": frozenset({"HANGUL"}),
+    **dict.fromkeys(("ru", "uk", "bg"), frozenset({"CYRILLIC"})),
+    **dict.fromkeys(("ar", "fa"), frozenset({"ARABIC"})),
+    "el": frozenset({"GREEK"}),
+    "he": frozenset({"HEBREW"}),
+    "hi": frozenset({"DEVANAGARI"}),
+    "th": frozenset({"THAI"}),
+    **dict.fromkeys(("en", "fr", "de", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi"), frozenset({"LATIN"})),
+}
+_KANA = frozenset({"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"})
+_NO_LANGUAGE = re.compile(
+    r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code
+    r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)"  # mathematics
+    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[a-zA-Z]+"
+    r"|https?://\S+|</?\w+>|<\|[^|>]*\|>",  # links, tags, special tokens
+    re.DOTALL,
+)
+_SENTENCE = re.compile(r"[^.!?。!?\n]+[.!?。!?\n]*")
+_ACRONYM_OR_SYMBOL = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z][A-Z0-9]{1,7}|[A-Za-z]{1,2})(?![A-Za-z0-9])")
+_CHUNK_LETTERS = 60  # enough for lingua to tell related languages apart
+_DECIDABLE_LETTERS = {"CJK": 12}  # less than this says nothing about which of its languages it is
+
+
+@register_reward("language")
+class LanguageReward:
+    """The share of letters that are of the wanted language, 0 to 1: the mean of reasoning and answer by weight.
+
+    Letters of another script count against it; so does each passage in the right script that lingua takes for another
+    language, or, between Japanese and Chinese, that the kana give away. Acronyms and one- and two-letter names do not
+    count in a language of another script.
+
+    Args:
+        language: ISO 639-1 code, or "prompt" for the language of the question.
+        answer_weight: weight of the answer; the rest is the reasoning's. A part without letters leaves it to the other.
+        min_letters: a response with fewer letters gets 0, so that saying nothing is no way out.
+        threshold: 1 from this share on and 0 below, in place of the share itself.
+    """
+
+    shaping = True
+
+    def __init__(
+        self,
+        *,
+        language: str = "prompt",
+        answer_weight: float = 0.5,
+        min_letters: int = 10,
+        threshold: float | None = None,
+    ) -> None:
+        if language != "prompt" and language not in _SCRIPTS:
+            raise ConfigError(f"reward 'language' does not know {language!r}; it knows prompt, {', '.join(_SCRIPTS)}")
+        if not 0.0 <= answer_weight <= 1.0 or not (threshold is None or 0.0 < threshold <= 1.0) or min_letters < 1:
+            raise ConfigError("reward 'language': answer_weight must be in 0..1, threshold in (0, 1], min_letters >= 1")
+        self._language = language
+        self._answer_weight = answer_weight
+        self._min_letters = min_letters
+        self._threshold = threshold
+
+    def __call__(self, sample: RewardInput) -> RewardOutput:
+        language = self._language if self._language != "prompt" else language_of(sample.prompt)
+        if language is None:
+            raise ValueError("the prompt's language cannot be told; set the reward's option language")
+        reasoning_text, answer_text = split_response(sample)
+        reasoning, reasoning_letters = wanted_share(reasoning_text, language)
+        answer, answer_letters = wanted_share(answer_text, language)
+        parts = {"reasoning": reasoning, "answer": answer}
+        if reasoning_letters + answer_letters < self._min_letters:
+            return RewardOutput(0.0, parts)
+        weight = self._answer_weight
+        if not reasoning_letters or not answer_letters:
+            weight = float(answer_letters > 0)
+        share = weight * answer + (1.0 - weight) * reasoning
+        return RewardOutput(share if self._threshold is None else float(share >= self._threshold), parts)
+
+
+def split_response(sample: RewardInput) -> tuple[str, str]:
+    """(reasoning, answer): what stands before the final answer, and the answer."""
+    start = sample.response.rfind(sample.answer) if sample.answer else len(sample.response)
+    return (sample.response[:start] if start >= 0 else sample.response), sample.answer
+
+
+def wanted_share(text: str, language: str) -> tuple[float, int]:
+    """(share of letters in `language`, letters that were counted); share 1 for a text without any."""
+    wanted = counted = 0
+    for passage, script in _passages(text, _SCRIPTS[language]):
+        letters = sum(1 for c in passage if c.isalpha())
+        counted += letters
+        if script in _SCRIPTS[language] and _is_language(passage, language, script, letters):
+            wanted += letters
+    return (wanted / counted if counted else 1.0), counted
+
+
+def language_of(text: str) -> str | None:
+    """The ISO code of the language that most letters of `text` are in; None for a text without letters."""
+    counts: dict[str, int] = {}
+    passages = list(_passages(text, frozenset()))
+    for passage, script in passages:
+        counts[script] = counts.get(script, 0) + len(passage)
+    if not counts:
+        return None
+    script = max(counts, key=lambda name: counts[name])
+    candidates = [code for code, scripts in _SCRIPTS.items() if script in scripts]
+    if any(part in _KANA for _, part in passages) and script in _KANA | {"CJK"}:
+        return "ja"
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    found = _detector(tuple(candidates)).detect_language_of(" ".join(p for p, part in passages if part == script))
+    return None if found is None else str(found.iso_code_639_1.name).lower()
+
+
+def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Pieces of one script each, long enough to be judged where there is enough: (passage, script).
+
+    Japanese sentences stay whole: their Han and kana come as one passage of kana.
+    """
+    text = _NO_LANGUAGE.sub(" ", unicodedata.normalize("NFKC", text))
+    if wanted_scripts and "LATIN" not in wanted_scripts:
+        text = _ACRONYM_OR_SYMBOL.sub(" ", text)
+    open_passages: dict[str, str] = {}
+    for sentence in _SENTENCE.findall(text):
+        for script, piece in _by_script(sentence).items():
+            joined = f"{open_passages.get(script, '')} {piece}".strip()
+            if len(joined) >= _CHUNK_LETTERS:
+                open_passages.pop(script, None)
+                yield joined, script
+            else:
+                open_passages[script] = joined
+    yield from ((passage, script) for script, passage in open_passages.items())
+
+
+def _by_script(sentence: str) -> dict[str, str]:
+    """The words of a sentence by script. Example: "xは値 ok" gives {"LATIN": "x ok", "HIRAGANA": "は値"}."""
+    runs: list[tuple[str, str]] = []
+    for character in sentence:
+        script = _script(character)
+        if script and runs and runs[-1][0] == script:
+            runs[-1] = (script, runs[-1][1] + character)
+        elif script:
+            runs.append((script, character))
+        elif runs and character.isspace():
+            runs[-1] = (runs[-1][0], runs[-1][1] + " ")
+    scripts = {script for script, _ in runs}
+    japanese = bool(scripts & _KANA)
+    pieces: dict[str, list[str]] = {}
+    for script, run in runs:
+        name = "HIRAGANA" if japanese and script in _KANA | {"CJK"} else script
+        pieces.setdefault(name, []).append(run.strip())
+    return {script: ("" if script in ("HIRAGANA", "CJK") else " ").join(parts) for script, parts in pieces.items()}
+
+
+@functools.lru_cache(maxsize=65536)
+def _script(character: str) -> str:
+    """ "" for a character that is no letter."""
+    return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
+
+
+def _is_language(passage: str, language: str, script: str, letters: int) -> bool:
+    candidates = tuple(code for code, scripts in _SCRIPTS.items() if script in scripts)
+    if len(candidates) < 2 or letters < _DECIDABLE_LETTERS.get(script, 24):
+        return True
+    found = _detector(candidates).detect_language_of(passage)
+    return found is None or str(found.iso_code_639_1.name).lower() == language
+
+
+@functools.cache
+def _detector(names: Iterable[str]) -> Any:
+    from lingua import IsoCode639_1, LanguageDetectorBuilder
+
+    codes = [getattr(IsoCode639_1, code.upper()) for code in names]
+    # The low-accuracy mode is exact enough for passages of this length, and needs a fifth of the memory.
+    return LanguageDetectorBuilder.from_iso_codes_639_1(*codes).with_low_accuracy_mode().build()

@@ -1,0 +1,53 @@
+"""Equal once normalised, and not otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rewards.api import GroundTruthError, RewardInput
+from rewards.exact import ExactReward
+
+
+def reward(answer: str, ground_truth: Any, **options: Any) -> float:
+    sample = RewardInput(prompt="", response=answer, answer=answer, ground_truth=ground_truth)
+    return ExactReward(**options)(sample)
+
+
+@pytest.mark.parametrize(
+    ("answer", "ground_truth"),
+    [
+        ("Paris", "paris"),
+        (" New \n York ", "new york"),
+        ("「東京」。", "東京"),
+        ("A1", "a1"),
+        ("42", 42),
+        ("colour", ["color", "colour"]),
+        ("...", "..."),
+    ],
+)
+def test_equal(answer: str, ground_truth: Any) -> None:
+    assert reward(answer, ground_truth) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "ground_truth"),
+    [("Paris, France", "Paris"), ("", "x"), ("not Paris", "Paris"), ("4 2", "42"), ("-5", 15)],
+)
+def test_different(answer: str, ground_truth: Any) -> None:
+    assert reward(answer, ground_truth) == 0.0
+
+
+def test_options() -> None:
+    assert reward("Paris", "paris", ignore_case=False) == 0.0
+    assert reward("Paris.", "Paris", ignore_punctuation=False) == 0.0
+    assert reward("the Nile", "Nile", ignore_articles=True) == 1.0
+    assert reward("first: 1 last: 2", "2", pattern=r"\w+: (\d)") == 1.0
+    assert reward("none", "2", pattern=r"\d") == 0.0
+
+
+@pytest.mark.parametrize("ground_truth", [None, {}, [], [None], True, "", "  "])
+def test_unusable_ground_truths(ground_truth: Any) -> None:
+    with pytest.raises(GroundTruthError, match="exact: the ground truth"):
+        ExactReward().validate_ground_truth(ground_truth, {})

@@ -1,0 +1,102 @@
+"""Which language a response is in, reasoning and answer apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.api import RewardInput, RewardOutput
+from rewards.language import LanguageReward, language_of, wanted_share
+from rl.errors import ConfigError
+
+ENGLISH = "We first compute the sum of both sides and then divide by two to obtain the result."
+JAPANESE = "まず両辺の和を計算し、次に二で割って結果を得ます。したがって答えは四十二です。"
+CHINESE = "首先我们计算两边的和,然后除以二得到结果。因此答案是四十二。"
+FRENCH = "Nous calculons d'abord la somme des deux côtés puis nous divisons par deux pour obtenir le résultat."
+GERMAN = "Zuerst berechnen wir die Summe beider Seiten und teilen dann durch zwei, um das Ergebnis zu erhalten."
+SENTENCES = {"en": ENGLISH, "ja": JAPANESE, "zh": CHINESE, "fr": FRENCH, "de": GERMAN}
+
+
+def output(reasoning: str, answer: str, prompt: str = "", **options: Any) -> RewardOutput:
+    response = f"<think>{reasoning}</think>{answer}"
+    sample = RewardInput(prompt=prompt, response=response, answer=answer, ground_truth=None)
+    return LanguageReward(**options)(sample)
+
+
+@pytest.mark.parametrize("written", SENTENCES)
+@pytest.mark.parametrize("wanted", SENTENCES)
+def test_every_pair_of_languages(wanted: str, written: str) -> None:
+    share, letters = wanted_share(SENTENCES[written], wanted)
+    assert share == float(wanted == written)
+    assert letters > 20
+    assert language_of(SENTENCES[written]) == written
+
+
+def test_mixed_text_has_a_share_between() -> None:
+    for wanted in ("en", "ja"):
+        assert 0.2 < wanted_share(ENGLISH + JAPANESE, wanted)[0] < 0.8
+    assert 0.3 < wanted_share(ENGLISH + " " + FRENCH, "en")[0] < 0.7
+
+
+def test_code_mathematics_links_and_names_belong_to_no_language() -> None:
+    code = "```python\nprint('hello world, this is english text')\n```"
+    for foreign in (
+        code,
+        r"$\text{the sum of all}$",
+        r"\[ \mathrm{volume} \]",
+        "https://example.org/long/path",
+        "<think>",
+    ):
+        assert wanted_share(JAPANESE + foreign, "ja")[0] == 1.0
+    assert wanted_share("GPUでxを計算し、DNAとyも調べます。", "ja")[0] == 1.0
+    assert wanted_share("値はABC123です", "ja")[0] == 1.0
+
+
+def test_japanese_headings_in_han_only_are_not_chinese() -> None:
+    assert wanted_share("解答:\n" + JAPANESE + "\n結論:四十二", "ja")[0] == 1.0
+
+
+def test_reasoning_and_answer_are_told_apart() -> None:
+    mixed = output(CHINESE, JAPANESE, language="ja")
+    assert mixed.breakdown == {"reasoning": 0.0, "answer": 1.0}
+    assert mixed.reward == 0.5
+    assert output(CHINESE, JAPANESE, language="ja", answer_weight=0.25).reward == 0.25
+    assert output(CHINESE, JAPANESE, language="ja", threshold=0.9).reward == 0.0
+    assert output(JAPANESE, JAPANESE, language="ja", threshold=0.9).reward == 1.0
+
+
+def test_a_part_without_letters_leaves_it_to_the_other() -> None:
+    assert output(ENGLISH, "42", language="en").reward == 1.0
+    assert output(CHINESE, r"\boxed{42}", language="en").reward == 0.0
+    assert output("", ENGLISH, language="en").reward == 1.0
+
+
+def test_saying_nothing_is_no_way_out() -> None:
+    assert output("1+1=2", "2", language="en").reward == 0.0
+
+
+def test_the_language_of_the_prompt() -> None:
+    assert output(JAPANESE, "四十二です", prompt="六かける七は?").reward == 1.0
+    assert output(ENGLISH, ENGLISH, prompt="六かける七は?").reward == 0.0
+    with pytest.raises(ValueError, match="language cannot be told"):
+        output(ENGLISH, ENGLISH, prompt="6 x 7 = ?")
+
+
+def test_wrong_options_are_refused() -> None:
+    for options, message in (
+        ({"language": "japanese"}, "does not know 'japanese'; it knows prompt, ja, zh"),
+        ({"answer_weight": 2.0}, "answer_weight must be"),
+        ({"threshold": 0.0}, "threshold in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LanguageReward(**options)  # type: ignore[arg-type]
+
+
+@given(st.text())
+def test_any_text_has_a_share(text: str) -> None:
+    for language in ("ja", "en"):
+        assert 0.0 <= wanted_share(text, language)[0] <= 1.0
+    language_of(text)
