@@ -87,7 +87,8 @@ class CodeReward:
             isolation: "full", or "none" to run unisolated where the machine cannot isolate (local only).
             slots: programs at once on this machine, over all workers; None: one a CPU.
             limits: of one test, by the names of `rewards.sandbox.api.Limits`, e.g. {cpu_s: 2}.
-            total_s: seconds that one program's tests may run together; the tests after that count as failed.
+            total_s: seconds that one program's tests may run together. The tests after that, and those after a test
+                that ran out of its own time, count as failed.
             float_tolerance: how far a float may be from the expected one, relative or absolute; 0: not at all.
 
         Raises ConfigError for an option that cannot be, or where the machine cannot isolate programs.
@@ -160,21 +161,20 @@ class CodeReward:
         return self._known.get(key, lambda: self._run(program, tests))
 
     def _run(self, program: Program, tests: tuple[Test, ...]) -> CodeOutcome:
-        """Run the tests in order; `score: all` stops at the first that fails."""
-        passed, ran, judgements, statuses = 0, 0, list[Judgement](), set[RunStatus]()
+        """Run the tests in order up to the first that runs out of time; `score: all` stops at the first failure."""
+        passed, judgements, statuses = 0, list[Judgement](), set[RunStatus]()
         results = self._service.run(program, (test.task for test in tests), self._limits)
         started: float | None = None
         try:
             for test, result in zip(tests, results, strict=False):
-                ran += 1
                 statuses.add(result.status)
                 verdict = result.status is RunStatus.OK and test.judge(result, self._tolerance)
                 if isinstance(verdict, tuple):
                     judgements.append(verdict)
                 passed += verdict is True
                 started = time.monotonic() - result.wall_s if started is None else started
-                failed = verdict is False
-                if (failed and self._score_all) or time.monotonic() - started > self._total_s:
+                out_of_time = result.status is RunStatus.TIME_LIMIT or time.monotonic() - started > self._total_s
+                if out_of_time or (verdict is False and self._score_all):
                     break
         finally:
             results.close()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from rewards.sandbox.inside import plain
@@ -18,14 +19,14 @@ Tree = Any  # what json.loads gives
 def same_output(produced: bytes, expected: str, tolerance: float) -> bool:
     """Whether standard output is right: equal line by line, without trailing white space and empty lines at the end.
 
-    A token that the expected output writes as a decimal fraction may differ by `tolerance`, relative or absolute.
+    A word that the expected output writes as a decimal fraction may differ by `tolerance`, relative or absolute.
     """
     ours, theirs = _lines(produced.decode("utf-8", "replace")), _lines(expected)
     if ours == theirs:
         return True
     if tolerance <= 0 or len(ours) != len(theirs):
         return False
-    return all(a == b or _same_tokens(a.split(), b.split(), tolerance) for a, b in zip(ours, theirs, strict=True))
+    return all(a == b or _same_words(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
 
 
 def _lines(text: str) -> list[str]:
@@ -35,13 +36,14 @@ def _lines(text: str) -> list[str]:
     return lines
 
 
-def _same_tokens(ours: list[str], theirs: list[str], tolerance: float) -> bool:
+def _same_words(produced: str, expected: str, tolerance: float) -> bool:
+    ours, theirs = re.split(r"(\s+)", produced), re.split(r"(\s+)", expected)  # with the white space between
     return len(ours) == len(theirs) and all(
-        a == b or _close_tokens(a, b, tolerance) for a, b in zip(ours, theirs, strict=True)
+        a == b or _close_words(a, b, tolerance) for a, b in zip(ours, theirs, strict=True)
     )
 
 
-def _close_tokens(produced: str, expected: str, tolerance: float) -> bool:
+def _close_words(produced: str, expected: str, tolerance: float) -> bool:
     if not any(mark in expected for mark in ".eE") or len(produced) > 64 or not produced.isascii() or "_" in produced:
         return False
     try:

@@ -16,7 +16,8 @@ import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from rewards.api import InfrastructureError
@@ -33,7 +34,7 @@ from rewards.sandbox.api import (
     Task,
 )
 from rewards.sandbox.probe import missing_layers, remedy
-from rewards.sandbox.process import Box, Ending, IsolationUnavailableError, Zygote, limits_message
+from rewards.sandbox.process import Box, Ending, IsolationUnavailableError, Zygote
 from rewards.sandbox.slots import Slots
 from rl.errors import ConfigError
 
@@ -54,19 +55,20 @@ _STDERR_CHARACTERS = 2000
 class LocalSandbox(SandboxService):
     """Runs programs in boxes on this machine. Safe to use from several threads."""
 
-    def __init__(self, isolation: Isolation = "full", slots: int | None = None, pin_cpus: bool = True) -> None:
+    def __init__(
+        self, isolation: Isolation = "full", slots: int | None = None, slots_folder: Path | None = None
+    ) -> None:
         """
         Args:
             isolation: "full" refuses to run where the machine lacks a layer; "none" uses the layers that need no
                 namespaces, and nothing at all is promised.
             slots: programs that may run at once, over all services of this user on the machine; None: one a CPU.
-            pin_cpus: keep each running program, with all its threads, on one CPU, so that it cannot slow the others.
+            slots_folder: where the slots' lock files are; None: one folder a user, so that all services share them.
 
         Raises ConfigError when a layer is missing, with the remedy.
         """
-        cpus = sorted(os.sched_getaffinity(0))
-        self._cpus = cpus if pin_cpus else []
-        self._slots = Slots(slots or len(cpus))
+        self._cpus = sorted(os.sched_getaffinity(0))
+        self._slots = Slots(slots or len(self._cpus), slots_folder)
         self._isolated = isolation == "full"
         missing = missing_layers()
         if self._isolated and missing:
@@ -82,6 +84,11 @@ class LocalSandbox(SandboxService):
     def concurrency(self) -> int:
         """Programs that may run at once."""
         return self._slots.count
+
+    @property
+    def zygote_pid(self) -> int:
+        """Process id of the zygote's outermost process, the ancestor of every box."""
+        return self._start().process.pid
 
     def run(self, program: Program, tasks: Iterable[Task], limits: Limits) -> Iterator[RunResult]:
         """See SandboxService. Holds one slot until the iterator ends or is closed."""
@@ -113,8 +120,8 @@ class LocalSandbox(SandboxService):
 
     def open_box(self, limits: Limits, slot: int) -> Box:
         """A fresh box; the zygote is started again, once, if it has died."""
-        cpu = self._cpus[slot % len(self._cpus)] if self._cpus else None
-        settings = {"limits": limits_message(limits), "cpu": cpu, **self._layers}
+        # one CPU a slot: a program, with all its threads, cannot slow the programs of other slots
+        settings = {"limits": asdict(limits), "cpu": self._cpus[slot % len(self._cpus)], **self._layers}
         zygote = self._start()
         try:
             return zygote.open_box(settings)

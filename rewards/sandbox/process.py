@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +181,6 @@ class Box:
             signal.pidfd_send_signal(self._handle, number)
         # readable once the process is dead, which in its process namespace is after all others are
         return bool(select.select([self._handle], [], [], grace_s)[0])
-
-
-def limits_message(limits: Limits) -> dict[str, Any]:
-    """Limits as a box takes them."""
-    return asdict(limits)
 
 
 def _receive(channel: socket.socket, timeout_s: float) -> dict[str, Any] | None:

@@ -45,9 +45,7 @@ class Box:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let the program interrupt this process
         if self.isolated:
-            for name, text in (("setgroups", "deny"), ("uid_map", "1000 0 1"), ("gid_map", "1000 0 1")):
-                with open(f"self/{name}", "w", opener=lambda path, flags: os.open(path, flags, dir_fd=proc)) as file:
-                    file.write(text)
+            linux.write_maps("self", {"setgroups": "deny", "uid_map": "1000 0 1", "gid_map": "1000 0 1"}, proc)
             filesystem.mount_private(self.limits["disk_bytes"])
         else:
             linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
@@ -57,14 +55,13 @@ class Box:
         os.chdir(self.private)
         os.environ.clear()
         os.environ.update(ENVIRONMENT, HOME=self.private, TMPDIR=self.private)
-        if settings["cpu"] is not None:
-            os.sched_setaffinity(0, {settings["cpu"]})
+        os.sched_setaffinity(0, {settings["cpu"]})
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        linux.drop_capabilities()
         if self.isolated:
-            linux.drop_capabilities()
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
         if settings["landlock"]:
-            self.ruleset = linux.landlock_ruleset(self._readable(), [self.private], ["/dev/null"])
+            self.ruleset = linux.landlock_ruleset(self._readable(), [self.private, "/dev/null"])
         if settings["seccomp"]:
             linux.install_filter(seccomp.build_filter(linux.MACHINE))
 

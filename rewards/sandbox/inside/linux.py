@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import platform
+import stat
 import struct
 
 CLONE_NEWNS = 0x00020000
@@ -22,7 +23,7 @@ CLONE_NEWNET = 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 0x1, 0x2, 0x4
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 22, 24
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
@@ -119,6 +120,16 @@ def make_root(path: str) -> None:
     os.chdir("/")
 
 
+def write_maps(process: str, maps: dict[str, str], proc: int) -> None:
+    """Write a process's user-namespace maps (files of its /proc folder); `proc` is an open /proc."""
+    for name, text in maps.items():
+        descriptor = os.open(f"{process}/{name}", os.O_WRONLY, dir_fd=proc)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+
 def prctl(option: int, argument: int) -> None:
     """prctl(2) with one argument."""
     zero = ctypes.c_ulong(0)
@@ -126,12 +137,7 @@ def prctl(option: int, argument: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, for this process and all that it starts."""
-    for capability in range(64):
-        try:
-            prctl(PR_CAPBSET_DROP, capability)
-        except OSError:  # past the kernel's last capability, or none held to drop with
-            break
+    """Give up every capability; with no_new_privs set, neither this process nor what it starts gets one back."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
     _syscall("capset", header, ctypes.create_string_buffer(24))
 
@@ -164,7 +170,7 @@ def landlock_abi() -> int:
         return 0
 
 
-def landlock_ruleset(readable: list[str], writable: list[str], writable_files: list[str]) -> int:
+def landlock_ruleset(readable: list[str], writable: list[str]) -> int:
     """A ruleset that admits reading and executing below `readable`, everything below `writable`, and nothing else:
     no other file, no TCP (ABI 4), no signal or abstract socket to the outside (ABI 6). A file descriptor."""
     abi = landlock_abi()
@@ -173,11 +179,11 @@ def landlock_ruleset(readable: list[str], writable: list[str], writable_files: l
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = _syscall("landlock_create_ruleset", ctypes.create_string_buffer(attributes, 24), size, 0)
     rules = [(path, _FS_READ) for path in readable] + [(path, everything) for path in writable]
-    rules += [(path, _FS_FILE) for path in writable_files]
     for path, access in rules:
         target = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            rule = ctypes.create_string_buffer(struct.pack("=Qi", access & everything, target), 12)
+            fitting = everything if stat.S_ISDIR(os.fstat(target).st_mode) else everything & _FS_FILE
+            rule = ctypes.create_string_buffer(struct.pack("=Qi", access & fitting, target), 12)
             _syscall("landlock_add_rule", ruleset, 1, rule, 0)
         finally:
             os.close(target)

@@ -8,6 +8,7 @@ Source: seccomp(2); numbers from the kernel's unistd.h.
 
 from __future__ import annotations
 
+import functools
 import struct
 
 from .linux import SUPPORTED_MACHINES
@@ -140,6 +141,7 @@ def _argument_high(index: int) -> bytes:
     return _op(_LOAD, 20 + 8 * index)
 
 
+@functools.cache
 def build_filter(machine: str) -> bytes:
     """The filter for this machine (a key of SUPPORTED_MACHINES), as an array of struct sock_filter."""
     column = SUPPORTED_MACHINES.index(machine)

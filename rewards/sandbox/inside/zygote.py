@@ -12,10 +12,11 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import filesystem, harness, linux
+from . import filesystem, harness, linux, seccomp
 from .box import Box
 
 NOBODY = 65534
@@ -44,6 +45,8 @@ def main() -> None:
             os.waitpid(child, 0)
             return
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if linux.MACHINE in linux.SUPPORTED_MACHINES:
+        seccomp.build_filter(linux.MACHINE)  # cached: every box inherits it
     control.send(b'{"ready": true}')
     _serve(control, proc, settings["isolated"], prelude)
 
@@ -65,7 +68,7 @@ def _isolate(settings: dict[str, Any], proc: int) -> None:
     if target is None:
         maps = {"setgroups": "deny", "uid_map": f"0 {os.geteuid()} 1", "gid_map": f"0 {os.getegid()} 1"}
         linux.unshare(_OUTER)
-        _write_maps("self", maps, proc)
+        linux.write_maps("self", maps, proc)
     else:
         os.setgroups([])
         _unshare_as(target, proc)
@@ -90,7 +93,7 @@ def _unshare_as(user: int, proc: int) -> None:
         try:
             os.close(write_end)
             if os.read(read_end, 1):
-                _write_maps(str(me), {"uid_map": f"0 {user} 1", "gid_map": f"0 {user} 1"}, proc)
+                linux.write_maps(str(me), {"uid_map": f"0 {user} 1", "gid_map": f"0 {user} 1"}, proc)
                 status = 0
         finally:
             os._exit(status)
@@ -102,18 +105,9 @@ def _unshare_as(user: int, proc: int) -> None:
         raise PermissionError(1, f"mapping user {user} into a new user namespace")
 
 
-def _write_maps(process: str, maps: dict[str, str], proc: int) -> None:
-    for name, text in maps.items():
-        descriptor = os.open(f"{process}/{name}", os.O_WRONLY, dir_fd=proc)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
-
-
 def _serve(control: socket.socket, proc: int, isolated: bool, prelude: dict[str, Any]) -> None:
     """One box a request: the request carries the box's socket, the answer its process handle."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps boxes; their handles still tell that they ended
+    signal.signal(signal.SIGCHLD, _reap)
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
@@ -135,6 +129,13 @@ def _serve(control: socket.socket, proc: int, isolated: bool, prelude: dict[str,
         answer = {"private": "" if isolated else settings["private"]}
         socket.send_fds(control, [json.dumps(answer).encode()], [handle])
         os.close(handle)
+
+
+def _reap(*_: object) -> None:
+    """Take in boxes that have ended, and with them their CPU time, which the service's accounting then holds."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _run_box(descriptor: int, settings: dict[str, Any], proc: int, prelude: dict[str, Any]) -> NoReturn:
