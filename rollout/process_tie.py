@@ -2,7 +2,9 @@
 
 vLLM 0.31 ends its engine core when the front end asks for it, but a front end that is killed cannot ask, and the core
 then lives on with all of its memory. PR_SET_PDEATHSIG is no cure: it fires when the *thread* that started the child
-ends. So each process watches the owner through a pidfd. Left out: orderly shutdown (`VLLMEngine.shutdown`).
+ends. So each process watches the owner through a pidfd, from the moment that it loads its plugins. (An engine core
+loads them after it has shaken hands with the front end; one whose owner ends earlier gives up by itself, in 5 minutes.)
+Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
 
 from __future__ import annotations

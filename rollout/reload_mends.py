@@ -68,9 +68,9 @@ class ReloadMends:
 def repack_tied_heads(model: nn.Module) -> None:
     """Fault 1, CPU, every model with tied embeddings: the packed copy of the output head is not rebuilt after a reload.
 
-    `UnquantizedEmbeddingMethod` keeps a packed copy of the weight in `cpu_linear`. A checkpoint has no tensor for a tied
-    head, so the reload finds that nothing was loaded and leaves the module as it was, while the embedding's new values
-    come into the weight that both share.
+    `UnquantizedEmbeddingMethod` keeps a packed copy of the weight in `cpu_linear`. A checkpoint has no tensor for a
+    tied head, so the reload finds that nothing was loaded and leaves the module as it was, while the embedding's new
+    values come into the weight that both share.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
