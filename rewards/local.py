@@ -18,7 +18,7 @@ from rl.config import RewardConfig
 
 
 class LocalScorer:
-    """`config.num_workers` scoring processes; a context manager that leaves none behind.
+    """Up to `config.num_workers` scoring processes, started when first needed; a context manager that leaves none behind.
 
     Raises ConfigError and RewardError from the constructor when a reward cannot be loaded.
     """
@@ -27,11 +27,9 @@ class LocalScorer:
         self._batch_size = config.batch_size
         self._num_workers = config.num_workers
         self._combined = CombinedReward(config.functions, config.clip)
-        spec = ScoringSpec(config.functions, config.clip, config.timeout_s)
+        self._spec = ScoringSpec(config.functions, config.clip, config.timeout_s)
         self._threads = ThreadPoolExecutor(config.num_workers, thread_name_prefix="local-scorer")
         self._idle: queue.SimpleQueue[ScoringProcess] = queue.SimpleQueue()
-        for process in self._threads.map(ScoringProcess, [spec] * config.num_workers):
-            self._idle.put(process)
 
     def score(self, samples: Sequence[RewardInput]) -> tuple[Score, ...]:
         """One score a sample, in order. Samples that share a `group_id` are compared: give them in one call."""
@@ -56,7 +54,10 @@ class LocalScorer:
         self.close()
 
     def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
-        process = self._idle.get()
+        try:
+            process = self._idle.get_nowait()
+        except queue.Empty:  # never more of them than threads
+            process = ScoringProcess(self._spec)
         try:
             return process.score(samples)
         finally:
