@@ -75,7 +75,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         )
         if resume:
             run.restore()
-        metrics = run.execute(lambda first_step: open_sinks(config, run_dir, first_step))
+        metrics = run.execute(lambda done_steps: open_sinks(config, run_dir, done_steps))
         learners.export_hf(run_dir / MODEL)
         display.message(f"model {run_dir / MODEL}")
         return metrics

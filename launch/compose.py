@@ -176,7 +176,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
             probe=WeightProbe(every=config.sync.probe_every, bounds=bounds),
             bounds=bounds if _comparable(config.rollout) else AgreementBounds(float("inf"), float("inf")),
-            open_sinks=lambda first_step: open_sinks(config, run_dir, first_step),
+            open_sinks=lambda done_steps: open_sinks(config, run_dir, done_steps),
             display=display,
             evaluator=Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at) if eval_sets else None,
         )
@@ -225,11 +225,11 @@ def agreement_bounds(config: TrainConfig) -> AgreementBounds:
     return AgreementBounds.for_dtype(config.model.dtype, config.sync.probe_tolerance)
 
 
-def open_sinks(config: RunConfig, run_dir: Path, first_step: int) -> list[MetricSink]:
+def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> list[MetricSink]:
     """Every sink that the configuration asks for; metrics.jsonl always."""
-    sinks: list[MetricSink] = [JsonlSink(run_dir, first_step=first_step)]
+    sinks: list[MetricSink] = [JsonlSink(run_dir, done_steps=done_steps)]
     if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(run_dir, first_step=first_step))
+        sinks.append(TensorBoardSink(run_dir, done_steps=done_steps))
     if config.logging.wandb_project:
         sinks.append(
             WandbSink(

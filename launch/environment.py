@@ -22,6 +22,11 @@ def quiet_frameworks() -> None:
         os.environ.setdefault(name, value)
 
 
+def keep_worker_priority() -> None:
+    """Ray starts its workers at niceness 15, so beside any other load they starve; here they are the load."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def cluster_address(configured: str | None) -> str | None:
     """The cluster to join: the configured one, RAY_ADDRESS, or None for a local one."""
     return configured or os.environ.get("RAY_ADDRESS")

@@ -88,12 +88,13 @@ class JsonlSink:
 
     Args:
         run_dir: where the file lives.
-        first_step: rows at or after this step are from a life that is being resumed, and are removed.
+        done_steps: rows of later steps are from a life that is being resumed, and are removed.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int) -> None:
+    def __init__(self, run_dir: Path, *, done_steps: int) -> None:
         path = run_dir / METRICS_FILE
-        kept = [row for row in read_metrics(run_dir) if row["step"] < first_step]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= done_steps]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(row) for row in kept))
         temporary.rename(path)
@@ -132,16 +133,16 @@ def _line(row: Mapping[str, Any]) -> str:
 class TensorBoardSink:
     """Event files for TensorBoard, written without TensorFlow or torch."""
 
-    def __init__(self, run_dir: Path, *, first_step: int) -> None:
+    def __init__(self, run_dir: Path, *, done_steps: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
-        if first_step > 0:  # tells TensorBoard to drop what a killed life wrote after this step
+        if done_steps > 0:  # tells TensorBoard to drop what a killed life wrote after these
             self._writer.add_event(
-                Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+                Event(wall_time=time.time(), step=done_steps + 1, session_log=SessionLog(status=SessionLog.START))
             )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

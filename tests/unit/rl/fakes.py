@@ -1,0 +1,155 @@
+"""The loop's parts as plain Python, small enough to be obviously right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl.batch import (
+    Annotations,
+    FinishReason,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    Score,
+    ScoredBatch,
+    TrainBatch,
+    TrainSample,
+    UpdateResult,
+    WeightVersion,
+)
+from rl.controller import Controller, TokenPair
+from rl.errors import RolloutError
+
+PROMPTS = tuple(Prompt(prompt_id=f"p{i}", token_ids=(1, 2, i), text=f"question {i}", ground_truth=i) for i in range(6))
+
+
+def rollout(
+    prompt_index: int = 0, sample_index: int = 0, *, length: int = 3, version: int = 0, **fields: Any
+) -> Rollout:
+    defaults: dict[str, Any] = {
+        "group_id": prompt_index,
+        "token_ids": np.arange(length, dtype=np.int32),
+        "rollout_logprobs": np.full(length, -0.5, dtype=np.float32),
+        "finish_reason": FinishReason.STOP,
+        "policy_version": version,
+        "text": "text",
+        "answer": "answer",
+    }
+    return Rollout(prompt_index=prompt_index, sample_index=sample_index, **(defaults | fields))
+
+
+class FakePromptSource:
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __next__(self) -> tuple[Prompt, ...]:
+        first = self.drawn % len(PROMPTS)
+        self.drawn += 2
+        return (PROMPTS[first], PROMPTS[first + 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = state["drawn"]
+
+
+@dataclass
+class FakeRolloutPool:
+    """Stamps the version it was told to serve. `lost` fails that many generate calls."""
+
+    served: int = -1
+    lost: int = 0
+    replaced: int = 0
+    deaf: bool = False  # ignores load_weights, as a worker that missed a sync
+    calls: list[str] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int) -> RolloutBatch:
+        self.calls.append(f"generate {step}")
+        if self.lost:
+            raise RolloutError("rollout worker 0 died")
+        rollouts = tuple(rollout(i, j, version=self.served) for i in range(len(prompts)) for j in range(group_size))
+        return RolloutBatch(tuple(prompts), rollouts, seconds=0.1)
+
+    def load_weights(self, version: WeightVersion) -> None:
+        self.calls.append(f"load {version.policy_version}")
+        if not self.deaf:
+            self.served = version.policy_version
+
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[np.ndarray]]:
+        return [[np.full(len(response), -0.5 - 0.01 * self.served, dtype=np.float32) for _, response in pairs]]
+
+    def replace_lost_workers(self) -> int:
+        replaced, self.lost = self.lost, 0
+        self.replaced += replaced
+        return replaced
+
+
+class FakeRewardPool:
+    def score(self, rollouts: RolloutBatch) -> ScoredBatch:
+        scores = tuple(
+            Score(float(r.sample_index == 0), {"exact": float(r.sample_index == 0)}) for r in rollouts.rollouts
+        )
+        return ScoredBatch(rollouts, scores)
+
+
+@dataclass
+class FakeLearners:
+    version: int = 0
+    logprob_diff: float = 0.0
+
+    def annotate(self, scored: ScoredBatch) -> Annotations:
+        return Annotations()
+
+    def update(self, batch: TrainBatch) -> UpdateResult:
+        self.version += 1
+        metrics = {
+            "learner/loss": 0.1,
+            "rollout/logprob_diff_mean": self.logprob_diff,
+            "rollout/logprob_diff_max": self.logprob_diff,
+        }
+        return UpdateResult(self.version, metrics)
+
+    def publish_weights(self) -> WeightVersion:
+        return WeightVersion(self.version, {"weight": self.version}, num_bytes=8)
+
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+        return [np.full(len(response), -0.5 - 0.01 * self.version, dtype=np.float32) for _, response in pairs]
+
+    def save_checkpoint(self, directory: Path) -> None:
+        (directory / "weights").write_text(str(self.version))
+
+    def load_checkpoint(self, directory: Path) -> None:
+        self.version = int((directory / "weights").read_text())
+
+
+def build_batch(scored: ScoredBatch, annotations: Annotations) -> TrainBatch:
+    samples = tuple(
+        TrainSample(
+            prompt_ids=np.asarray(scored.batch.prompt_of(r).token_ids, dtype=np.int32),
+            response_ids=r.token_ids,
+            loss_mask=np.ones(r.length, dtype=np.bool_),
+            advantages=np.full(r.length, s.reward, dtype=np.float32),
+            rollout_logprobs=r.rollout_logprobs,
+        )
+        for r, s in zip(scored.batch.rollouts, scored.scores, strict=True)
+    )
+    return TrainBatch.from_samples(samples)
+
+
+def controller(
+    pool: FakeRolloutPool | None = None, learners: FakeLearners | None = None, source: FakePromptSource | None = None
+) -> Controller:
+    return Controller(
+        source or FakePromptSource(),
+        pool or FakeRolloutPool(),
+        FakeRewardPool(),
+        learners or FakeLearners(),
+        build_batch,
+        group_size=2,
+    )

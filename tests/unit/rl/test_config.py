@@ -1,0 +1,105 @@
+"""Composition and validation: every error names the key, the value and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from rl.config import SftConfig, TrainConfig
+from rl.config_loading import load_config, to_yaml
+from rl.errors import ConfigError
+
+MINIMAL = "model: {path: some/model}\ndata: {train: {path: data.jsonl}}\n"
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("**/*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid(path):
+    schema = SftConfig if "sft" in path.stem else TrainConfig
+    config = load_config(path, [], schema)
+    assert config.name
+
+
+def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
+    config = load_config(config_file, ["learner.optimizer.lr=1e-5", "rollout.stop=[a,b]"], TrainConfig)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load_config(copy, [], TrainConfig) == config
+    assert config.rollout.stop == ("a", "b")
+
+
+def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, monkeypatch):
+    monkeypatch.setenv("FLEDGE_TEST_DIR", "/somewhere")
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "extends: config.yaml\nname: child\nrun_dir: ${oc.env:FLEDGE_TEST_DIR}/${name}\nrollout: {group_size: 4}\n"
+    )
+    config = load_config(child, ["rollout.group_size=16", "name=mine"], TrainConfig)
+    assert (config.name, config.run_dir, config.rollout.group_size) == ("mine", "/somewhere/mine", 16)
+    assert config.model.path == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.group_sise=3", "unknown key rollout.group_sise; did you mean group_size?"),
+        ("zzz=1", "unknown key zzz; known keys here:.*rollout"),
+        ("learner.optimizer.lr=-1", "learner.optimizer.lr is -1: input should be greater than 0"),
+        ("rollout.top_p=1.5", "rollout.top_p is 1.5: input should be less than or equal to 1"),
+        ("rollout.group_size=many", "rollout.group_size is 'many': input should be a valid integer"),
+        ("model.dtype=float16", "model.dtype is 'float16': input should be 'bfloat16' or 'float32'"),
+        ("learner.mini_batches=7", "32 x rollout.group_size 8 = 256 samples do not divide into learner.mini_batches 7"),
+        ("learner.num_workers=300", "a mini-batch of 256 samples cannot feed learner.num_workers 300"),
+        ("learner.max_tokens_per_microbatch=100", "under the longest sequence.*= 2048; raise it to at least 2048"),
+        ("evaluation.pass_at=[8]", r"evaluation: pass_at holds \[8\] but samples_per_prompt is 1"),
+        ("evaluation.every=5", "data.eval is empty; add a dataset or set every to 0"),
+        ("algorithm.kl.placement=loss", "kl.placement is loss but kl.coefficient is 0"),
+        ("deterministic=true", "deterministic needs model.dtype float32"),
+        ("no_equals_sign", "override 'no_equals_sign' is not key=value"),
+    ],
+)
+def test_errors_name_key_value_and_remedy(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, [override], TrainConfig)
+
+
+def test_all_problems_are_reported_at_once(config_file):
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, ["rollout.group_size=0", "learner.epochs=0", "nmae=x"], TrainConfig)
+    for part in ("rollout.group_size is 0", "learner.epochs is 0", "unknown key nmae; did you mean name?"):
+        assert part in str(caught.value)
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml", [], TrainConfig)
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("name: x\n")
+    with pytest.raises(ConfigError, match="model is required but not set; data is required"):
+        load_config(empty, [], TrainConfig)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just text"])
+def test_what_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(path, [], TrainConfig)
+
+
+def test_a_config_that_extends_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(tmp_path / "a.yaml", [], TrainConfig)
+
+
+def test_an_unresolved_interpolation_is_an_error(config_file):
+    with pytest.raises(ConfigError, match="nothing_here"):
+        load_config(config_file, ["name=${nothing_here}"], TrainConfig)

@@ -1,0 +1,153 @@
+"""What happens around the steps: metrics, samples, probe, agreement, checkpoints, resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
+
+from rl.batch import RolloutBatch
+from rl.checkpoint import CheckpointStore, read_state
+from rl.errors import CheckpointError, WeightSyncError
+from rl.evaluation import EvalSet, Evaluator
+from rl.metrics import JsonlSink, read_metrics
+from rl.probe import AgreementBounds, WeightProbe
+from rl.run import RunPlan, TrainingRun
+
+BOUNDS = AgreementBounds(mean=1e-4, maximum=1e-3)
+
+
+class Silent:
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def step(self, step, metrics):
+        self.messages.append(f"step {step}")
+
+
+class EvalPool(FakeRolloutPool):
+    def generate_eval(self, prompts) -> RolloutBatch:
+        return self.generate(prompts, group_size=2, step=-1)
+
+
+def make_run(run_dir: Path, *, total_steps=4, learners=None, pool=None, source=None, probe_every=1, **plan):
+    pool, learners, source = pool or EvalPool(), learners or FakeLearners(), source or FakePromptSource()
+    loop = controller(pool, learners, source)
+    return TrainingRun(
+        RunPlan(run_dir, total_steps, **({"checkpoint_every": 2, "fingerprint": "f"} | plan)),
+        loop,
+        checkpoints=CheckpointStore(run_dir / "checkpoints", keep=2),
+        probe=WeightProbe(every=probe_every, bounds=BOUNDS),
+        bounds=BOUNDS,
+        open_sinks=lambda done_steps: [JsonlSink(run_dir, done_steps=done_steps)],
+        display=Silent(),
+        evaluator=Evaluator([EvalSet("held", loop_prompts())], pool, FakeRewardPool(), pass_at=(1, 2)),
+    )
+
+
+def loop_prompts():
+    return next(FakePromptSource())
+
+
+def test_a_run_writes_one_row_a_step_samples_and_checkpoints(tmp_path):
+    run = make_run(tmp_path, evaluate_every=2)
+    last = run.execute()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["reward/mean"] == 0.5
+    assert rows[0]["reward/exact_mean"] == 0.5
+    assert rows[1]["eval/held/pass@2"] == 1.0
+    assert rows[1]["eval/held/avg@2"] == 0.5
+    assert "eval/held/pass@2" not in rows[0]
+    assert last["policy/version"] == 4.0
+    assert last["sync/probe_diff_max"] < 1e-6
+    samples = (tmp_path / "samples" / "step_000003.jsonl").read_text().splitlines()
+    assert json.loads(samples[0])["ground_truth"] == loop_prompts()[0].ground_truth + 4 % 6
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_a_resumed_run_continues_where_the_checkpoint_was(tmp_path):
+    make_run(tmp_path, total_steps=3).execute()  # the last step always saves
+    learners, source = FakeLearners(), FakePromptSource()
+    run = make_run(tmp_path, total_steps=5, learners=learners, source=source)
+    assert run.restore()
+    assert (run.next_step, learners.version, source.drawn) == (3, 3, 6)
+    run.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_rows_after_the_checkpoint_are_replaced_when_resuming(tmp_path):
+    class Dies(FakeLearners):
+        def update(self, batch):
+            if self.version == 3:
+                raise RuntimeError("killed")
+            return super().update(batch)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        make_run(tmp_path, learners=Dies()).execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    run = make_run(tmp_path)
+    run.restore()
+    run.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_another_configuration_cannot_be_resumed(tmp_path):
+    make_run(tmp_path).execute()
+    with pytest.raises(CheckpointError, match="another configuration"):
+        make_run(tmp_path, fingerprint="g").restore()
+
+
+def test_disagreement_of_the_log_probabilities_stops_the_run(tmp_path):
+    with pytest.raises(WeightSyncError, match=r"step 0: .* 2\.00e-03 at most \(bound 1e-03\)"):
+        make_run(tmp_path, learners=FakeLearners(logprob_diff=2e-3)).execute()
+    with pytest.raises(WeightSyncError, match="nan"):
+        make_run(tmp_path / "b", learners=FakeLearners(logprob_diff=float("nan"))).execute()
+
+
+def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):
+    class Wrong(EvalPool):
+        def score_logprobs(self, pairs):
+            return [[np.full(len(response), -0.9, dtype=np.float32) for _, response in pairs]]
+
+    with pytest.raises(WeightSyncError, match="rollout worker 0 does not serve policy version 1"):
+        make_run(tmp_path, pool=Wrong()).execute()
+
+
+def test_the_probe_runs_after_the_first_sync_and_then_every_so_many():
+    probe = WeightProbe(every=3, bounds=BOUNDS)
+    assert [probe.due() for _ in range(7)] == [True, False, True, False, False, True, False]
+    assert not any(WeightProbe(every=0, bounds=BOUNDS).due() for _ in range(5))
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, {"fingerprint": "f"}, lambda folder: (folder / "w").write_text("1"))
+
+    def dies(folder):
+        (folder / "w").write_text("2")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.save(2, {}, dies)
+    assert store.latest().name == "step_000001"
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2, 3, 10):
+        store.save(step, {"value": step}, lambda folder: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000003", "step_000010"]
+    assert read_state(store.latest())["value"] == 10
+
+
+def test_a_damaged_state_says_what_to_do(tmp_path):
+    path = CheckpointStore(tmp_path, keep=1).save(1, {}, lambda folder: None)
+    (path / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="remove the folder to resume from the one before"):
+        read_state(path)
