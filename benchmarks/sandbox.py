@@ -1,4 +1,4 @@
-"""Small Python programs per second, fully isolated, with every layer on; beside what parts of it cost.
+"""Small Python programs per second, fully isolated, with every layer on; and what hostile neighbours cost them.
 
     python benchmarks/sandbox.py [--seconds 5] [--slots 2]
 
@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,40 @@ def main() -> None:
         ("bare interpreter, no isolation", 0),
     ):
         _row(name, tests, arguments.slots, arguments.seconds)
+    _neighbours(arguments.seconds)
     print("CPU ms/program is this benchmark's own; a busy machine raises it through shared caches, not through waiting")
+
+
+def _neighbours(seconds: float) -> None:
+    """One honest program after another in one slot, while the other slot runs the worst that it may."""
+    floods = {
+        "no neighbour": "",
+        "a neighbour spinning in 16 processes": "import os\nfor _ in range(4): os.fork()\nwhile True: pass",
+        "a neighbour that forks without end": "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
+        "a neighbour that fills memory": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    }
+    limits = Limits(cpu_s=2.0, wall_s=2.0)
+    alone = 0.0
+    for name, flood in floods.items():
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+            sandbox = LocalSandbox(slots=2, slots_folder=Path(folder))
+            stop = threading.Event()
+
+            def disturb(sandbox: LocalSandbox = sandbox, flood: str = flood, stop: threading.Event = stop) -> None:
+                while flood and not stop.is_set():
+                    list(sandbox.run(Program(flood), [StdinTask("")], limits))
+
+            def honest(number: int, sandbox: LocalSandbox = sandbox) -> None:
+                list(sandbox.run(Program(f"{PROGRAM}# {number}\n"), [StdinTask(STDIN)], Limits()))
+
+            disturbed = pool.submit(disturb)
+            count, elapsed, p99 = measure(honest, 1, seconds)
+            stop.set()
+            disturbed.result()
+            sandbox.close()
+        rate = count / elapsed
+        alone = alone or rate
+        print(f"{name:40s}{rate:7.0f} programs/s, {alone / rate:5.2f} times as long, p99 {p99 * 1e3:.1f} ms")
 
 
 def _row(name: str, tests: int, slots: int, seconds: float) -> None:
@@ -88,7 +122,7 @@ def _row(name: str, tests: int, slots: int, seconds: float) -> None:
             subprocess.run(command, input=STDIN.encode(), stdout=subprocess.DEVNULL, check=True)
 
         work = in_box if tests else bare
-        count, elapsed, p99 = measure(work, slots, seconds)
+        count, elapsed, p99 = measure(work, 2 * slots if tests else slots, seconds)
         sandbox.close()
     cpu = _own_cpu_seconds() - before
     rates = f"{count / elapsed:11.0f}{count * max(tests, 1) / elapsed:9.0f}{p99 * 1e3:8.1f}"

@@ -111,7 +111,7 @@ class CodeReward:
         self._total_s = total_s
         self._tolerance = float_tolerance
         self._service, concurrency = _service(sandbox, isolation, slots)
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="code-reward")
+        self._threads = ThreadPoolExecutor(2 * concurrency, thread_name_prefix="code-reward")
         self._known = _Outcomes()
 
     def score_batch(self, samples: Sequence[RewardInput]) -> Iterator[RewardOutput | Exception]:

@@ -91,20 +91,25 @@ class LocalSandbox(SandboxService):
         return self._start().process.pid
 
     def run(self, program: Program, tasks: Iterable[Task], limits: Limits) -> Iterator[RunResult]:
-        """See SandboxService. Holds one slot until the iterator ends or is closed."""
-        with self._slots.take() as slot, contextlib.ExitStack() as stack:
+        """See SandboxService. Holds one slot from the first task until the iterator ends or is closed.
+
+        A box is made before its program has a slot and, when it is clean, unmade after, so that the slots' CPUs are
+        spent on programs; give it a few more threads than slots.
+        """
+        with contextlib.ExitStack() as stack:
             binary: int | None = None
             if program.language == "cpp":
-                compiled = self._compile(program, slot)
+                compiled = self._compile(program)
                 if isinstance(compiled, RunResult):
                     yield compiled
                     return
                 stack.callback(os.close, compiled)
                 binary = compiled
-            run = _ProgramRun(self, program, limits, slot, binary)
-            stack.callback(run.end)
-            for task in tasks:
-                yield run.task(task)
+            run = stack.enter_context(_ProgramRun(self, program, limits, binary))
+            with self._slots.take() as slot:
+                run.pin(self._cpus[slot % len(self._cpus)])
+                for task in tasks:
+                    yield run.task(task)
 
     def close(self) -> None:
         """End the zygote and every box. Runs still going raise InfrastructureError."""
@@ -118,10 +123,9 @@ class LocalSandbox(SandboxService):
                 if isinstance(kept, int):
                     os.close(kept)
 
-    def open_box(self, limits: Limits, slot: int) -> Box:
+    def open_box(self, limits: Limits) -> Box:
         """A fresh box; the zygote is started again, once, if it has died."""
-        # one CPU a slot: a program, with all its threads, cannot slow the programs of other slots
-        settings = {"limits": asdict(limits), "cpu": self._cpus[slot % len(self._cpus)], **self._layers}
+        settings = {"limits": asdict(limits), **self._layers}
         zygote = self._start()
         try:
             return zygote.open_box(settings)
@@ -144,7 +148,7 @@ class LocalSandbox(SandboxService):
                 raise ConfigError(remedy(str(error))) from error
             return self._zygote
 
-    def _compile(self, program: Program, slot: int) -> int | RunResult:
+    def _compile(self, program: Program) -> int | RunResult:
         """A descriptor of the binary, for the caller to close, or the result that says why there is none."""
         if shutil.which("g++") is None:
             raise ConfigError("the program is C++ and this machine has no g++; install it or use the remote sandbox")
@@ -156,11 +160,8 @@ class LocalSandbox(SandboxService):
                 return os.dup(kept)
         if kept is not None:
             return kept
-        run = _ProgramRun(self, program, COMPILE_LIMITS, slot, None)
-        try:
+        with self._slots.take(), _ProgramRun(self, program, COMPILE_LIMITS, None) as run:
             result, binary = run.compile()
-        finally:
-            run.end()
         made: int | RunResult = result if binary is None else binary
         with self._lock:
             if self._closed or key in self._compiled:
@@ -176,13 +177,25 @@ class LocalSandbox(SandboxService):
 class _ProgramRun:
     """The boxes that one program's tasks run in, one at a time."""
 
-    def __init__(self, sandbox: LocalSandbox, program: Program, limits: Limits, slot: int, binary: int | None) -> None:
+    def __init__(self, sandbox: LocalSandbox, program: Program, limits: Limits, binary: int | None) -> None:
         self._sandbox = sandbox
         self._source = program.source.encode("utf-8", "surrogatepass")
         self._limits = limits
-        self._slot = slot
         self._binary = binary
         self._box: Box | None = None
+        self._cpu: int | None = None
+
+    def __enter__(self) -> _ProgramRun:
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def pin(self, cpu: int) -> None:
+        """Keep the program, with all its processes and threads, on one CPU: it cannot slow those on others."""
+        self._cpu = cpu
+        self._open().pin(cpu)
 
     def task(self, task: Task) -> RunResult:
         """Run one task, in the box of the last one if that is as good as new."""
@@ -222,7 +235,9 @@ class _ProgramRun:
 
     def _open(self) -> Box:
         if self._box is None:
-            self._box = self._sandbox.open_box(self._limits, self._slot)
+            self._box = self._sandbox.open_box(self._limits)
+            if self._cpu is not None:
+                self._box.pin(self._cpu)
             source = _memory_file(self._source)
             try:
                 self._box.send({"kind": "source"}, [source])

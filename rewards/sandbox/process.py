@@ -123,7 +123,15 @@ class Box:
         self._channel = channel
         self._handle = handle
         self._private = private  # a folder of the host, only without isolation
-        self._pid = 0
+        info = _read(f"/proc/self/fdinfo/{handle}")
+        self._pid = next(int(line.split()[1]) for line in info.splitlines() if line.startswith("Pid:"))
+
+    def pin(self, cpu: int) -> None:
+        """Keep the box, and all that it starts from now on, on one CPU."""
+        try:
+            os.sched_setaffinity(self._pid, {cpu})
+        except OSError as error:
+            raise InfrastructureError(f"a sandbox box cannot be kept on CPU {cpu}: {error}") from error
 
     def send(self, message: dict[str, Any], descriptors: list[int]) -> None:
         """Send one message. Raises InfrastructureError when the box has ended."""
@@ -151,10 +159,7 @@ class Box:
 
     def resident_bytes(self) -> int:
         """Resident memory of the box's processes that is not shared with files: heap, stacks, shared anonymous."""
-        if not self._pid:
-            info = _read(f"/proc/self/fdinfo/{self._handle}")
-            self._pid = next(int(line.split()[1]) for line in info.splitlines() if line.startswith("Pid:"))
-        total, todo = 0, [self._pid] if self._pid > 0 else []
+        total, todo = 0, [self._pid]
         while todo:
             pid = todo.pop()
             with contextlib.suppress(OSError):

@@ -55,7 +55,6 @@ class Box:
         os.chdir(self.private)
         os.environ.clear()
         os.environ.update(ENVIRONMENT, HOME=self.private, TMPDIR=self.private)
-        os.sched_setaffinity(0, {settings["cpu"]})
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_capabilities()
         if self.isolated:

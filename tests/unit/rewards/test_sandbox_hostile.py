@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from rewards.api import RewardInput, RewardOutput
 from rewards.code import CodeReward
 from rewards.sandbox.api import Limits, Program, RunResult, SandboxService, Task
+from rewards.sandbox.inside.zygote import NOBODY
 from rewards.sandbox.process import Zygote
 
 DATA = Path(__file__).parents[2] / "data"
@@ -100,7 +102,6 @@ def test_no_hostile_program_scores_and_every_honest_one_does(host: dict[str, str
     monkeypatch.setenv("MARKER_ENVIRONMENT", SECRET)
     hostile, honest = load("hostile", host), load("honest", {})
     assert len({name for name, _, _ in hostile}) >= 60
-    shared_memory = listing("/dev/shm")
     descriptors = len(listing("/proc/self/fd"))
     guard = CodeReward(score="share", limits=HOSTILE_LIMITS)
     neighbour = CodeReward(limits={"cpu_s": 1.5, "wall_s": 60, "memory_bytes": 256 << 20}, total_s=300)
@@ -127,7 +128,9 @@ def test_no_hostile_program_scores_and_every_honest_one_does(host: dict[str, str
         reward.close()
     assert all(zygote.process.returncode == 0 for zygote in zygotes)
     assert len(listing("/proc/self/fd")) == descriptors
-    assert listing("/dev/shm") == shared_memory
+    places = [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    left = [path for place in places for path in place.iterdir() if path.lstat().st_uid == NOBODY]
+    assert not left or os.geteuid() != 0, left
 
 
 def test_every_result_of_the_catalogue_is_an_output_not_an_error(host: dict[str, str]) -> None:
