@@ -121,7 +121,7 @@ def _compare_quantities(gold: Node, answer: Node, policy: Policy) -> Verdict:
         other = unwrapped(other) or other
         if isinstance(other, Quantity):
             return _compare_two_quantities(quantity, other, policy)
-    if quantity.product is not None and symbols(other):
+    if quantity.product is not None and (symbols(other) or (quantity.tight and quantity is gold)):
         return compare(quantity.product, other, policy)
     if quantity.unit == DEGREE and is_scalar(quantity.value) and is_scalar(other):
         radians = same_value(Apply("degree", (quantity.value,)), other, policy.significant_digits)

@@ -232,7 +232,7 @@ def _numeric_functions(context: Any) -> dict[str, Callable[..., Any]]:
             return context.power(value, 1 / index)
         if n % 2 and not context.im(value) and context.re(value) < 0:
             return -context.root(-value, n)
-        return context.root(value, n)
+        return context.sqrt(value) if n == 2 else context.root(value, n)
 
     def log(value: Any, base: Any = None) -> Any:
         return context.log(value) if base is None else context.log(value) / context.log(base)

@@ -23,7 +23,8 @@ _ANCHOR = re.compile(
     r"|\b(?:la\s+)?(?:respuesta|réponse|resposta|risposta|solución|solution)(?:\s+(?:final|finale|correcta|correcte))?\s*(?:\b(?:es|est|é|è)\b|[:：])"
     r"|\b(?:antwort|lösung|ergebnis)\s*(?:\b(?:ist|lautet)\b|[:：])"
     r"|ответ\s*(?:[:：—-]|\bравен\b)"
-    r"|(?:最終的な|最終|求める)?(?:答え|答|解答|正解|回答|解|値)(?:\s*(?:は|：|:|＝|=)\s*、?)"
+    r"|(?:最終的な|最終|求める)?(?:答え|答|解答|正解|回答|解|値)"
+    r"(?:\s*[】）)\]]\s*[:：]?|\s*(?:は|：|:|＝|=)\s*、?|\s+(?=[-−\d$\\(（]))"
     r"|(?:最终)?(?:答案|答)(?:\s*(?:是|为|為|：|:))"
     r"|(?:정답|답)\s*(?:은|는|:|：)"
     r"|^\s*\#{4}"
@@ -47,9 +48,13 @@ _CLAUSE_AFTER = re.compile(
 _JAPANESE_COPULA = re.compile(
     r"\s*(?:です|となります|となる|になります|になる|である|であり|だ|でした|になりました)(?:。|\.|!|$).*$", re.DOTALL
 )
+_LEADING_WORD = re.compile(
+    r"^(?:(?:so|hence|thus|therefore|then|finally|result)\b|よって|したがって|ゆえに|従って|故に|つまり)[\s,、:]*=?\s*|^=\s*",
+    re.IGNORECASE,
+)
 _ASSERTION = re.compile(
     r"(?:\b(?:is|are|was|equals|equal\s+to|gives?|yields?|gets?|becomes?|obtains?|by|it's|that's)\b:?"
-    r"|(?<=[^<>!=])=(?=[^=])|≈|→|⇒|:\s|は|が)\s*"
+    r"|(?<=[^<>!=])=(?=[^=])|≈|→|⇒|:\s|(?<!また)は|が)\s*"
 )
 _NUMBER = re.compile(
     r"[-+−－]?[$€£¥￥]?\s?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?(?:\s?(?:\\?%|％|percent\b))?(?:[a-zA-Zµ°²³]{1,3}(?:\^?[23²³])?\b)?"
@@ -203,7 +208,7 @@ def _from_last_sentence(text: str) -> str | None:
     sentences = [s for s in (part.strip() for part in re.split(_SENTENCE_END, text[-4000:])) if s]
     if not sentences:
         return None
-    last = sentences[-1].strip("*_ ")
+    last = _LEADING_WORD.sub("", sentences[-1].strip("*_ "))
     spans = list(_MATH_SPAN.finditer(last))
     if not spans:
         displayed = list(_MATH_SPAN.finditer(text))

@@ -15,6 +15,8 @@ _NUMERAL = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|[〇零一二三四五六七八九両�
 _CJK = "〇零一二三四五六七八九両两十百千万萬億亿兆京"
 _FRACTION = re.compile(rf"([-+]?)({_NUMERAL})\s*(?:分の|分之)\s*({_NUMERAL})")
 _WARI = re.compile(r"([-+]?\d+(?:\.\d+)?|[一二三四五六七八九])\s*割(?:\s*(\d|[一二三四五六七八九])\s*分)?(?:引き)?")
+_PER = {"時": "h", "分": "min", "秒": "s"}
+_SPEED = re.compile(r"^\s*([時分秒])速(?:は)?\s*([\d.,]+\s*[^\d\s]+)\s*$")
 _PERCENT = re.compile(r"\s*(?:パーセント|プロ)")
 _MULTIPLIED = re.compile(rf"(?<![\w\u4e00-\u9fff]){_NUMERAL}(?=$|[^0-9])")
 _PIECE = re.compile(r"([0-9][0-9,]*(?:\.[0-9]+)?)|(.)")
@@ -25,6 +27,7 @@ def convert_numerals(text: str) -> str:
     """The text with its Japanese numerals as digits, fractions as `a/b` and 割 as percent."""
     if text.isascii():
         return text
+    text = _SPEED.sub(lambda m: f"{m[2].strip()}/{_PER[m[1]]}", text)
     text = _FRACTION.sub(_fraction, text)
     text = _WARI.sub(_tenths, text)
     text = _PERCENT.sub("%", text)

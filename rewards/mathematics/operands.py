@@ -203,7 +203,11 @@ class OperandParser(ExpressionParser):
             arguments = self._arguments() if not self._is_sign("{") else (self._group(),)
         else:
             arguments = (self._function_term(),)
-        if power is not None and power == Apply("neg", (Number(Fraction(1)),)) and name in ("sin", "cos", "tan"):
+        if (
+            power is not None
+            and power in (Apply("neg", (Number(Fraction(1)),)), Number(Fraction(-1)))
+            and name in ("sin", "cos", "tan")
+        ):
             return Apply(f"a{name}", arguments)
         applied = Apply(name, arguments + base)
         return applied if power is None else Apply("pow", (applied, power))

@@ -49,6 +49,7 @@ class _AnswerParser(OperandParser):
             if self._next.kind is Kind.END:
                 break
             items.append(self._relation())
+        items = [item for item in items if not _is_domain(item)] or items
         return items[0] if len(items) == 1 else Collection("list", tuple(items))
 
     def _take_connector(self) -> bool:
@@ -132,13 +133,28 @@ class _AnswerParser(OperandParser):
         self._expect("\\{")
         if self._take_sign("\\}"):
             return Collection("set", (), "\\{", "\\}")
+        if self._skip_builder_variable():  # {x | x > 2} is its condition
+            condition = self.answer()
+            self._expect("\\}")
+            return condition
         items = [self._relation()]
         while self._take_connector():
             items.append(self._relation())
-        if self._is_sign("|", ":"):
-            raise UnsupportedError("a set by its condition")
         self._expect("\\}")
         return Collection("set", tuple(items), "\\{", "\\}")
+
+    def _skip_builder_variable(self) -> bool:
+        r"""Step over `x |` or `x \in \mathbb{R} :` at the start of a set."""
+        if self._next.kind is not Kind.LETTER:
+            return False
+        for position in range(self._position + 1, min(self._position + 7, len(self._tokens))):
+            token = self._tokens[position]
+            if token.kind is Kind.SIGN and token.text in ("|", ":"):
+                if position > self._position + 1 and self._tokens[self._position + 1].text != "in":
+                    return False
+                self._position = position + 1
+                return True
+        return False
 
     def _absolute(self) -> Node:
         self._expect("|")
@@ -168,6 +184,16 @@ class _AnswerParser(OperandParser):
         if self._subscript() != name or not rows or len({len(r) for r in rows}) != 1:
             raise UnreadableError("a matrix with rows of different lengths")
         return _determinant(rows) if name == "vmatrix" else Matrix(tuple(rows))
+
+
+def _is_domain(node: Node) -> bool:
+    r"""Whether it only says what kind of number a variable is: `k \in \mathbb{Z}`."""
+    return (
+        isinstance(node, Relation)
+        and node.operators == ("in",)
+        and isinstance(node.terms[1], Symbol)
+        and node.terms[1].name.startswith("mathbb:")
+    )
 
 
 def _determinant(rows: list[tuple[Node, ...]]) -> Node:

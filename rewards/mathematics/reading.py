@@ -26,7 +26,7 @@ from rewards.mathematics.syntax import (
     UnreadableError,
     UnsupportedError,
 )
-from rewards.mathematics.units import split_unit
+from rewards.mathematics.units import read_compound, split_unit
 
 _NUMERALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -40,7 +40,12 @@ _PROSE_WORD = re.compile(r"(?<!\\)\b[^\W\d_]{3,}\b")
 _WORDS_ONLY = re.compile(r"[^\d\\=<>^*/+$%|()\[\]{}]*[^\W\d_][^\d\\=<>^*/+$%|()\[\]{}]*")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _AND = re.compile(r"\s*(?:,|;|\b(?:and|or)\b|、)\s*", re.IGNORECASE)
-_CONDITION = re.compile(r"[,(\s]*(?:\\text\{\s*)?\b(?:where|for all|for any|for every|with)\b.*$", re.DOTALL)
+_CONDITION = re.compile(
+    r"[,(\s]*(?:\\text\s*\{\s*)?\b(?:where|for|with)\b(?:\s+(?:all|any|every|some|each))?[\s}:]*"
+    r"(?:[a-zA-Z]\s*\\in\s*\\mathbb\{[A-Z]\}|(?:\\text\s*\{)?[\s}]*(?:[a-zA-Z]\s*[\s}]*(?:\\text\s*\{)?\s*)?(?:is|are)?\s*"
+    r"(?:an?\s+)?(?:arbitrary\s+)?(?:integers?|real|constant)(?:\s+numbers?|\s+constants?)?(?:\s*\})?\s*[a-zA-Z]?)[)\s.]*$"
+)
+_PARENTHESISED = re.compile(r"\(([^()\[\]{}\\\d]*)\)")
 _LABEL_COLON = re.compile(r"^[A-Za-z ]{4,40}:\s*(?=\S)")
 
 
@@ -76,6 +81,8 @@ def _read(text: str, grouping: bool) -> Node:
     if _TIME.fullmatch(text):
         return Text(text.lower().replace(".", ""))
     words = _TEXT_COMMAND.sub(r" \1 ", text).strip()
+    if match := _PARENTHESISED.fullmatch(words):
+        words = text = match[1].strip()
     if words.lower() in _NUMBER_WORDS:
         return Number(Fraction(_NUMBER_WORDS[words.lower()]))
     try:
@@ -96,6 +103,8 @@ def _base_number(digits: str, base_text: str) -> BaseNumber | None:
 
 
 def _read_formula(text: str, grouping: bool) -> Node:
+    if (compound := read_compound(text)) is not None:
+        return Quantity(Number(compound[0]), compound[1])
     value, unit, ambiguous = split_unit(text)
     if unit is None:
         return _reread_condition(text, grouping)
@@ -110,7 +119,7 @@ def _read_formula(text: str, grouping: bool) -> Node:
         return Relation((*node.terms[:-1], Quantity(node.terms[-1], unit, None)), node.operators)
     if isinstance(node, Collection) and node.kind == "list":  # 3 and 4 cm
         return Collection("list", tuple(Quantity(item, unit) for item in node.items))
-    return Quantity(node, unit, product)
+    return Quantity(node, unit, product, tight=ambiguous and value + text[-1] == text)
 
 
 def _reread_condition(text: str, grouping: bool) -> Node:

@@ -15,7 +15,8 @@ from typing import Any
 from rewards.mathematics.evaluation import Budget, Numeric, TooLargeError, UndefinedError, exact
 from rewards.mathematics.syntax import Apply, Constant, Node, Number, UnsupportedError, symbols, walk
 
-NUM_POINTS = 8
+NUM_POINTS = 6
+POINTS_IN_FULL = 2  # compared at more than one precision; at the others, near is near enough
 MIN_AGREEING_POINTS = 3
 COARSE_DIGITS, FINE_DIGITS, FINEST_DIGITS = 60, 120, 240
 INTEGER_NAMES = frozenset("nkmNMK")  # variables that stand for whole numbers by custom
@@ -137,7 +138,7 @@ def _same_constant(gold: Node, answer: Node, significant_digits: int) -> Verdict
         difference = abs(numeric.value(other, {}) - numeric.value(decimal, {}))
         unit = numeric.context.mpf(10) ** -decimal.places
         return _verdict(bool(decimal.digits >= significant_digits and difference < unit))
-    return _verdict(_agree(gold, answer, {}))
+    return _verdict(_agree(gold, answer, {}, _difference(COARSE_DIGITS, gold, answer, {})))
 
 
 def _has_infinity(node: Node) -> bool:
@@ -162,10 +163,10 @@ def _agree_on(gold: Node, answer: Node, where: list[dict[str, Fraction]]) -> boo
     for point in where:
         try:
             a, b = numeric.value(gold, point), numeric.value(answer, point)
-            real = (_is_real(numeric, a), _is_real(numeric, b))
-            if real[0] != real[1]:
+            if _is_real(numeric, a) != _is_real(numeric, b):
                 continue  # outside the real domain of one of them: ln x^2 and 2 ln x
-            if not _agree(gold, answer, point):
+            near = abs(a - b) <= max(abs(a), abs(b)) * 1e-40
+            if not (near and agreed >= POINTS_IN_FULL) and not _agree(gold, answer, point, abs(a - b)):
                 return False
             agreed += 1
         except UndefinedError:
@@ -177,9 +178,12 @@ def _is_real(numeric: Numeric, value: Any) -> bool:
     return bool(abs(numeric.context.im(value)) <= abs(value) * 1e-40)
 
 
-def _agree(gold: Node, answer: Node, point: Mapping[str, Fraction]) -> bool:
-    """Zero or not: a difference that is only rounding shrinks with the precision, a real one stays."""
-    coarse, fine = _difference(COARSE_DIGITS, gold, answer, point), _difference(FINE_DIGITS, gold, answer, point)
+def _agree(gold: Node, answer: Node, point: Mapping[str, Fraction], coarse: Any) -> bool:
+    """Zero or not: a difference that is only rounding shrinks with the precision, a real one stays.
+
+    `coarse` is the absolute difference in COARSE_DIGITS.
+    """
+    fine = _difference(FINE_DIGITS, gold, answer, point)
     if fine == 0:
         return True
     if coarse == 0:

@@ -96,11 +96,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A value with a unit. `product` is the other reading, where the unit could be a variable: `3 m`."""
+    """A value with a unit. `product` is the other reading of a unit that could be a variable: `3 m`; `3m` is tight."""
 
     value: Node
     unit: Unit
     product: Node | None = None
+    tight: bool = False
 
 
 @dataclass(frozen=True, slots=True)

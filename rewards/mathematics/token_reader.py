@@ -27,6 +27,8 @@ class TokenReader:
 
     def _advance(self) -> Token:
         token = self._next
+        if token.kind is Kind.END:
+            raise self._fail("more")
         self._position += 1
         return token
 

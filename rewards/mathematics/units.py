@@ -105,7 +105,7 @@ _PIECE = re.compile(r"(?P<word>[^\W\d_]+|°[CF])(?:\^(?P<power>-?\d))?|(?P<slash
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|CA|AU)?\s*([$€£¥₹])\s*([-+]?[\d.(\\].*)", re.DOTALL)
 _CURRENCY_BEHIND = re.compile(r"(.*\d)\s*([$€£¥₹¢])", re.DOTALL)
 _SQUARE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
-_SQUARE_METRES = re.compile(r"m\s*\^\s*\{?\s*[23]\s*\}?")
+_COMPOUND = re.compile(rf"(\d+(?:\.\d+)?)\s*({_WORD})(?:\s*(?:,|and\b|と)?\s*)")
 _PLAIN_VALUE = re.compile(r"[-+]?[\d.,]+(?:\s*/\s*\d+)?|[-+]?\d*\s*\\frac\s*\{?\d+\}?\s*\{?\d+\}?")
 
 
@@ -133,9 +133,7 @@ def split_unit(text: str) -> tuple[str, Unit | None, bool]:
         if unit is not None:
             letter = re.match(r"[A-Za-z]", suffix)
             single = letter is not None and not re.match(r"[A-Za-z]{2}", suffix)
-            if single and not (
-                suffix[0] in _AMBIGUOUS_LETTERS and (before.isspace() or _SQUARE_METRES.fullmatch(suffix))
-            ):
+            if single and suffix[0] not in _AMBIGUOUS_LETTERS:
                 return text, None, False
             return value, unit, single
         return text, None, False
@@ -152,6 +150,22 @@ def _unit_after(value: str, suffix: str) -> Unit | None:
     if any(name in _NOT_UNITS or (len(name) == 1 and name.isascii()) for name in names):
         return None
     return Unit(Fraction(1), ((" ".join(_singular(name) for name in names), 1),))
+
+
+def read_compound(text: str) -> tuple[Fraction, Unit] | None:
+    """(value, unit) of `1 hour 30 minutes`, in its first unit; None where it is not several units of one kind."""
+    pieces, position = list[tuple[Fraction, Unit]](), 0
+    while position < len(text):
+        match = _COMPOUND.match(text, position)
+        unit = read_unit(match[2]) if match else None
+        if match is None or unit is None or (pieces and not unit.same_dimension(pieces[0][1])):
+            return None
+        pieces.append((Fraction(match[1]), unit))
+        position = match.end()
+    if len(pieces) < 2:
+        return None
+    first = pieces[0][1]
+    return sum((value * unit.factor for value, unit in pieces), Fraction(0)) / first.factor, first
 
 
 def read_unit(text: str) -> Unit | None:

@@ -18,7 +18,10 @@ from rewards.mathematics.worker_pool import SymbolicPool, WorkerLostError
 
 MAX_SYMBOLIC_CHARS = 400
 MAX_SYMBOLIC_DEPTH = 12
-_HUGE = re.compile(r"\d{40,}|(?:\^\s*\{?\s*[^{}\s]*){3,}|\d{4,}\s*\}?\s*!|\^\s*\{?\s*\d{4,}|!\s*!")
+_HUGE = re.compile(
+    r"\d{40,}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^|\^\s*\d+\s*\^\s*\d|\^\s*\{?\s*\d{4,}"  # numbers, towers of powers, powers
+    r"|\d{4,}\s*\}?\s*!|!\s*!"  # factorials
+)
 _OPERATION = re.compile(
     r"[-+*/^!=<>]|\\(?:times|cdot|div|frac|sqrt|int|sum|prod|lim|sin|cos|tan|log|ln|binom|le|ge|pm)(?![a-zA-Z])"
 )
