@@ -18,7 +18,7 @@ from rl.config import RewardConfig
 
 
 class LocalScorer:
-    """Up to `config.num_workers` scoring processes, started when first needed; a context manager that leaves none behind.
+    """Up to `config.num_workers` scoring processes, started when first needed; a context manager that ends them.
 
     Raises ConfigError and RewardError from the constructor when a reward cannot be loaded.
     """
