@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,7 @@ class ScoringSpec:
     functions: tuple[RewardFunctionConfig, ...]
     clip: tuple[float, float] | None
     timeout_s: float
+    folder: str = field(default_factory=os.getcwd)  # where the user's own modules are looked for last
 
 
 class ScoringProcess:
@@ -226,6 +227,7 @@ def main(connection_fd: int, trace_fd: int) -> None:
     connection = Connection(connection_fd)
     try:
         spec: ScoringSpec = connection.recv()
+        sys.path.append(spec.folder)
         try:
             reward = CombinedReward(spec.functions, spec.clip)
         except FledgeError as error:

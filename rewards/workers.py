@@ -202,7 +202,7 @@ def _reward_input(batch: RolloutBatch, rollout: Rollout) -> RewardInput:
         truncated=rollout.finish_reason is FinishReason.LENGTH,
         token_ids=rollout.token_ids,
         group_id=rollout.group_id,
-        reward=prompt.reward,
+        reward=None if prompt.reward is None else absolute_name(prompt.reward),
     )
 
 

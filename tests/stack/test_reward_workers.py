@@ -153,8 +153,11 @@ def test_workers_hold_no_framework(pool: RewardPool) -> None:
     assert not frameworks & set(scored.scores[0].error.split())
 
 
-def test_a_batch_function_that_hangs_is_rescored_one_by_one(ray_cluster: None, plugin: Path) -> None:
-    functions = (RewardFunctionConfig(name=f"{plugin}:completions_reward"),)
+def test_a_batch_function_that_hangs_is_rescored_one_by_one(
+    ray_cluster: None, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plugin.parent)  # where the workers are not: the module is found all the same
+    functions = (RewardFunctionConfig(name="my_reward:completions_reward"),)
     pool = RewardPool(RewardConfig(functions=functions, num_workers=1, timeout_s=1.0))
     try:
         scored = pool.score(make_batch("right", "hang", "wrong"))
