@@ -121,3 +121,7 @@ def _print_metrics(metrics: dict[str, float], prefixes: tuple[str, ...]) -> None
     for name, value in sorted(metrics.items()):
         if name.startswith(prefixes):
             typer.echo(f"{name:40s} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

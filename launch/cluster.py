@@ -30,9 +30,14 @@ _START_ATTEMPTS = 3
 def ray_cluster(config: RayConfig) -> Iterator[None]:
     """Join the cluster at ray.address or RAY_ADDRESS; else start a local one, and end it afterwards.
 
+    In a process that has joined a cluster already, that one is used and left running.
+
     A local cluster listens on the loopback interface, has no dashboard, and (see `launch.environment`) answers only
     those who hold its token.
     """
+    if ray.is_initialized():  # somebody's own program has joined a cluster already, and will leave it
+        yield
+        return
     address = cluster_address(config.address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "fledge"}

@@ -1,0 +1,189 @@
+"""The whole loop on the real stack: exact sync for every family, determinism, resume, interruption, a Ray job."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config
+
+from rl.errors import WeightSyncError
+from rl.metrics import read_metrics
+
+pytestmark = pytest.mark.stack
+LEFTOVERS = Path("/dev/shm")
+
+
+def shared_memory_files():
+    return {p.name for p in LEFTOVERS.glob("fledge*")}
+
+
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory, ray_cluster):
+    """Four deterministic steps of Qwen3 without a break: its weights and metrics."""
+    directory = tmp_path_factory.mktemp("straight")
+    config = config_dict(directory, total_steps=4, deterministic=True)
+    with run_here(config) as run:
+        weights = finish(run, Path(config["run_dir"]))
+    return directory, weights, read_metrics(Path(config["run_dir"]))
+
+
+def test_rollout_and_learner_agree_on_every_step(straight_run):
+    _, _, rows = straight_run
+    assert len(rows) == 4
+    for row in rows:
+        assert row["rollout/logprob_diff_max"] < 1e-3
+        assert row["sync/probe_diff_max"] < 1e-3
+        assert row["learner/grad_norm"] > 0
+    wanted = {
+        "reward/mean", "reward/std", "rollout/length_mean", "rollout/truncated_frac", "rollout/tokens_per_s",
+        "rollout/logprob_diff_mean", "rollout/logprob_diff_max", "learner/loss", "learner/entropy",
+        "learner/clip_frac", "learner/ratio_mean", "learner/grad_norm", "learner/lr", "learner/tokens_per_s",
+        "sync/seconds", "sync/bytes", "time/step_s", "time/rollout_s", "time/update_s", "policy/version",
+        "learner/memory_peak_gib",
+    }  # fmt: skip
+    assert wanted <= set(rows[-1])
+    assert rows[-1]["policy/version"] == 4
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, tmp_path, ray_cluster):
+    config = config_dict(tmp_path, family, total_steps=4, algorithm={"kl": {"placement": "loss", "coefficient": 0.1}})
+    with run_here(config) as run:
+        loop = run.controller
+        loop.sync_weights()
+        for step in range(2):
+            result = loop.step(step)
+            assert result.update.metrics["rollout/logprob_diff_max"] < 1e-3
+            assert result.update.metrics["learner/kl_ref"] >= 0
+        # A worker that says it serves the new version, but was never sent it.
+        real_publish = loop.learners.publish_weights
+        loop.learners.publish_weights = lambda: run.controller.learners.__class__ and skipped(loop)
+        loop.step(2)
+        loop.learners.publish_weights = real_publish
+        run.next_step = 3
+        with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
+            run._step([])
+
+
+def skipped(loop):
+    """The proof of a transfer that never happened."""
+    from rl.batch import WeightVersion
+
+    return WeightVersion(loop.learners.policy_version, {}, 0)
+
+
+def test_a_killed_and_resumed_run_writes_the_same_weights(straight_run, tmp_path):
+    directory, expected, _ = straight_run
+    config = config_dict(directory, total_steps=4, deterministic=True, run_dir=str(tmp_path / "run"))
+    config["checkpoint"] = {"every": 2}
+    path = save_config(tmp_path, config)
+    command = Command(tmp_path, "train", str(path))
+    command.wait_for(tmp_path / "run" / "checkpoints" / "step_000002")
+    children = command.descendants()
+    command.kill()
+    command.wait()
+    assert gone(children) == []
+    resumed = Command(tmp_path, "train", str(path), "--resume")
+    assert resumed.wait() == 0, resumed.output()
+    assert "resumed from" in resumed.output()
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, weights[name]), name
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert not shared_memory_files()
+
+
+def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run, tmp_path):
+    directory, _, _ = straight_run
+    config = config_dict(directory, total_steps=1000, run_dir=str(tmp_path / "run"))
+    config["checkpoint"] = {"every": 1}
+    command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
+    command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
+    children = command.descendants()
+    command.interrupt()
+    assert command.wait(timeout_s=90) == 130
+    assert "interrupted" in command.output()
+    assert "Traceback" not in command.output()
+    assert gone(children) == []
+    assert not shared_memory_files()
+    from rl.checkpoint import CheckpointStore, read_state
+
+    newest = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
+    assert read_state(newest)["step"] >= 1
+
+
+@pytest.fixture(scope="module")
+def head_node(tmp_path_factory):
+    """A Ray cluster with a dashboard, as users submit jobs to; ended by the ids of its own processes."""
+    directory = tmp_path_factory.mktemp("ray_head")
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "RAY_worker_niceness": "0"}
+    before = {p.pid for p in psutil.process_iter()}
+    ray_command = str(Path(sys.executable).parent / "ray")
+    started = subprocess.run(
+        [ray_command, "start", "--head", "--port=0", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
+         "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
+         "--node-ip-address=127.0.0.1", f"--temp-dir=/tmp/fledge_ray_{os.getpid()}"],
+        env=env, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield directory, env, ray_command
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if process.pid not in before and any(
+            f"fledge_ray_{os.getpid()}" in part for part in process.info["cmdline"] or ()
+        ):
+            process.send_signal(signal.SIGKILL)
+
+
+def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
+    directory, env, ray_command = head_node
+    rows = verl_rows(tmp_path / "gsm_symbolic.parquet")
+    config = config_dict(tmp_path, total_steps=2)
+    config["data"] = {"train": {"path": str(rows)}, "max_prompt_tokens": 512}
+    config["reward"] = {"functions": [{"name": "math"}, {"name": f"{REWARDS}:parity", "weight": 0.1}], "num_workers": 1}
+    config["learner"]["max_tokens_per_microbatch"] = 1024
+    path = save_config(tmp_path, config)
+    fledge = str(Path(sys.executable).parent / "fledge")
+    (tmp_path / "job").mkdir()
+    submitted = subprocess.run(
+        [ray_command, "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", str(tmp_path / "job"),
+         "--", fledge, "train", str(path)],
+        env=env, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    assert "succeeded" in submitted.stdout
+    rows = read_metrics(Path(config["run_dir"]))
+    assert len(rows) == 2
+    assert rows[-1]["reward/math_mean"] >= 0
+    assert rows[-1]["reward/plugin_error_count"] == 0
+    sample = json.loads((Path(config["run_dir"]) / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch(r"-?\d+", sample["ground_truth"])
+    assert not shared_memory_files()
+
+
+def verl_rows(path):
+    """reasoning-gym's word problems in verl's row format."""
+    import pandas
+    import reasoning_gym
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": problem["question"]}],
+            "data_source": "gsm_symbolic",
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": problem["answer"]},
+            "extra_info": {"index": index},
+        }
+        for index, problem in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=8, seed=1))
+    ]
+    pandas.DataFrame(rows).to_parquet(path)
+    return path

@@ -1,0 +1,134 @@
+"""Configurations of tiny real runs, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from safetensors.torch import load_file
+
+from launch.compose import training_run
+from launch.tiny_models import Family, build_tiny_model
+from rl.config import TrainConfig
+from rl.run import TrainingRun
+
+REWARDS = Path(__file__).parent / "reward_parity.py"
+
+
+def write_rows(path: Path, count: int = 12) -> Path:
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} + {i} =", "ground_truth": str(2 * i)}) + "\n" for i in range(count))
+    )
+    return path
+
+
+def config_dict(directory: Path, family: Family = "qwen3", **sections: dict[str, Any] | Any) -> dict[str, Any]:
+    """A run of a few steps on a tiny random model; sections are merged key by key."""
+    model = directory / family
+    if not model.exists():
+        build_tiny_model(family, model)
+    config: dict[str, Any] = {
+        "name": "tiny",
+        "run_dir": str(directory / "run"),
+        "total_steps": 3,
+        "seed": 3,
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": {"path": str(write_rows(directory / "rows.jsonl"))}, "max_prompt_tokens": 64},
+        "rollout": {
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "max_response_tokens": 24,
+            "kv_cache_gib": 0.1,
+            "enforce_eager": True,
+        },
+        "reward": {"functions": [{"name": f"{REWARDS}:parity"}], "num_workers": 1},
+        # Large enough that one missed sync moves the log-probabilities far beyond what rounding could.
+        "learner": {"num_workers": 2, "max_tokens_per_microbatch": 512, "optimizer": {"lr": 0.01}},
+        "sync": {"probe_every": 1},
+        "checkpoint": {"every": 0},
+        "logging": {"tensorboard": False},
+    }
+    for name, value in sections.items():
+        config[name] = config[name] | value if isinstance(value, dict) and name in config else value
+    return config
+
+
+class Quiet:
+    def message(self, text: str) -> None:
+        pass
+
+    def step(self, step: int, metrics: Any) -> None:
+        pass
+
+
+def run_here(config: dict[str, Any]) -> Any:
+    """A context manager with the running parts, in this process and its Ray cluster."""
+    validated = TrainConfig.model_validate(config)
+    Path(validated.run_dir).mkdir(parents=True, exist_ok=True)
+    return training_run(validated, Quiet())
+
+
+def finish(run: TrainingRun, run_dir: Path) -> dict[str, Any]:
+    """Execute the run; returns the tensors of the exported model."""
+    run.execute()
+    run.controller.learners.export_hf(run_dir / "model")  # type: ignore[attr-defined]
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+class Command:
+    """`fledge ...` in a process group of its own."""
+
+    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
+        self.log = directory / "command.log"
+        env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch.cli", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env | environment,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float = 400.0) -> int:
+        return self.process.wait(timeout=timeout_s)
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, path: Path, text: str = "", timeout_s: float = 400.0) -> None:
+        """Until `path` exists and holds `text`."""
+        deadline = time.monotonic() + timeout_s
+        while not (path.exists() and (path.is_dir() or text in path.read_text())):
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, f"{path} did not appear: {self.output()}"
+            time.sleep(0.05)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def gone(processes: list[psutil.Process], timeout_s: float = 60.0) -> list[str]:
+    """Names of the processes that are still there after the deadline."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    return [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in alive if p.is_running()]
+
+
+def save_config(directory: Path, config: dict[str, Any]) -> Path:
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

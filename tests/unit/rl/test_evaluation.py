@@ -1,0 +1,62 @@
+"""pass@k against its definition, and what a scored batch is summarised to."""
+
+import itertools
+
+import pytest
+from fakes import PROMPTS, rollout
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.batch import RewardStatus, RolloutBatch, Score, ScoredBatch
+from rl.evaluation import eval_metrics, pass_at_k
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(case):
+    samples, correct, k = case
+    subsets = list(itertools.combinations([i < correct for i in range(samples)], k))
+    assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_more_than_the_samples_is_refused():
+    with pytest.raises(ValueError, match="pass@3 of 1 correct in 2"):
+        pass_at_k(2, 1, 3)
+
+
+def scored(rewards_and_answers):
+    rollouts = tuple(
+        rollout(i, j, answer=answer)
+        for i, group in enumerate(rewards_and_answers)
+        for j, (_, answer) in enumerate(group)
+    )
+    scores = tuple(
+        Score(0.0, status=RewardStatus.TIMEOUT) if reward is None else Score(reward)
+        for group in rewards_and_answers
+        for reward, _ in group
+    )
+    return ScoredBatch(RolloutBatch(PROMPTS[: len(rewards_and_answers)], rollouts), scores)
+
+
+def test_average_pass_and_majority():
+    batch = scored(
+        [[(1.0, "4"), (0.0, "5"), (0.0, "5"), (1.0, "4 ")], [(0.0, "a"), (0.0, "a"), (1.0, "b"), (0.0, "a")]]
+    )
+    metrics = eval_metrics("set", batch, (1, 2))
+    assert metrics["eval/set/avg@4"] == pytest.approx((0.5 + 0.25) / 2)
+    assert metrics["eval/set/pass@1"] == pytest.approx((0.5 + 0.25) / 2)
+    assert metrics["eval/set/pass@2"] == pytest.approx((1 - 1 / 6 + 0.5) / 2)
+    assert metrics["eval/set/maj@4"] == pytest.approx(0.5)  # the tie of the first prompt goes to its first answer
+
+
+def test_an_unscored_sample_is_counted_and_left_out():
+    batch = scored([[(1.0, "4"), (None, "")], [(0.0, "a"), (0.0, "b")]])
+    metrics = eval_metrics("set", batch, (1, 2))
+    assert metrics["eval/set/unscored_count"] == 1.0
+    assert metrics["eval/set/pass@1"] == pytest.approx(0.5)
+    assert metrics["eval/set/pass@2"] == pytest.approx(0.0)  # only the second prompt has two samples left
+
+
+def test_nothing_scored_gives_no_score():
+    metrics = eval_metrics("set", scored([[(None, ""), (None, "")]]), (1,))
+    assert not any("@" in name for name in metrics)
+    assert metrics["eval/set/unscored_count"] == 2.0
