@@ -67,7 +67,7 @@ def extract_program(text: str, language: Language) -> str | None:
 class CodeReward:
     """1 when the program passes all tests (`score: all`), or the share that it passes (`score: share`)."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of a config
         self,
         *,
         score: Literal["all", "share"] = "all",
@@ -75,6 +75,7 @@ class CodeReward:
         sandbox: str = "local",
         isolation: Literal["full", "none"] = "full",
         slots: int | None = None,
+        packages: Sequence[str] = (),
         limits: Mapping[str, Any] | None = None,
         total_s: float = 20.0,
         float_tolerance: float = 1e-6,
@@ -86,6 +87,7 @@ class CodeReward:
             sandbox: "local", or the URL of a SandboxFusion server.
             isolation: "full", or "none" to run unisolated where the machine cannot isolate (local only).
             slots: programs at once on this machine, over all workers; None: one a CPU.
+            packages: installed packages that programs and tests may import besides the standard library (local only).
             limits: of one test, by the names of `rewards.sandbox.api.Limits`, e.g. {cpu_s: 2}.
             total_s: seconds that one program's tests may run together. The tests after that, and those after a test
                 that ran out of its own time, count as failed.
@@ -110,7 +112,8 @@ class CodeReward:
         self._limits = _limits(limits or {})
         self._total_s = total_s
         self._tolerance = float_tolerance
-        self._service, concurrency = _service(sandbox, isolation, slots)
+        self._packages = (packages,) if isinstance(packages, str) else tuple(packages)
+        self._service, concurrency = _service(sandbox, isolation, slots, self._packages)
         self._threads = ThreadPoolExecutor(2 * concurrency, thread_name_prefix="code-reward")
         self._known = _Outcomes()
 
@@ -134,7 +137,7 @@ class CodeReward:
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Raises GroundTruthError when the tests cannot be used."""
-        parse_tests(ground_truth, self._language_of(extra or {}))
+        parse_tests(ground_truth, self._language_of(extra or {}), self._packages)
 
     def close(self) -> None:
         """End the threads and every process."""
@@ -150,7 +153,7 @@ class CodeReward:
 
     def _outcome(self, sample: RewardInput) -> CodeOutcome | None:
         language = self._language_of(sample.extra)
-        tests = parse_tests(sample.ground_truth, language)
+        tests = parse_tests(sample.ground_truth, language, self._packages)
         source = extract_program(sample.answer, language)
         if source is None:
             return None
@@ -247,10 +250,12 @@ def _limits(options: Mapping[str, Any]) -> Limits:
     return Limits(**{name: value if name.endswith("_s") else int(value) for name, value in options.items()})
 
 
-def _service(sandbox: str, isolation: Literal["full", "none"], slots: int | None) -> tuple[SandboxService, int]:
+def _service(
+    sandbox: str, isolation: Literal["full", "none"], slots: int | None, packages: Sequence[str]
+) -> tuple[SandboxService, int]:
     """The service, and how many programs to have in flight."""
     if sandbox == "local":
-        local = LocalSandbox(isolation, slots)
+        local = LocalSandbox(isolation, slots, packages)
         return local, local.concurrency
     if not sandbox.startswith(("http://", "https://")):
         raise ConfigError(f"the code reward's sandbox is {sandbox!r}; expected local, or an http(s) URL")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +36,12 @@ class AssertTest:
     is_equality: bool = False
 
 
-def split_asserts(tests: list[str]) -> list[AssertTest]:
+def split_asserts(tests: list[str], packages: Collection[str] = ()) -> list[AssertTest]:
     """Split every assert statement of the tests; imports in any of them hold for all.
+
+    Args:
+        tests: Python source of each test.
+        packages: what the tests may import besides the standard library.
 
     Raises GroundTruthError for a test that is not made of `import` and `assert` statements, that asks nothing of the
     program, or whose calls cannot be separated from it (calls inside comprehensions or lambdas).
@@ -45,6 +51,7 @@ def split_asserts(tests: list[str]) -> list[AssertTest]:
     for test in tests:
         for statement in _parse(test).body:
             if isinstance(statement, ast.Import | ast.ImportFrom):
+                _check_import(statement, packages)
                 imports.append(ast.unparse(statement))
             elif isinstance(statement, ast.Assert):
                 asserts.append(statement)
@@ -56,7 +63,24 @@ def split_asserts(tests: list[str]) -> list[AssertTest]:
     if not asserts:
         raise GroundTruthError("the tests hold no assert statement")
     known = _imported_names(imports)
-    return [_split(statement, "\n".join(imports), known) for statement in asserts]
+    try:
+        return [_split(statement, "\n".join(imports), known) for statement in asserts]
+    except RecursionError as error:
+        raise GroundTruthError("an assert statement nests too deep to be split") from error
+
+
+def _check_import(statement: ast.Import | ast.ImportFrom, packages: Collection[str]) -> None:
+    if isinstance(statement, ast.ImportFrom):
+        modules = [statement.module or ""]
+    else:
+        modules = [alias.name for alias in statement.names]
+    for module in modules:
+        top = module.split(".")[0]
+        if top not in sys.stdlib_module_names and top not in packages:
+            raise GroundTruthError(
+                f"a test imports {top or 'a relative module'}, which no box has; boxes have the standard library and"
+                f" what the option packages names ({', '.join(packages) or 'nothing'})"
+            )
 
 
 def _parse(test: str) -> ast.Module:
@@ -186,8 +210,7 @@ def judge_here(test: AssertTest, value: bytes | None, tolerance: float) -> bool 
         values = grading.parse_value(value)
     except plain.NotPlainError:
         return False
-    # inside a JSON string the quotes would be escaped, so this finds opaque values only
-    if not isinstance(values, list) or len(values) != len(test.calls) or b'{"o":' in (value or b""):
+    if not isinstance(values, list) or len(values) != len(test.calls) or grading.holds_opaque(values):
         return False
     if test.is_equality:
         return grading.same_value(values[0], test.expected, tolerance, lists_are_tuples=False)

@@ -14,6 +14,7 @@ from typing import Any
 from rewards.sandbox.inside import plain
 
 Tree = Any  # what json.loads gives
+MAX_VALUE_BYTES = 1 << 20  # parsed, JSON takes up to a hundred times its size
 
 
 def same_output(produced: bytes, expected: str, tolerance: float) -> bool:
@@ -58,13 +59,27 @@ def _close(a: float, b: float, tolerance: float) -> bool:
 
 
 def parse_value(value: bytes | None) -> Tree:
-    """The JSON tree of a returned value. Raises NotPlainError where it is none."""
-    if value is None:
-        raise plain.NotPlainError("no value was returned")
+    """The JSON tree of a returned value. Raises NotPlainError where it is none, or over MAX_VALUE_BYTES."""
+    if value is None or len(value) > MAX_VALUE_BYTES:
+        raise plain.NotPlainError("no value was returned" if value is None else f"a value of {len(value)} bytes")
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise plain.NotPlainError("the returned value is not JSON") from error
+
+
+def holds_opaque(tree: Tree) -> bool:
+    """Whether a value without a plain form is anywhere in the tree."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            if "o" in node:
+                return True
+            todo += node.values()
+        elif isinstance(node, list):
+            todo += node
+    return False
 
 
 def tree_of(value: Any) -> Tree:
@@ -97,7 +112,7 @@ class _Comparison:
             return False
         if kind == "number":
             return self._same_number(a, b)
-        if kind in ("list", "t", "q"):
+        if kind in ("list", "t", "q", "c"):
             return len(a) == len(b) and all(self.same(x, y, depth + 1) for x, y in zip(a, b, strict=True))
         if kind == "s":
             return len(a) == len(b) and {self._key(x) for x in a} == {self._key(y) for y in b}
@@ -126,7 +141,7 @@ class _Comparison:
             tag = "s"
         if tag == "t" and self.lists_are_tuples:
             tag = "list"
-        if tag in ("t", "s", "q", "list") and not isinstance(body, list):
+        if tag in ("t", "s", "q", "c", "list") and not isinstance(body, list):
             return "malformed", None
         return tag, body
 
@@ -166,7 +181,7 @@ class _Comparison:
             if isinstance(content, float) and content.is_integer():
                 content = int(content)
             return f"number:{int(content):x}" if isinstance(content, int) else f"number:{content!r}"
-        if kind in ("list", "t", "q"):
+        if kind in ("list", "t", "q", "c"):
             return f"{kind}[{','.join(self._key(item, depth + 1) for item in content)}]"
         if kind == "s":
             return f"s[{','.join(sorted(self._key(item, depth + 1) for item in content))}]"

@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,15 +40,15 @@ from rl.errors import ConfigError
 
 Isolation = Literal["full", "none"]
 COMPILE_LIMITS = Limits(
-    cpu_s=30.0,
-    wall_s=60.0,
+    cpu_s=15.0,
+    wall_s=25.0,
     memory_bytes=2048 * MIB,
     disk_bytes=128 * MIB,
-    file_bytes=64 * MIB,
-    output_bytes=64 * MIB,
+    file_bytes=16 * MIB,
+    output_bytes=16 * MIB,
     processes=8,
 )
-_COMPILED_KEPT = 64  # compiled programs kept for later calls
+_COMPILED_KEPT = 16  # compiled programs kept for later calls
 _STDERR_CHARACTERS = 2000
 
 
@@ -56,13 +56,18 @@ class LocalSandbox(SandboxService):
     """Runs programs in boxes on this machine. Safe to use from several threads."""
 
     def __init__(
-        self, isolation: Isolation = "full", slots: int | None = None, slots_folder: Path | None = None
+        self,
+        isolation: Isolation = "full",
+        slots: int | None = None,
+        packages: Sequence[str] = (),
+        slots_folder: Path | None = None,
     ) -> None:
         """
         Args:
             isolation: "full" refuses to run where the machine lacks a layer; "none" uses the layers that need no
                 namespaces, and nothing at all is promised.
             slots: programs that may run at once, over all services of this user on the machine; None: one a CPU.
+            packages: installed packages that programs may import besides the standard library.
             slots_folder: where the slots' lock files are; None: one folder a user, so that all services share them.
 
         Raises ConfigError when a layer is missing, with the remedy.
@@ -70,6 +75,9 @@ class LocalSandbox(SandboxService):
         self._cpus = sorted(os.sched_getaffinity(0))
         self._slots = Slots(slots or len(self._cpus), slots_folder)
         self._isolated = isolation == "full"
+        self._packages = tuple(packages)
+        if packages and not self._isolated:
+            raise ConfigError("the sandbox shows packages only with `isolation: full`; leave one of the options out")
         missing = missing_layers()
         if self._isolated and missing:
             raise ConfigError(remedy(", ".join(missing)))
@@ -143,7 +151,7 @@ class LocalSandbox(SandboxService):
             if self._zygote is not None:
                 self._zygote.close()
             try:
-                self._zygote = Zygote(self._isolated)
+                self._zygote = Zygote(self._isolated, self._packages)
             except IsolationUnavailableError as error:
                 raise ConfigError(remedy(str(error))) from error
             return self._zygote

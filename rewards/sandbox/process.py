@@ -6,6 +6,7 @@ Left out: what is run and in what order (`rewards.sandbox.local`).
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -17,12 +18,14 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewards.api import InfrastructureError
 from rewards.sandbox.api import Limits
+from rl.errors import ConfigError
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
@@ -49,14 +52,31 @@ class Ending:
 def hidden_folders() -> list[str]:
     """Folders that no box may see although they may lie under the interpreter or /usr: packages and this project."""
     roots = {"/usr", "/usr/local", sys.base_prefix, sys.prefix}
-    found = [str(path) for root in roots for path in Path(root).glob("lib*/python3*/*-packages")]
-    return sorted({*found, sysconfig.get_path("purelib"), str(_HERE.parents[1]), str(Path.cwd())})
+    found = {str(path) for root in roots for path in Path(root).glob("lib*/python3*/*-packages")}
+    found |= {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    project = _HERE.parents[1]
+    if not Path(sys.base_prefix).is_relative_to(project):
+        found.add(str(project))
+    return sorted(found)
+
+
+def package_folders(packages: Sequence[str]) -> dict[str, str]:
+    """Where each package's folders are: name in the box -> path here. Raises ConfigError for one that is not here."""
+    folders: dict[str, str] = {}
+    for name in packages:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"the sandbox is to show the package {name!r}, which is not installed as a package here")
+        folder = Path(spec.submodule_search_locations[0])
+        libraries = folder.with_name(f"{name}.libs")  # where wheels keep their shared libraries
+        folders |= {path.name: str(path) for path in (folder, libraries) if path.is_dir()}
+    return folders
 
 
 class Zygote:
     """The interpreter that boxes are forked from. Safe to use from several threads."""
 
-    def __init__(self, isolated: bool) -> None:
+    def __init__(self, isolated: bool, packages: Sequence[str] = ()) -> None:
         """Raises IsolationUnavailableError when a namespace or mount is refused, InfrastructureError otherwise."""
         self._lock = threading.Lock()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -67,6 +87,7 @@ class Zygote:
                 "isolated": isolated,
                 "prefix": sys.base_prefix,
                 "hidden": hidden_folders(),
+                "packages": package_folders(packages),
             }
             self.process = subprocess.Popen(
                 [executable, "-S", "-s", "-P", "-c", _BOOT.format(str(_HERE)), json.dumps(settings)],
@@ -95,6 +116,7 @@ class Zygote:
                 message, handles, _, _ = socket.recv_fds(self._control, 1 << 16, 1)
             answer = json.loads(message) if message else {"error": "the zygote has ended"}
         except OSError as error:
+            self.process.kill()  # an answer that comes late would be taken for the next one
             answer = {"error": str(error)}
         if "error" in answer:
             ours.close()
@@ -202,4 +224,4 @@ def _receive(channel: socket.socket, timeout_s: float) -> dict[str, Any] | None:
 
 
 def _read(path: Path | str) -> str:
-    return Path(path).read_text()
+    return Path(path).read_text(errors="replace")  # a program may give itself any name

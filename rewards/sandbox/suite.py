@@ -7,7 +7,7 @@ Three forms: {"inputs", "outputs"} for standard input and output, the same with 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,13 @@ class Test:
     judge: Callable[[RunResult, float], bool | Judgement]  # (result, float tolerance); only asked about OK results
 
 
-def parse_tests(ground_truth: Any, language: str) -> tuple[Test, ...]:
+def parse_tests(ground_truth: Any, language: str, packages: Collection[str] = ()) -> tuple[Test, ...]:
     """The tests of a row, in order.
 
     Args:
         ground_truth: one of the three forms, or its JSON text.
         language: of the programs; anything but standard input and output needs "python".
+        packages: what assert tests may import besides the standard library.
 
     Raises GroundTruthError, saying what is wrong, for anything else.
     """
@@ -42,7 +43,7 @@ def parse_tests(ground_truth: Any, language: str) -> tuple[Test, ...]:
         except ValueError as error:
             raise GroundTruthError(f"the tests are a string that is not JSON: {error}") from error
     if isinstance(ground_truth, list | tuple) and all(isinstance(test, str) for test in ground_truth):
-        tests = _assert_tests(list(ground_truth))
+        tests = _assert_tests(list(ground_truth), packages)
         needs_python = "assert statements"
     elif isinstance(ground_truth, dict):
         inputs, outputs = _inputs_and_outputs(ground_truth)
@@ -125,8 +126,8 @@ def _call_test(name: str, arguments: list[Any], expected: Any, wrapped: bool) ->
     return Test(task, judge)
 
 
-def _assert_tests(statements: list[str]) -> tuple[Test, ...]:
-    return tuple(_assert_test(test) for test in asserts.split_asserts(statements))
+def _assert_tests(statements: list[str], packages: Collection[str]) -> tuple[Test, ...]:
+    return tuple(_assert_test(test) for test in asserts.split_asserts(statements, packages))
 
 
 def _assert_test(test: asserts.AssertTest) -> Test:

@@ -15,16 +15,18 @@ SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 PRIVATE = "/tmp"
+PACKAGES = "/packages"
 _NEW_ROOT = "/proc"  # any folder that exists everywhere and is not part of the view
 _EMPTY = "/.empty"
 
 
-def enter_root(interpreter_prefix: str, hidden: list[str]) -> None:
+def enter_root(interpreter_prefix: str, packages: dict[str, str], hidden: list[str]) -> None:
     """Make the view and move into it. Call in a new user and mount namespace, as a user id that may still read the
     interpreter; returns as that namespace's user 0, which is an ordinary user outside.
 
     Args:
         interpreter_prefix: the folder of the running Python interpreter, shown at the same path.
+        packages: folders to show below PACKAGES, as name there -> path here.
         hidden: folders inside the view that an empty one covers (package folders, the project).
     """
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
@@ -33,6 +35,7 @@ def enter_root(interpreter_prefix: str, hidden: list[str]) -> None:
     shown = [path for path in shown if not any(_is_below(path, other) for other in shown)]
     shown += [path for path in (*SYSTEM_FILES, *DEVICES) if Path(path).exists()]
     sources = {path: (linux.open_tree(path), Path(path).is_dir()) for path in shown}
+    sources |= {f"{PACKAGES}/{name}": (linux.open_tree(path), True) for name, path in packages.items()}
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # a change of user clears it, and /proc/self then belongs to root

@@ -25,7 +25,7 @@ _BOX = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLON
 
 
 def main() -> None:
-    """Entry of the zygote's interpreter. argv[1]: JSON with `fd`, `isolated`, `prefix`, `hidden`."""
+    """Entry of the zygote's interpreter. argv[1]: JSON with `fd`, `isolated`, `prefix`, `packages`, `hidden`."""
     settings = json.loads(sys.argv[1])
     control = socket.socket(fileno=settings["fd"])
     os.environ.clear()
@@ -72,7 +72,8 @@ def _isolate(settings: dict[str, Any], proc: int) -> None:
     else:
         os.setgroups([])
         _unshare_as(target, proc)
-    filesystem.enter_root(settings["prefix"], settings["hidden"])
+    filesystem.enter_root(settings["prefix"], settings["packages"], settings["hidden"])
+    sys.path.append(filesystem.PACKAGES)
     linux.unshare(linux.CLONE_NEWPID)
 
 

@@ -149,6 +149,8 @@ def test_a_row_may_name_its_language(reward: CodeReward) -> None:
         (["assert 1 == 1"], "asks nothing"),
         (["assert all(f(i) for i in range(3))"], "comprehension or lambda"),
         (["import math"], "no assert statement"),
+        (["import numpy as np\nassert np.allclose(f(1), 2)"], "imports numpy, which no box has"),
+        (["from . import f\nassert f(1) == 2"], "a relative module"),
         ([3], "list"),
     ],
 )
@@ -263,6 +265,8 @@ def test_output_comparison(produced: str, expected: str, same: bool) -> None:
         ({1: 2}, {1: 2, 3: 4}, False),
         ({"a": {(1, "b"): None}}, {"a": {(1, "b"): None}}, True),
         (b"a", "a", False),
+        (1 + 2j, 1 + 2j, True),
+        (1 + 2j, 1 + 3j, False),
         (object(), object(), False),
         (iter([1]), [1], False),
         ("1", 1, False),
@@ -289,8 +293,21 @@ def test_any_json_can_be_compared(produced: Any, expected: Any) -> None:
     assert not grading.same_value(produced, grading.tree_of("never produced"), 1e-6, True)
 
 
+ASSERTS = st.lists(st.from_regex(r"assert [a-z0-9()=., \[\]]{1,40}", fullmatch=True) | st.text(max_size=30), max_size=2)
+
+
+@given(JSON | ASSERTS)
+@settings(max_examples=200, deadline=None)
+def test_any_ground_truth_is_parsed_or_refused(ground_truth: Any) -> None:
+    try:
+        tests = parse_tests(ground_truth, "python")
+    except GroundTruthError:
+        return
+    assert tests
+
+
 def test_hostile_values_are_no_values() -> None:
-    for text in (b"", b"[" * 100_000, b"{", b"\xff", b"9" * 5000):
+    for text in (b"", b"[" * 100_000, b"{", b"\xff", b"9" * 5000, b"[" + b"0," * 1_000_000 + b"0]"):
         with pytest.raises(plain.NotPlainError):
             grading.parse_value(text)
 

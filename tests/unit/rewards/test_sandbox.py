@@ -169,6 +169,22 @@ def test_a_box_is_reused_only_when_nothing_was_left(sandbox: LocalSandbox) -> No
     assert [r.stdout for r in run(sandbox, leaves_process, *[StdinTask("")] * 2)] == [b"[] 2\n", b"[] 2\n"]
 
 
+def test_packages_are_shown_by_name_only(tmp_path: Path) -> None:
+    sandbox = LocalSandbox(slots=1, packages=["numpy"], slots_folder=tmp_path)
+    limits = replace(LIMITS, memory_bytes=512 * MIB)
+    (shown,) = run(sandbox, "import numpy\nprint(numpy.arange(5).sum())", limits=limits)
+    (hidden,) = run(sandbox, "import pydantic", limits=limits)
+    sandbox.close()
+    assert shown.stdout == b"10\n", shown
+    assert "No module named 'pydantic'" in hidden.stderr
+    for options, message in (
+        ({"packages": ["no_such_package"]}, "'no_such_package', which is not installed"),
+        ({"packages": ["numpy"], "isolation": "none"}, "only with `isolation: full`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LocalSandbox(slots_folder=tmp_path, **options)  # type: ignore[arg-type]
+
+
 def test_stopping_early_frees_the_slot_and_the_box(tmp_path: Path) -> None:
     sandbox = LocalSandbox(slots=1, slots_folder=tmp_path)
     results = sandbox.run(Program("print(1)"), [StdinTask("")] * 100, LIMITS)
