@@ -327,7 +327,7 @@ def _is_number(value: Any) -> bool:
 def _finite(value: Any, part: str = "") -> float:
     what = f"part {part!r} of the reward" if part else "the reward"
     if not _is_number(value):
-        raise TypeError(f"{what} is {value!r} of type {type(value).__name__}; it must be a number")
+        raise TypeError(f"{what} is {repr(value)[:80]} of type {type(value).__name__}; it must be a number")
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{what} is {number}; it must be finite")

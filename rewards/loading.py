@@ -24,6 +24,7 @@ from rewards.signatures import Reward, adapt, checked_options
 from rl.errors import ConfigError, FledgeError, RewardError
 
 ENTRY_POINT_GROUP = "fledge.rewards"
+MAX_ERROR_CHARACTERS = 300
 BUILTIN_REWARDS = {
     name: f"rewards.{name}"
     for name in (
@@ -119,8 +120,10 @@ def list_rewards() -> list[RewardListing]:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line: the exception and the innermost place it came from."""
+    """One line of bounded length: the exception and the innermost place it came from."""
     text = " ".join(str(error).split())
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = f"{text[:MAX_ERROR_CHARACTERS]} ..."
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     return f"{type(error).__name__}{': ' + text if text else ''}{place}"

@@ -27,6 +27,8 @@ PLUGIN = textwrap.dedent(
 
     from helper_beside_the_plugin import ANSWER
 
+    FRAMEWORKS = {"torch", "vllm", "deepspeed", "transformers", "verl", "ray"}
+
 
     def reward(sample):
         print("plugins may print")
@@ -36,7 +38,7 @@ PLUGIN = textwrap.dedent(
         if text == "raise":
             raise KeyError("no such thing")
         if text == "modules":
-            return " ".join(sys.modules)  # no number: the error shows it
+            return len(FRAMEWORKS & set(sys.modules)) + 10.0 * ("rewards.combine" in sys.modules)
         if text == "exit":
             os._exit(7)
         if text.startswith("exit once"):
@@ -148,9 +150,8 @@ def test_workers_hold_no_framework(pool: RewardPool) -> None:
         loaded = set(ray.get(worker.__ray_call__.remote(lambda self: list(__import__("sys").modules))))
         assert "rewards" in loaded
         assert not loaded & frameworks
-    scored = pool.score(make_batch("modules"))
-    assert "rewards.combine" in scored.scores[0].error
-    assert not frameworks & set(scored.scores[0].error.split())
+    [score] = pool.score(make_batch("modules")).scores
+    assert score.breakdown["reward"] == 10.0
 
 
 def test_a_batch_function_that_hangs_is_rescored_one_by_one(
