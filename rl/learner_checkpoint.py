@@ -123,7 +123,7 @@ def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
     config["architectures"] = [type(model).__name__]
     type(model.config).from_dict(config).save_pretrained(directory)
     try:
-        generation = GenerationConfig.from_pretrained(source.path, revision=source.revision)
+        generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
     except OSError:  # the checkpoint has none
         generation = GenerationConfig.from_model_config(model.config)
     generation.save_pretrained(directory)

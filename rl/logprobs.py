@@ -40,7 +40,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
-        logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        logprobs = torch.empty(count, dtype=_accumulation_dtype(hidden), device=hidden.device)
         entropy = torch.empty_like(logprobs)
         lse = torch.empty_like(logprobs)
         for start in range(0, count, chunk_tokens):
@@ -63,8 +63,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature, chunk_tokens, entropy_grad = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs_bias else None
+        accumulate = {"dtype": _accumulation_dtype(hidden), "device": weight.device}
+        grad_weight = torch.zeros(weight.shape, **accumulate) if needs_weight else None
+        grad_bias = torch.zeros(weight.shape[0], **accumulate) if needs_bias else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = _logits(hidden[rows], weight, bias, temperature)
@@ -95,9 +96,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         )
 
 
+def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[C, H] -> [C, V] float32: the product in the model's dtype, as the sampler makes it, then float32."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    """[C, H] -> [C, V]: the product in the model's dtype, as the sampler makes it, then at least float32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(_accumulation_dtype(hidden))
     return logits.div_(temperature) if temperature != 1.0 else logits
 
 
@@ -123,7 +128,7 @@ def token_logprobs(
         entropy_grad: let gradients flow through the entropy.
 
     Returns:
-        (logprobs [T], entropy [T]), float32.
+        (logprobs [T], entropy [T]), float32 (float64 for a float64 model).
     """
     logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_tokens, entropy_grad)
     return logprobs, entropy

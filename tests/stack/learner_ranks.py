@@ -1,0 +1,226 @@
+"""One rank of the learner tests: runs scenarios on a real two-rank ZeRO-3 learner and saves what came out.
+
+    python learner_ranks.py OUT_DIR      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
+
+Starting a process costs more than a scenario, so one process runs all scenarios of all model families; the tests then
+look at the results one by one. OUT_DIR/FAMILY/model holds the checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.tiny_models import FAMILIES
+from rl.batch import TrainBatch, TrainSample, UpdateResult
+from rl.batching import MiniBatchShare, plan_update
+from rl.config import (
+    AlgorithmConfig,
+    KLConfig,
+    LearnerConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RolloutCorrectionConfig,
+)
+from rl.errors import LearnerError
+from rl.learner import Learner
+from rl.weight_sync.source import Zero3WeightSource
+
+TEMPERATURE = 0.8
+ALGORITHM = AlgorithmConfig(
+    kl=KLConfig(placement="loss", coefficient=0.1),
+    entropy_coefficient=0.02,
+    loss_options={"clip_low": 0.1},
+    rollout_correction=RolloutCorrectionConfig(mode="truncate", upper=1.05),
+)
+PLAIN_STEP = OptimizerConfig(name="sgd", lr=1.0, max_grad_norm=1e9)  # the step is minus the gradient
+ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=1)
+
+
+def samples(count: int = 7, *, layers: int | None = None) -> list[TrainSample]:
+    """Ragged samples with every field that a loss reads; the old and reference log-probabilities are made up."""
+    generator = np.random.default_rng(5)
+
+    def noise(size: int, scale: float) -> Any:
+        return (scale * generator.standard_normal(size)).astype(np.float32)
+
+    result = []
+    for _ in range(count):
+        prompt, response = int(generator.integers(1, 9)), int(generator.integers(2, 40))
+        old = (-5.5 + noise(response, 0.5)).astype(np.float32)
+        mask = generator.random(response) < 0.9
+        mask[0] = True
+        routed = None
+        if layers is not None:
+            routed = np.argsort(generator.random((prompt + response - 1, layers, 4)), axis=-1)[..., :2].astype(np.int16)
+        result.append(
+            TrainSample(
+                prompt_ids=generator.integers(0, 250, prompt).astype(np.int32),
+                response_ids=generator.integers(0, 250, response).astype(np.int32),
+                loss_mask=mask,
+                advantages=noise(response, 1.0),
+                rollout_logprobs=old + noise(response, 0.1),
+                old_logprobs=old,
+                ref_logprobs=old + noise(response, 0.3),
+                routed_experts=routed,
+            )
+        )
+    return result
+
+
+class Scenarios:
+    """Builds learners and records results; every method is a collective of both ranks."""
+
+    def __init__(self, family: str, out_dir: Path) -> None:
+        self.family, self.checkpoint, self.out_dir = family, out_dir / "model", out_dir
+        self.results: dict[str, Any] = {}
+
+    def learner(self, dtype: str = "float32", algorithm: AlgorithmConfig | None = ALGORITHM, **config: Any) -> Learner:
+        settings = {"optimizer": PLAIN_STEP, "logprob_chunk_tokens": 16, "max_tokens_per_microbatch": 4096} | config
+        return Learner(
+            LearnerConfig(**settings),
+            ModelConfig(path=str(self.checkpoint), dtype=dtype),  # type: ignore[arg-type]
+            algorithm,
+            seed=0,
+            deterministic=True,
+            device="cpu",
+            total_optimizer_steps=6,
+            fixed_length=64,
+            temperature=TEMPERATURE,
+        )
+
+    @staticmethod
+    def weights(learner: Learner) -> dict[str, torch.Tensor]:
+        """All parameters, whole, in checkpoint names (rank 0 only)."""
+        dtype = next(learner.module.parameters()).dtype
+        return dict(Zero3WeightSource(learner.module, dtype=dtype, bucket_bytes=1 << 20, rank=learner.rank))
+
+    @staticmethod
+    def update(learner: Learner, batch: list[TrainSample], *, steps: int = 1) -> UpdateResult:
+        plan = plan_update(TrainBatch.from_samples(tuple(batch)), num_ranks=2, mini_batches=steps, seed=3)
+        return learner.update(plan[learner.rank])
+
+    def step(self, name: str, **config: Any) -> None:
+        """Weights and metrics after one plain step over the whole batch."""
+        learner = self.learner(**config)
+        result = self.update(learner, samples(layers=2 if "moe" in config else None))
+        self.results[name] = {"weights": self.weights(learner), "metrics": dict(result.metrics)}
+        learner.close()
+
+    def splits(self) -> None:
+        """The same step under different splits into micro-batches."""
+        self.step("one", layout="bucketed")
+        self.step("many", layout="bucketed", max_tokens_per_microbatch=50)
+        self.step("packed", layout="packed", max_tokens_per_microbatch=70, activation_checkpointing=True)
+
+    def one_sided(self) -> None:
+        """All work on rank 0; rank 1 only keeps in step."""
+        learner = self.learner(layout="bucketed", max_tokens_per_microbatch=50)
+        whole = TrainBatch.from_samples(tuple(samples()))
+        mine = whole.samples if learner.rank == 0 else ()
+        result = learner.update([MiniBatchShare(mine, whole.num_loss_tokens, whole.num_sequences)])
+        self.results["one_sided"] = {"weights": self.weights(learner), "metrics": dict(result.metrics)}
+        learner.close()
+
+    def annotate(self) -> None:
+        """Old and reference log-probabilities, dealt to the ranks and put back together; and the probe's."""
+        learner = self.learner(mini_batches=2)
+        batch = samples()
+        part = learner.annotate(batch[learner.rank :: 2])
+        assert part.old_logprobs is not None and part.ref_logprobs is not None
+        parts: list[Any] = [None, None]
+        torch.distributed.all_gather_object(parts, part)
+        pairs = [(s.prompt_ids.tolist(), s.response_ids.tolist()) for s in batch]
+        self.results["annotate"] = {
+            "old": [parts[i % 2].old_logprobs[i // 2] for i in range(len(batch))],
+            "ref": [parts[i % 2].ref_logprobs[i // 2] for i in range(len(batch))],
+            "probe": learner.score_logprobs(pairs),
+        }
+        learner.close()
+
+    def resume(self) -> None:
+        """Twice the same run, and once interrupted, with Adam, a schedule and two steps an update."""
+        for name in ("run", "again"):
+            learner = self.learner(optimizer=ADAM, mini_batches=2)
+            self.update(learner, samples(), steps=2)
+            if name == "run":
+                learner.save_checkpoint(self.out_dir / "checkpoint")
+                self.results["saved"] = {"weights": self.weights(learner), "version": learner.policy_version}
+                learner.export_hf(self.out_dir / "export")
+            result = self.update(learner, samples(), steps=2)
+            self.results[name] = {"weights": self.weights(learner), "metrics": dict(result.metrics)}
+            learner.close()
+        learner = self.learner(optimizer=ADAM, mini_batches=2)
+        learner.load_checkpoint(self.out_dir / "checkpoint")
+        self.results["loaded"] = {"weights": self.weights(learner), "version": learner.policy_version}
+        result = self.update(learner, samples(), steps=2)
+        self.results["resumed"] = {"weights": self.weights(learner), "metrics": dict(result.metrics)}
+        learner.close()
+
+    def non_finite(self) -> None:
+        """A poisoned sample on one rank: steps are left out on both, until there were too many in a row."""
+        learner = self.learner(optimizer=ADAM, max_skipped_steps=1)
+        good = samples()
+        bad = [dataclasses.replace(good[0], advantages=np.full_like(good[0].advantages, np.inf)), *good[1:]]
+        before = self.weights(learner)
+        skipped = self.update(learner, bad)
+        after = self.weights(learner)
+        recovered = self.update(learner, good)
+        self.update(learner, bad)
+        try:
+            self.update(learner, bad)
+            error = ""
+        except LearnerError as caught:
+            error = str(caught)
+        self.results["non_finite"] = {
+            "before": before,
+            "after": after,
+            "skipped": dict(skipped.metrics),
+            "recovered": dict(recovered.metrics),
+            "error": error,
+        }
+        learner.close()
+
+    def sft(self) -> None:
+        """Supervised steps of a bfloat16 policy with float32 master weights: the loss must fall."""
+        learner = self.learner(
+            dtype="bfloat16", algorithm=None, optimizer=OptimizerConfig(lr=3e-3), offload_optimizer=True
+        )
+        plan = plan_update(TrainBatch.from_samples(tuple(samples())), num_ranks=2)
+        losses = [learner.sft_step(plan[learner.rank][0]).metrics["learner/loss"] for _ in range(6)]
+        self.results["sft"] = {"losses": losses, "dtype": str(next(learner.module.parameters()).dtype)}
+        learner.close()
+
+    def experts(self) -> None:
+        """Replayed experts under checkpointed activations; frozen routers with an auxiliary loss."""
+        replay = MoEConfig(router_replay=True)
+        self.step("replay", layout="bucketed", moe=replay)
+        self.step("replay_packed", layout="packed", moe=replay, activation_checkpointing=True)
+        self.step("frozen", layout="bucketed", moe=MoEConfig(freeze_router=True, aux_loss_coefficient=0.1))
+        self.step("balanced", layout="bucketed", moe=MoEConfig(aux_loss_coefficient=1.0), activation_checkpointing=True)
+
+    def run(self) -> None:
+        self.splits()
+        self.annotate()
+        if self.family == "qwen3":
+            self.one_sided()
+            self.non_finite()
+        else:
+            self.experts()
+        self.resume()
+        if self.family == "qwen3":
+            self.sft()
+        torch.save(self.results, self.out_dir / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in FAMILIES:
+        Scenarios(name, Path(sys.argv[1]) / name).run()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,316 @@
+"""The learner on two real ZeRO-3 ranks equals a plain single-process torch model, whatever the split."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_ranks import ALGORITHM, TEMPERATURE, samples
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from launch.tiny_models import FAMILIES, build_tiny_model
+from rl.batch import TrainSample
+from rl.config import ModelConfig
+from rl.learner_checkpoint import export_checkpoint
+from rl.moe import Routers
+
+pytestmark = pytest.mark.stack
+dense_only = pytest.mark.parametrize("family", ["qwen3"], indirect=True)
+moe_only = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"], indirect=True)
+TIMEOUT_S = 560  # about a minute on two idle cores
+
+
+class Family:
+    """One model family: its checkpoint, and what the two ranks saved."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
+        self.out_dir = directory
+        self.checkpoint = directory / "model"
+        self.results: dict[str, Any] = torch.load(directory / "rank0.pt", weights_only=False)
+        self.rank1: dict[str, Any] = torch.load(directory / "rank1.pt", weights_only=False)
+
+    def model(self, path: Path | None = None) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path or self.checkpoint, dtype=torch.float32, attn_implementation="eager"
+        )
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """The step of plain SGD at rate 1 is minus the gradient."""
+        before = checkpoint_weights(self.model())
+        after = self.results[name]["weights"]
+        assert before.keys() == after.keys()
+        return {key: before[key] - after[key] for key in before}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks ran every scenario."""
+    out_dir = tmp_path_factory.mktemp("learner")
+    for name in FAMILIES:
+        build_tiny_model(name, out_dir / name / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    logs = [out_dir / f"rank{rank}.log" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("learner_ranks.py")), str(out_dir)],
+            env=environment | {"RANK": str(rank)},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=TIMEOUT_S) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = []
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+    return out_dir
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, ranks: Path) -> Family:
+    return Family(request.param, ranks / request.param)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def checkpoint_weights(model: Any) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, {n: p.detach().clone() for n, p in model.named_parameters()})
+
+
+def reference_distribution(model: Any, sample: TrainSample) -> tuple[Tensor, Tensor]:
+    """(log-probabilities [R] of the response, entropies [R]) at the rollout's temperature, one sequence, all logits."""
+    tokens = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
+    logits = model(input_ids=tokens[None]).logits[0, len(sample.prompt_ids) - 1 : -1]
+    logprobs = torch.log_softmax(logits / TEMPERATURE, dim=-1)
+    response = tokens[len(sample.prompt_ids) :, None]
+    return logprobs.gather(-1, response)[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+def reference_loss(model: Any, batch: list[TrainSample], routers: Routers | None = None) -> Tensor:
+    """The objective of the two ranks in textbook form: arXiv 1707.06347 eq. 7 and k3 of the reference, token mean."""
+    total = torch.zeros(())
+    for sample in batch:
+        if routers is None:
+            logprobs, entropy = reference_distribution(model, sample)
+        else:
+            experts = torch.from_numpy(sample.routed_experts).long()  # type: ignore[arg-type]
+            padded = torch.cat([experts, experts[-1:]])  # the reference reads the last token too
+            with routers.forward_pass(torch.ones(len(padded), dtype=torch.bool), experts=padded):
+                logprobs, entropy = reference_distribution(model, sample)
+        old, rollout, ref, advantages = (
+            torch.from_numpy(getattr(sample, name))
+            for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages")
+        )
+        ratio = (logprobs - old).exp()
+        surrogate = -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages)
+        weights = (old - rollout).exp().clamp(max=ALGORITHM.rollout_correction.upper)
+        kl = (ref - logprobs).exp() - 1 - (ref - logprobs)
+        per_token = surrogate * weights + 0.1 * kl - 0.02 * entropy
+        total = total + per_token[torch.from_numpy(sample.loss_mask)].sum()
+    return total / sum(s.num_loss_tokens for s in batch)
+
+
+def reference_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    loss.backward()
+    return revert_weight_conversion(model, {n: p.grad for n, p in model.named_parameters()})
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+def test_gradients_equal_single_process_torch_under_every_split(family: Family) -> None:
+    model = family.model()
+    loss = reference_loss(model, samples())
+    expected = reference_gradients(model, loss)
+    assert max(float(g.abs().max()) for g in expected.values()) > 0.05  # so that 1e-5 means something
+    splits = ["one", "many", "packed"] + (["one_sided"] if family.name == "qwen3" else [])
+    for split in splits:
+        assert_close(family.gradients(split), expected)
+        assert family.results[split]["metrics"]["learner/loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_metrics_do_not_depend_on_the_split(family: Family) -> None:
+    one = family.results["one"]["metrics"]
+    for split in ("many", "packed"):
+        other = family.results[split]["metrics"]
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"learner/tokens_per_s", "learner/memory_peak_gib"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+@dense_only
+def test_metrics_are_those_of_the_batch(family: Family) -> None:
+    metrics = family.results["one"]["metrics"]
+    batch, model = samples(), family.model()
+    with torch.no_grad():
+        pairs = [reference_distribution(model, s) for s in batch]
+    mask = np.concatenate([s.loss_mask for s in batch])
+    old, rollout, ref = (
+        np.concatenate([getattr(s, name) for s in batch])[mask]
+        for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")
+    )
+    logprobs = torch.cat([p[0] for p in pairs]).numpy()[mask]
+    expected = {
+        "rollout/logprob_diff_mean": np.abs(old - rollout).mean(),
+        "rollout/logprob_diff_max": np.abs(old - rollout).max(),
+        "learner/entropy": torch.cat([p[1] for p in pairs]).numpy()[mask].mean(),
+        "learner/ratio_mean": np.exp(logprobs - old).mean(),
+        "learner/kl_ref": (np.exp(ref - logprobs) - 1 - (ref - logprobs)).mean(),
+        "learner/lr": 1.0,
+        "learner/skipped_steps": 0.0,
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
+    norm = torch.sqrt(sum((g**2).sum() for g in family.gradients("one").values()))  # type: ignore[arg-type]
+    assert metrics["learner/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert 0 < metrics["learner/clip_frac"] < 1
+    assert metrics["learner/tokens_per_s"] > 0
+    assert metrics["learner/memory_peak_gib"] > 0.05
+
+
+def test_annotations_come_back_in_order_and_the_reference_starts_equal_to_the_policy(family: Family) -> None:
+    found = family.results["annotate"]
+    model = family.model()
+    for index, sample in enumerate(samples()):
+        with torch.no_grad():
+            expected = reference_distribution(model, sample)[0].numpy()
+        np.testing.assert_allclose(found["old"][index], expected, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(found["ref"][index], found["old"][index])
+
+
+def test_the_probe_scores_at_temperature_one(family: Family) -> None:
+    model = family.model()
+    sample = samples()[0]
+    tokens = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
+    with torch.no_grad():
+        logprobs = model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(-1, tokens[1:, None])[len(sample.prompt_ids) - 1 :, 0].numpy()
+    np.testing.assert_allclose(family.results["annotate"]["probe"][0], expected, rtol=0, atol=1e-5)
+
+
+def test_the_same_run_writes_the_same_weights_bit_for_bit(family: Family) -> None:
+    assert_equal(family.results["run"]["weights"], family.results["again"]["weights"])
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(
+            family.results["run"]["weights"].values(), family.results["saved"]["weights"].values(), strict=True
+        )
+    )
+
+
+def test_a_resumed_run_writes_the_same_weights_bit_for_bit(family: Family) -> None:
+    assert_equal(family.results["loaded"]["weights"], family.results["saved"]["weights"])
+    assert family.results["loaded"]["version"] == family.results["saved"]["version"] == 1
+    assert_equal(family.results["resumed"]["weights"], family.results["run"]["weights"])
+    assert family.results["resumed"]["metrics"]["learner/lr"] == family.results["run"]["metrics"]["learner/lr"]
+
+
+def test_the_export_and_the_offline_export_load_with_from_pretrained(family: Family) -> None:
+    offline = family.out_dir / "offline"
+    export_checkpoint(family.out_dir / "checkpoint", ModelConfig(path=str(family.checkpoint), dtype="float32"), offline)
+    for path in (family.out_dir / "export", offline):
+        assert_equal(checkpoint_weights(family.model(path)), family.results["saved"]["weights"])
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (path / name).is_file(), name
+        assert (path / "generation_config.json").read_text() == (
+            family.checkpoint / "generation_config.json"
+        ).read_text()
+
+
+@dense_only
+def test_a_step_that_is_not_finite_is_left_out_and_counted_on_every_rank(family: Family) -> None:
+    found = family.results["non_finite"]
+    assert_equal(found["before"], found["after"])
+    assert found["skipped"]["learner/skipped_steps"] == 1
+    assert "learner/loss" not in found["skipped"]  # a loss that is not a number would spoil every mean
+    assert found["recovered"]["learner/skipped_steps"] == 0
+    assert np.isfinite(found["recovered"]["learner/loss"])
+    for results in (family.results, family.rank1):
+        assert "2 optimizer steps in a row" in results["non_finite"]["error"]
+
+
+@dense_only
+def test_supervised_steps_learn_in_bfloat16_with_offloaded_master_weights(family: Family) -> None:
+    losses = family.results["sft"]["losses"]
+    assert family.results["sft"]["dtype"] == "torch.bfloat16"
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@moe_only
+def test_gradients_with_replayed_experts_equal_single_process_torch(family: Family) -> None:
+    model = family.model()
+    batch = samples(layers=2)
+    loss = reference_loss(model, batch, Routers(model, "cpu"))
+    expected = reference_gradients(model, loss)
+    for name in ("replay", "replay_packed"):
+        assert_close(family.gradients(name), expected)
+    assert loss.item() != pytest.approx(family.results["one"]["metrics"]["learner/loss"], abs=1e-3)
+
+
+@moe_only
+def test_frozen_routers_stay_and_everything_else_moves(family: Family) -> None:
+    for name, gradient in family.gradients("frozen").items():
+        router = "mlp.gate." in name or "mlp.router." in name
+        assert bool((gradient == 0).all()) == router, name
+
+
+@moe_only
+def test_the_auxiliary_loss_moves_the_routers(family: Family) -> None:
+    metrics = family.results["balanced"]["metrics"]
+    assert metrics["learner/router_aux_loss"] >= 1.9  # E * sum f P is about K = 2 when balanced
+    with_aux, without = family.gradients("balanced"), family.gradients("one")
+    router = next(n for n in with_aux if "mlp.gate.weight" in n or "mlp.router.weight" in n)
+    assert float((with_aux[router] - without[router]).abs().max()) > 1e-3
+
+
+def test_router_load_and_entropy_are_measured(family: Family) -> None:
+    metrics = family.results["one"]["metrics"]
+    if family.name == "qwen3":
+        assert "learner/router_entropy" not in metrics
+        return
+    assert 1.0 <= metrics["learner/router_load_max_over_mean"] <= 4.0
+    assert 0.0 < metrics["learner/router_entropy"] <= np.log(4)

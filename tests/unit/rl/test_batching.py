@@ -1,0 +1,124 @@
+"""Splits are complete, balanced, deterministic and within the token budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.batch import TrainBatch, TrainSample
+from rl.batching import balance, micro_batches, plan_update, sequence_cost, split_into_mini_batches
+from rl.errors import LearnerError
+
+LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
+
+
+def sample(num_tokens: int, *, masked: bool = False) -> TrainSample:
+    """A sample of one prompt token and num_tokens - 1 response tokens."""
+    r = num_tokens - 1
+    return TrainSample(
+        prompt_ids=np.zeros(1, dtype=np.int32),
+        response_ids=np.zeros(r, dtype=np.int32),
+        loss_mask=np.full(r, not masked),
+        advantages=np.zeros(r, dtype=np.float32),
+        rollout_logprobs=np.zeros(r, dtype=np.float32),
+    )
+
+
+def batch_of(lengths: list[int], masked: tuple[int, ...] = ()) -> TrainBatch:
+    return TrainBatch.from_samples(tuple(sample(n, masked=i in masked) for i, n in enumerate(lengths)))
+
+
+def test_bucketed_groups_hold_similar_lengths_within_the_padded_budget() -> None:
+    assert micro_batches([3, 9, 4, 10, 2], 20, "bucketed") == [[3, 1], [2, 0, 4]]
+    assert micro_batches([3, 5, 2], 6, "bucketed") == [[1], [0, 2]]
+
+
+def test_packed_groups_are_first_fit_decreasing() -> None:
+    assert micro_batches([3, 5, 1], 6, "packed") == [[1, 2], [0]]
+    assert micro_batches([6, 5, 4, 3, 2], 10, "packed") == [[0, 2], [1, 3, 4]]
+
+
+def test_no_sequences_make_no_groups() -> None:
+    assert micro_batches([], 10, "packed") == micro_batches([], 10, "bucketed") == []
+
+
+@given(LENGTHS, st.integers(60, 200), st.sampled_from(["packed", "bucketed"]))
+def test_groups_hold_everything_once_within_the_budget(lengths: list[int], budget: int, layout: str) -> None:
+    groups = micro_batches(lengths, budget, layout)  # type: ignore[arg-type]
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        sizes = [lengths[i] for i in group]
+        assert (sum(sizes) if layout == "packed" else max(sizes) * len(sizes)) <= budget
+
+
+def test_a_sequence_over_the_budget_is_an_error_with_the_remedy() -> None:
+    with pytest.raises(LearnerError, match=r"sequence of 12 tokens .* raise it to at least 12"):
+        micro_batches([3, 12], 10, "packed")
+
+
+@given(LENGTHS, st.integers(1, 6))
+def test_balance_deals_everything_and_stays_within_grahams_bound(lengths: list[int], ranks: int) -> None:
+    samples = [sample(n) for n in lengths]
+    shares = balance(samples, ranks)
+    assert sorted(id(s) for share in shares for s in share) == sorted(id(s) for s in samples)
+    assert all(shares) == (len(samples) >= ranks)
+    costs = [sequence_cost(n) for n in lengths]
+    loads = [sum(sequence_cost(s.num_tokens) for s in share) for share in shares]
+    best_possible = max(sum(costs) / ranks, *costs)
+    longest_first = sorted(costs, reverse=True)
+    if len(costs) > ranks:  # two of the ranks + 1 largest must share a rank
+        best_possible = max(best_possible, longest_first[ranks - 1] + longest_first[ranks])
+    assert max(loads) <= best_possible * (4 / 3 - 1 / (3 * ranks)) + 1e-6
+
+
+def test_balance_is_even_where_it_can_be() -> None:
+    shares = balance([sample(n) for n in (50, 10, 40, 20, 30, 50)], 2)
+    assert [sum(s.num_tokens for s in share) for share in shares] == [100, 100]
+
+
+def test_mini_batches_differ_by_one_sample_at_most_and_leave_out_what_teaches_nothing() -> None:
+    batch = batch_of([5, 6, 7, 8, 9, 10, 11, 12], masked=(2,))
+    parts = split_into_mini_batches(batch, 3, seed=1)
+    assert sorted(len(p.samples) for p in parts) == [2, 2, 3]
+    assert sorted(s.num_tokens for p in parts for s in p.samples) == [5, 6, 8, 9, 10, 11, 12]
+    assert sum(p.num_loss_tokens for p in parts) == batch.num_loss_tokens
+    assert [p.num_sequences for p in parts] == [len(p.samples) for p in parts]
+
+
+def test_one_mini_batch_keeps_the_order() -> None:
+    (part,) = split_into_mini_batches(batch_of([7, 5, 6]), 1, seed=9)
+    assert [s.num_tokens for s in part.samples] == [7, 5, 6]
+
+
+def test_every_epoch_sees_every_sample_once_in_another_order() -> None:
+    batch = batch_of(list(range(4, 20)))
+    plan = plan_update(batch, num_ranks=2, mini_batches=4, epochs=3, seed=5)
+    assert [len(steps) for steps in plan] == [12, 12]
+    epochs = []
+    for epoch in range(3):
+        steps = range(4 * epoch, 4 * epoch + 4)
+        together = [sorted(s.num_tokens for rank in plan for s in rank[step].samples) for step in steps]
+        assert sorted(n for part in together for n in part) == list(range(4, 20))
+        epochs.append(together)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_ranks_share_the_denominators_of_the_whole_mini_batch() -> None:
+    plan = plan_update(batch_of([4, 9, 5, 6, 30]), num_ranks=3, mini_batches=1)
+    for (share,) in plan:
+        assert (share.num_loss_tokens, share.num_sequences) == (3 + 8 + 4 + 5 + 29, 5)
+
+
+def test_a_plan_is_the_same_for_the_same_seed() -> None:
+    def lengths(seed: int) -> list[list[list[int]]]:
+        plan = plan_update(batch_of(list(range(3, 40))), num_ranks=2, mini_batches=3, epochs=2, seed=seed)
+        return [[[s.num_tokens for s in share.samples] for share in rank] for rank in plan]
+
+    assert lengths(1) == lengths(1) != lengths(2)
+
+
+def test_ranks_without_samples_get_an_empty_share() -> None:
+    plan = plan_update(batch_of([4, 5]), num_ranks=3)
+    assert sorted(len(rank[0].samples) for rank in plan) == [0, 1, 1]

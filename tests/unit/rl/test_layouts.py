@@ -1,0 +1,246 @@
+"""Every layout gives a sequence the log-probabilities that it has alone, in all three model families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from launch.tiny_models import FAMILIES, Family, build_tiny_model
+from rl.batching import Layout
+from rl.errors import LearnerError
+from rl.layouts import MicroBatch, TokenSequence, collate, resolve_layout
+from rl.learner_checks import check_layout
+from rl.logprobs import LogprobHead
+from rl.models import choose_attention
+from rl.moe import Routers
+
+LENGTHS = ((5, 30), (3, 20), (9, 2), (1, 41), (4, 1))  # prompt and response; longer than the sliding window of 16
+RUNS: list[tuple[Family, str, Layout]] = [
+    (family, attention, layout)
+    for family in FAMILIES
+    for attention in (("eager",) if family == "gpt_oss" else ("eager", "sdpa"))
+    for layout in ("bucketed", "packed")
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small spend their time waiting for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def _checkpoint(family: Family, directory: Any) -> Any:
+    return build_tiny_model(family, directory / family)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.getbasetemp() / "layouts"
+
+    def load(family: Family, attention: str = "eager") -> Any:
+        path = _checkpoint(family, directory)
+        return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
+
+    return load
+
+
+def sequences(experts: tuple[int, int] | None = None) -> list[TokenSequence]:
+    """Random sequences; with `experts` (layers, experts in all) each also has two random experts a token and layer."""
+    generator = np.random.default_rng(1)
+    result = []
+    for prompt, response in LENGTHS:
+        routed = None
+        if experts is not None:
+            shape = (prompt + response - 1, experts[0], experts[1])
+            routed = np.argsort(generator.random(shape), axis=-1)[..., :2].astype(np.int16)
+        result.append(
+            TokenSequence(
+                generator.integers(0, 250, prompt).astype(np.int32),
+                generator.integers(0, 250, response).astype(np.int32),
+                routed,
+            )
+        )
+    return result
+
+
+@torch.no_grad()
+def run(model: Any, head: LogprobHead, micro: MicroBatch) -> list[Tensor]:
+    with head.query(micro.positions, micro.targets, temperature=1.0):
+        return micro.split(model(**micro.model_inputs).logits[0])
+
+
+@torch.no_grad()
+def alone(model: Any, sequence: TokenSequence) -> Tensor:
+    """The textbook form: all logits of one sequence, nothing left out."""
+    tokens = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
+    logprobs = model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, tokens[1:, None])[len(sequence.prompt_ids) - 1 :, 0]
+
+
+@pytest.mark.parametrize(("family", "attention", "layout"), RUNS)
+def test_a_layout_is_exact(load: Any, family: Family, attention: str, layout: Layout) -> None:
+    model = load(family, attention)
+    expected = [alone(model, s) for s in sequences()]
+    micro = collate(sequences(), layout, model_config=model.config, device="cpu")
+    for found, reference in zip(run(model, LogprobHead(model, 16), micro), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("layout", ["bucketed", "packed"])
+def test_recorded_experts_are_used_again_bit_for_bit(load: Any, family: Family, layout: Layout) -> None:
+    """Another model (the routers have moved) replays what the first one chose, and the choice is exactly that."""
+    model = load(family)
+    routers, head = Routers(model, "cpu"), LogprobHead(model, 16)
+    plain = collate(sequences(), layout, model_config=model.config, device="cpu")
+    with routers.forward_pass(plain.real):
+        original = run(model, head, plain)
+        recorded = torch.stack([routers._pass.seen[layer][1] for layer in range(2)], dim=1)  # type: ignore[union-attr]
+    with routers.forward_pass(plain.real, experts=recorded):
+        replayed = run(model, head, plain)
+    assert all(torch.equal(a, b) for a, b in zip(original, replayed, strict=True))
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name or "gate.weight" in name:
+                parameter.neg_()  # every choice is another one now
+    with routers.forward_pass(plain.real):
+        differing = run(model, head, plain)
+    assert max(float((a - b).abs().max()) for a, b in zip(original, differing, strict=True)) > 1e-2
+    with routers.forward_pass(plain.real, experts=recorded):
+        run(model, head, plain)
+        seen = torch.stack([routers._pass.seen[layer][1] for layer in range(2)], dim=1)  # type: ignore[union-attr]
+    assert torch.equal(seen, recorded)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_from_samples_follow_their_tokens_into_every_layout(load: Any, family: Family) -> None:
+    model = load(family)
+    routers, head = Routers(model, "cpu"), LogprobHead(model, 16)
+    samples = sequences(experts=(2, 4))
+
+    def replay(chosen: list[TokenSequence], layout: Layout) -> list[Tensor]:
+        micro = collate(chosen, layout, model_config=model.config, device="cpu")
+        with routers.forward_pass(micro.real, experts=micro.routed_experts):
+            return run(model, head, micro)
+
+    expected = [replay([s], "bucketed")[0] for s in samples]
+    for layout in ("bucketed", "packed"):
+        for found, reference in zip(replay(samples, layout), expected, strict=True):
+            torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+
+
+def test_positions_and_targets_point_at_the_response() -> None:
+    config = SimpleNamespace(model_type="qwen3", _attn_implementation="sdpa")
+    two = [
+        TokenSequence(np.array([1, 2], dtype=np.int32), np.array([3, 4], dtype=np.int32)),
+        TokenSequence(np.array([5], dtype=np.int32), np.array([6], dtype=np.int32)),
+    ]
+    bucketed = collate(two, "bucketed", model_config=config, device="cpu")
+    assert bucketed.model_inputs["input_ids"].tolist() == [[1, 2, 3], [5, 0, 0]]
+    assert bucketed.positions.tolist() == [1, 2, 3]
+    assert bucketed.real.tolist() == [True, True, True, True, False, False]
+    packed = collate(two, "packed", model_config=config, device="cpu")
+    assert packed.model_inputs["input_ids"].tolist() == [[1, 2, 3, 5]]
+    assert packed.model_inputs["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert packed.positions.tolist() == [1, 2, 3]
+    for micro in (bucketed, packed):
+        assert micro.targets.tolist() == [3, 4, 6]
+        assert micro.sequence_index.tolist() == [0, 0, 1]
+        assert [v.tolist() for v in micro.split(torch.tensor([7, 8, 9]))] == [[7, 8], [9]]
+
+
+def test_the_leak_test_passes_exact_layouts_and_refuses_a_leaking_one(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(family: Family, layout: Layout) -> None:
+        model = load(family)
+        engine = _Engine(model)
+        check_layout(engine, LogprobHead(model, 16), layout, device=torch.device("cpu"), dtype=torch.float32)
+
+    for layout in ("bucketed", "packed"):
+        check("gpt_oss", layout)
+    monkeypatch.setattr("rl.layouts._NEEDS_EXPLICIT_MASKS", ())  # what GPT-OSS does by itself: sequences see each other
+    with pytest.raises(LearnerError, match="packed layout is not exact for GptOssForCausalLM with eager attention"):
+        check("gpt_oss", "packed")
+
+
+def test_the_leak_test_finds_logits_that_change_after_the_head(load: Any) -> None:
+    model = load("qwen3")
+    head = LogprobHead(model, 16)
+    engine = _Engine(model, after=lambda output: 0.5 * output if output.shape[0] == 1 else output)
+    with pytest.raises(LearnerError, match="the model is not supported"):
+        check_layout(engine, head, "bucketed", device=torch.device("cpu"), dtype=torch.float32)
+
+
+class _Engine:
+    """As much of a DeepSpeed engine as the check uses."""
+
+    def __init__(self, module: Any, after: Any = lambda logits: logits) -> None:
+        self.module = module
+        self._after = after
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def __call__(self, **inputs: Any) -> Any:
+        return SimpleNamespace(logits=self._after(self.module(**inputs).logits))
+
+
+def test_a_model_that_cannot_pack_exactly_is_refused() -> None:
+    config = SimpleNamespace(model_type="gpt_oss", _attn_implementation="flex_attention", sliding_window=4)
+    with pytest.raises(LearnerError, match="set learner.layout to bucketed"):
+        collate(sequences(), "packed", model_config=config, device="cpu")
+
+
+def test_sequences_without_prompt_or_response_are_refused() -> None:
+    empty = np.empty(0, dtype=np.int32)
+    config = SimpleNamespace(model_type="qwen3", _attn_implementation="sdpa")
+    for sequence in (
+        TokenSequence(empty, np.ones(2, dtype=np.int32)),
+        TokenSequence(np.ones(2, dtype=np.int32), empty),
+    ):
+        with pytest.raises(LearnerError, match="at least one of each"):
+            collate([sequence], "bucketed", model_config=config, device="cpu")
+
+
+def test_experts_of_the_wrong_shape_or_of_some_samples_only_are_refused() -> None:
+    config = SimpleNamespace(model_type="qwen3_moe", _attn_implementation="sdpa")
+    good, bad = sequences(experts=(2, 4))[:2]
+    with pytest.raises(LearnerError, match="needs all or none"):
+        collate([good, sequences()[1]], "packed", model_config=config, device="cpu")
+    short = TokenSequence(bad.prompt_ids, bad.response_ids, bad.routed_experts[:-1])  # type: ignore[index]
+    with pytest.raises(LearnerError, match=r"shape \(21, 2, 2\); this sequence needs \(22, 2, 2\)"):
+        collate([good, short], "packed", model_config=config, device="cpu")
+
+
+def test_auto_packs_only_with_a_variable_length_kernel() -> None:
+    assert resolve_layout("auto", attention="flash_attention_2", device="cuda") == "packed"
+    assert resolve_layout("auto", attention="sdpa", device="cuda") == "bucketed"
+    assert resolve_layout("auto", attention="sdpa", device="cpu") == "bucketed"
+    assert resolve_layout("packed", attention="sdpa", device="cpu") == "packed"
+    with pytest.raises(LearnerError, match="unknown layout"):
+        resolve_layout("padded", attention="sdpa", device="cpu")
+
+
+def test_attention_is_chosen_by_model_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = type("Dense", (), {"_supports_flash_attn": True, "_supports_sdpa": True})
+    sinks = type("Sinks", (), {"_supports_flash_attn": True, "_compatible_flash_implementations": ["kernels/x"]})
+    monkeypatch.setattr("rl.models.is_flash_attn_3_available", lambda: False)
+    monkeypatch.setattr("rl.models.is_flash_attn_2_available", lambda: True)
+    assert choose_attention("auto", dense, "cuda") == "flash_attention_2"
+    assert choose_attention("auto", dense, "cpu") == "sdpa"
+    assert choose_attention("auto", sinks, "cuda") == "eager"
+    assert choose_attention("flex_attention", sinks, "cuda") == "flex_attention"

@@ -1,0 +1,63 @@
+"""Schedules have the shape they are named for; vectors are not decayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rl.config import OptimizerConfig
+from rl.optim import build_optimizer, build_schedule, lr_factor
+
+
+def _factors(total: int, **options: object) -> list[float]:
+    factor = lr_factor(OptimizerConfig(**options), total)  # type: ignore[arg-type]
+    return [factor(step) for step in range(total)]
+
+
+def test_warm_up_is_linear_and_moves_from_the_first_step() -> None:
+    assert _factors(5, warmup_steps=3) == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_linear_decay_ends_at_the_floor_on_the_last_step() -> None:
+    assert _factors(5, schedule="linear", min_lr_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_cosine_decay_is_half_way_in_the_middle() -> None:
+    assert _factors(5, schedule="cosine") == pytest.approx([1.0, 0.8535533906, 0.5, 0.1464466094, 0.0])
+
+
+def test_steps_beyond_the_plan_stay_at_the_floor() -> None:
+    factor = lr_factor(OptimizerConfig(schedule="linear", min_lr_ratio=0.1), 4)
+    assert factor(100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "fused_adamw"])
+def test_vectors_are_not_decayed(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=0.1, weight_decay=0.5))  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old * (0.95 if parameter.ndim > 1 else 1.0))
+
+
+def test_frozen_parameters_get_no_optimizer_state() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizerConfig(name="sgd"))
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 2
+
+
+def test_the_schedule_multiplies_the_configured_rate() -> None:
+    config = OptimizerConfig(name="sgd", lr=0.4, schedule="linear")
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, 3)
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.4, 0.2, 0.0])
