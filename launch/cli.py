@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from launch.environment import keep_worker_priority, quiet_frameworks, secure_local_ray
+from launch.reward_commands import reward_app
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config_loading import load_config
 from rl.errors import FledgeError
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(reward_app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration", metavar="CONFIG")]
 Overrides = Annotated[
@@ -78,6 +81,20 @@ def report(run_dir: Annotated[Path, typer.Argument(help="run directory")]) -> No
     from launch.report import write_report
 
     typer.echo(f"report {write_report(run_dir)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check whether this machine is able to run; exit code 1 when something that every run needs is missing."""
+    from launch.doctor import examine
+
+    failed = False
+    for finding in examine():
+        mark = "ok     " if finding.ok else "MISSING" if finding.required else "absent "
+        typer.echo(f"{mark} {finding.what}" + ("" if finding.ok else f"; {finding.remedy}"))
+        failed |= finding.required and not finding.ok
+    if failed:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config
 
+from rl.batch import WeightVersion
+from rl.checkpoint import CheckpointStore, read_state
 from rl.errors import WeightSyncError
 from rl.metrics import read_metrics
 
@@ -63,20 +66,28 @@ def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, tmp_path,
             assert result.update.metrics["rollout/logprob_diff_max"] < 1e-3
             assert result.update.metrics["learner/kl_ref"] >= 0
         # A worker that says it serves the new version, but was never sent it.
-        real_publish = loop.learners.publish_weights
-        loop.learners.publish_weights = lambda: run.controller.learners.__class__ and skipped(loop)
+        loop.learners = SkipsOneSync(loop.learners)
         loop.step(2)
-        loop.learners.publish_weights = real_publish
         run.next_step = 3
         with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
             run._step([])
 
 
-def skipped(loop):
-    """The proof of a transfer that never happened."""
-    from rl.batch import WeightVersion
+class SkipsOneSync:
+    """The real learners, but for one weight transfer that is claimed and never made."""
 
-    return WeightVersion(loop.learners.policy_version, {}, 0)
+    def __init__(self, learners):
+        self._learners = learners
+        self._skipped = False
+
+    def publish_weights(self):
+        if self._skipped:
+            return self._learners.publish_weights()
+        self._skipped = True
+        return WeightVersion(self._learners.policy_version, {}, 0)
+
+    def __getattr__(self, name):
+        return getattr(self._learners, name)
 
 
 def test_a_killed_and_resumed_run_writes_the_same_weights(straight_run, tmp_path):
@@ -93,8 +104,6 @@ def test_a_killed_and_resumed_run_writes_the_same_weights(straight_run, tmp_path
     resumed = Command(tmp_path, "train", str(path), "--resume")
     assert resumed.wait() == 0, resumed.output()
     assert "resumed from" in resumed.output()
-    from safetensors.torch import load_file
-
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -116,16 +125,13 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     assert "Traceback" not in command.output()
     assert gone(children) == []
     assert not shared_memory_files()
-    from rl.checkpoint import CheckpointStore, read_state
-
     newest = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
     assert read_state(newest)["step"] >= 1
 
 
 @pytest.fixture(scope="module")
-def head_node(tmp_path_factory):
+def head_node():
     """A Ray cluster with a dashboard, as users submit jobs to; ended by the ids of its own processes."""
-    directory = tmp_path_factory.mktemp("ray_head")
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "RAY_worker_niceness": "0"}
     before = {p.pid for p in psutil.process_iter()}
     ray_command = str(Path(sys.executable).parent / "ray")
@@ -136,7 +142,7 @@ def head_node(tmp_path_factory):
         env=env, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
-    yield directory, env, ray_command
+    yield env, ray_command
     for process in psutil.process_iter(["pid", "cmdline"]):
         if process.pid not in before and any(
             f"fledge_ray_{os.getpid()}" in part for part in process.info["cmdline"] or ()
@@ -145,7 +151,7 @@ def head_node(tmp_path_factory):
 
 
 def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
-    directory, env, ray_command = head_node
+    env, ray_command = head_node
     rows = verl_rows(tmp_path / "gsm_symbolic.parquet")
     config = config_dict(tmp_path, total_steps=2)
     config["data"] = {"train": {"path": str(rows)}, "max_prompt_tokens": 512}

