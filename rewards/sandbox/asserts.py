@@ -20,6 +20,25 @@ from rewards.sandbox.inside import plain
 
 MAX_TEST_CHARACTERS = 100_000
 _BUILTINS = frozenset(dir(builtins))
+_CHECKS = frozenset(
+    [
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "float",
+        "int",
+        "isinstance",
+        "len",
+        "list",
+        "round",
+        "set",
+        "sorted",
+        "str",
+        "tuple",
+        "type",
+    ]
+)
 _BINDERS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.NamedExpr, ast.Await, ast.Yield)
 
 
@@ -105,10 +124,11 @@ def _split(statement: ast.Assert, imports: str, imported: frozenset[str]) -> Ass
     splitter = _Splitter(imported | _BUILTINS, source)
     condition = splitter.visit(_copy(statement.test))
     if not splitter.calls:
-        # a function that the program calls like a builtin (`sum`): its first call is the one under test
-        root = next(filter(None, map(_called_builtin, ast.walk(statement.test))), None)
-        if root is None:
+        # a function that has a builtin's name (`sum`): the first call that is not a usual check is the one under test
+        called = [name for name in map(_called_builtin, ast.walk(statement.test)) if name]
+        if not called:
             raise GroundTruthError(f"{_short(source)} asks nothing of the program")
+        root = next((name for name in called if name not in _CHECKS), called[0])
         splitter = _Splitter((imported | _BUILTINS) - {root}, source)
         condition = splitter.visit(_copy(statement.test))
     judgement = ast.unparse(ast.fix_missing_locations(condition))

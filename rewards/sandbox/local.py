@@ -171,8 +171,9 @@ class LocalSandbox(SandboxService):
         with self._slots.take(), _ProgramRun(self, program, COMPILE_LIMITS, None) as run:
             result, binary = run.compile()
         made: int | RunResult = result if binary is None else binary
+        refused_by_compiler = result.exit_status > 0  # and not by a limit, which a later try may keep
         with self._lock:
-            if self._closed or key in self._compiled:
+            if self._closed or key in self._compiled or (binary is None and not refused_by_compiler):
                 return made
             self._compiled[key] = os.dup(made) if isinstance(made, int) else made
             if len(self._compiled) > _COMPILED_KEPT:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -116,6 +117,8 @@ def missing_layers() -> list[str]:
     missing = []
     if linux.landlock_abi() == 0:
         missing.append("landlock")
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        missing.append("the list of a process's children in /proc (CONFIG_PROC_CHILDREN), for the memory limit")
     if not linux.seccomp_available():
         missing.append("seccomp")
     release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])

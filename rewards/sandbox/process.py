@@ -184,11 +184,15 @@ class Box:
         total, todo = 0, [self._pid]
         while todo:
             pid = todo.pop()
-            with contextlib.suppress(OSError):
+            try:
                 for thread in Path(f"/proc/{pid}/task").iterdir():
                     todo += [int(word) for word in _read(thread / "children").split()]
                 fields = dict(line.split(":", 1) for line in _read(f"/proc/{pid}/status").splitlines())
-                total += sum(int(fields.get(key, "0 kB").split()[0]) for key in ("RssAnon", "RssShmem"))
+            except OSError as error:
+                if pid == self._pid and not self._wait_for_end(0.0):
+                    raise InfrastructureError(f"a sandbox box's memory cannot be watched: {error}") from error
+                continue  # it has ended since we read its number
+            total += sum(int(fields.get(key, "0 kB").split()[0]) for key in ("RssAnon", "RssShmem"))
         return total << 10
 
     def end(self) -> None:
@@ -206,8 +210,13 @@ class Box:
     def _end_with(self, number: int, grace_s: float) -> bool:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._handle, number)
-        # readable once the process is dead, which in its process namespace is after all others are
-        return bool(select.select([self._handle], [], [], grace_s)[0])
+        return self._wait_for_end(grace_s)
+
+    def _wait_for_end(self, timeout_s: float) -> bool:
+        """Whether the first process has ended, which in its process namespace is after all others have."""
+        poller = select.poll()
+        poller.register(self._handle, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
 
 
 def _receive(channel: socket.socket, timeout_s: float) -> dict[str, Any] | None:

@@ -158,7 +158,7 @@ class Box:
             resource.RLIMIT_CPU: (cpu, cpu + 1),
             resource.RLIMIT_DATA: limits["memory_bytes"],
             resource.RLIMIT_AS: limits["memory_bytes"] + _ADDRESS_SLACK,
-            resource.RLIMIT_STACK: 64 << 20,
+            resource.RLIMIT_STACK: (64 << 20, resource.RLIM_INFINITY),  # programs may raise it up to the memory limit
             resource.RLIMIT_FSIZE: limits["file_bytes"],
             resource.RLIMIT_NOFILE: limits["open_files"],
             resource.RLIMIT_CORE: 0,
@@ -172,7 +172,8 @@ class Box:
             soft, hard = value if isinstance(value, tuple) else (value, value)
             ceiling = resource.getrlimit(which)[1]
             if ceiling != resource.RLIM_INFINITY:
-                soft, hard = min(soft, ceiling), min(hard, ceiling)
+                soft = min(soft, ceiling)
+                hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
             resource.setrlimit(which, (soft, hard))
 
     def _compile(self, result: int) -> int:

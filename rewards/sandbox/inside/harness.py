@@ -6,6 +6,7 @@ own, because nothing else is in reach and every judgement is made outside.
 
 from __future__ import annotations
 
+import _sitebuiltins
 import atexit
 import builtins
 import importlib
@@ -64,6 +65,8 @@ def preload() -> dict[str, Any]:
     """Import what programs commonly import, once, before any fork. Returns the prelude's namespace."""
     for name in PRELOADED:
         importlib.import_module(name)
+    for name in ("exit", "quit"):  # what the interpreter's `site`, which the zygote does without, would add
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "end of input"))
     namespace: dict[str, Any] = {}
     exec(_PRELUDE, namespace)
     namespace.pop("__builtins__")

@@ -179,6 +179,7 @@ def test_calls_need_python() -> None:
         ("assert sorted(f(1), key=lambda x: -x) == [2, 1]", ("f(1)",), "sorted(_0, key=lambda x: -x) == [2, 1]"),
         ("import math\nassert math.isclose(f(1), 2)", ("f(1)",), "math.isclose(_0, 2)"),
         ("assert sum(1, 2) == 3", ("sum(1, 2)",), "_0 == 3"),
+        ("assert abs(pow(2, 3) - 8) < 1", ("pow(2, 3)",), "abs(_0 - 8) < 1"),
         ("assert LIMIT == 3, 'message'", ("LIMIT",), "_0 == 3"),
         ("assert f(1) == 2 and f(2) == 3", ("f(1)", "f(2)"), "_0 == 2 and _1 == 3"),
     ],
