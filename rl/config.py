@@ -94,7 +94,7 @@ class RewardFunctionConfig(Section):
 
     name: str = Field(description="registered name, package.module:function, or path/to/file.py:function")
     weight: float = 1.0
-    gate: bool = Field(False, description="the whole reward is 0 unless this part is positive")
+    gate: bool = Field(False, description="the reward is at most 0 unless this part is positive")
     options: dict[str, Any] = Field(default_factory=dict)
 
 
