@@ -77,7 +77,7 @@ class CodeReward:
         slots: int | None = None,
         packages: Sequence[str] = (),
         limits: Mapping[str, Any] | None = None,
-        total_s: float = 20.0,
+        total_s: float = 15.0,
         float_tolerance: float = 1e-6,
     ) -> None:
         """
@@ -90,7 +90,7 @@ class CodeReward:
             packages: installed packages that programs and tests may import besides the standard library (local only).
             limits: of one test, by the names of `rewards.sandbox.api.Limits`, e.g. {cpu_s: 2}.
             total_s: seconds that one program's tests may run together. The tests after that, and those after a test
-                that ran out of its own time, count as failed.
+                that ran out of its own time, count as failed. `reward.timeout_s` should exceed total_s + limits.wall_s.
             float_tolerance: how far a float may be from the expected one, relative or absolute; 0: not at all.
 
         Raises ConfigError for an option that cannot be, or where the machine cannot isolate programs.

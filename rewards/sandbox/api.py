@@ -20,8 +20,8 @@ Language = Literal["python", "cpp"]
 class Limits:
     """What one task of a program may use. Defaults fit competitive-programming tests."""
 
-    cpu_s: float = 6.0  # CPU seconds of each process (rounded up to whole seconds)
-    wall_s: float = 15.0  # seconds from start to end, waiting included
+    cpu_s: float = 5.0  # CPU seconds of each process (rounded up to whole seconds)
+    wall_s: float = 10.0  # seconds from start to end, waiting included
     memory_bytes: int = 512 * MIB  # heap and mappings of each process, and resident memory of all together
     disk_bytes: int = 32 * MIB  # everything in the private temporary directory
     file_bytes: int = 16 * MIB  # one file

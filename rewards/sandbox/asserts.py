@@ -20,25 +20,8 @@ from rewards.sandbox.inside import plain
 
 MAX_TEST_CHARACTERS = 100_000
 _BUILTINS = frozenset(dir(builtins))
-_CHECKS = frozenset(
-    [
-        "abs",
-        "all",
-        "any",
-        "bool",
-        "float",
-        "int",
-        "isinstance",
-        "len",
-        "list",
-        "round",
-        "set",
-        "sorted",
-        "str",
-        "tuple",
-        "type",
-    ]
-)
+_USUAL = (abs, all, any, bool, float, int, isinstance, len, list, round, set, sorted, str, tuple, type)
+_CHECKS = frozenset(function.__name__ for function in _USUAL)
 _BINDERS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.NamedExpr, ast.Await, ast.Yield)
 
 

@@ -40,8 +40,8 @@ from rl.errors import ConfigError
 
 Isolation = Literal["full", "none"]
 COMPILE_LIMITS = Limits(
-    cpu_s=15.0,
-    wall_s=25.0,
+    cpu_s=10.0,
+    wall_s=20.0,
     memory_bytes=2048 * MIB,
     disk_bytes=128 * MIB,
     file_bytes=16 * MIB,
