@@ -1,0 +1,86 @@
+"""The sender over real ZeRO-3: two ranks send the bits that a plain module holds, and share one verdict."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM
+
+from launch.tiny_models import build_tiny_model
+from rl.errors import WeightSyncError
+from rl.weight_sync.buckets import open_bucket
+from rl.weight_sync.digest import digest
+from rl.weight_sync.sender import WeightSender
+from rl.weight_sync.source import Zero3WeightSource
+from rl.zero3 import init_distributed
+
+pytestmark = pytest.mark.stack
+
+
+class Engine:
+    """A client over one engine that maps and digests buckets, until it is told to fail."""
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.received: dict[str, int] = {}
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if self.fails:
+            raise ConnectionError("engine 0 is gone")
+        self.received |= {name: digest(tensor) for name, tensor in open_bucket(update_info)}
+
+    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
+        return [self.received]
+
+
+def send(rank: int, port: int, path: str, out: str) -> None:
+    """One rank: shard the model, send it once well and once in vain, save what came of it."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    init_distributed("cpu", 300)
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    alive = HfDeepSpeedConfig(config)  # transformers looks for it while it loads
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    del alive
+    source = Zero3WeightSource(engine.module, dtype=torch.float32, bucket_bytes=1 << 16, rank=rank)
+    client = Engine()
+    sender = WeightSender(source, "shm", client, rank=rank, world_size=2, bucket_bytes=1 << 16, timeout_s=60)
+    version = sender.send(3)
+    assert all(parameter.ds_status.name == "NOT_AVAILABLE" for parameter in engine.module.parameters())
+    client.fails = True
+    with pytest.raises(WeightSyncError) as failure:
+        sender.send(4)
+    client.fails = False
+    again = sender.send(5)  # the ranks are still in step
+    torch.save((version.digests, str(failure.value), again.digests, len(client.received)), f"{out}/{rank}.pt")
+
+
+def test_two_ranks_send_the_checkpoint_bit_for_bit_and_fail_together(tmp_path: Path) -> None:
+    path = build_tiny_model("qwen3_moe", tmp_path / "model", tie_word_embeddings=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(send, args=(port, str(path), str(tmp_path)), nprocs=2)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = {n: digest(t) for n, t in Zero3WeightSource(plain, dtype=torch.float32, bucket_bytes=1 << 20)}
+    for rank, received in ((0, len(expected)), (1, 0)):
+        digests, failure, again, count = torch.load(tmp_path / f"{rank}.pt")
+        assert digests == again == expected and count == received
+        assert "rank 0: loading bucket 0" in failure and "engine 0 is gone" in failure
