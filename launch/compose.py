@@ -67,7 +67,7 @@ def start_rollout_pool(
     config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], deterministic: bool
 ) -> RolloutPool:
     """Start the rollout workers and wait for their engines."""
-    worker_class: Any = ray.remote(max_restarts=0, max_concurrency=1000)(RolloutWorker)
+    worker_class: Any = ray.remote(RolloutWorker)
     eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
 
@@ -82,7 +82,7 @@ def start_rollout_pool(
             seed=config.seed,
             deterministic=deterministic,
         )
-        return worker_class.options(**actor_options[index]).remote(index, build)
+        return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(index, build)
 
     evaluation = config.evaluation
     return RolloutPool(
@@ -109,10 +109,10 @@ def start_learners(
     receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
 ) -> LearnerGroup:
     """Start the learner ranks and wait until the model is loaded."""
-    worker_class: Any = ray.remote(max_restarts=0)(LearnerWorker)
+    worker_class: Any = ray.remote(LearnerWorker)
 
     def start_worker(rank: int) -> ActorHandle:
-        return worker_class.options(**actor_options[rank]).remote(rank, spec.learner.num_workers)
+        return worker_class.options(max_restarts=0, **actor_options[rank]).remote(rank, spec.learner.num_workers)
 
     return LearnerGroup.start(start_worker, spec, sync=sync, receivers=receivers)
 
@@ -265,15 +265,12 @@ def _load_data(
     """Training prompts and evaluation sets, every ground truth accepted by its reward."""
     tokenizer = load_tokenizer(config.model)
 
-    def validate(prompt: Prompt) -> None:
-        rewards.rewards.validate_ground_truth(prompt.ground_truth, prompt.reward)
-
     load = functools.partial(
         load_prompts,
         tokenizer=tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         chat_template_options=config.model.chat_template_options,
-        validate=validate,
+        validate=rewards.rewards.validate_prompt,
     )
     prompts: tuple[Prompt, ...] = ()
     if train:

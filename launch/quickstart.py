@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import reasoning_gym
@@ -29,7 +30,7 @@ TASK_OPTIONS = {
     "allow_negation": False,
 }
 DATA_SEED = 1000  # far from the seeds of the training and held-out problems in configs/quickstart.yaml
-MODEL_SIZE = {
+MODEL_SIZE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,

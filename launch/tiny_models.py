@@ -115,7 +115,8 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
 
 def _end_token_ids(family: Family, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     names = ("<|return|>", "<|endoftext|>", "<|call|>") if family == "gpt_oss" else ("<|im_end|>", "<|endoftext|>")
-    return [tokenizer.convert_tokens_to_ids(name) for name in names]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[name] for name in names]
 
 
 def _config(family: Family, tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]) -> PreTrainedConfig:

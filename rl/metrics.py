@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -157,11 +158,13 @@ class TensorBoardSink:
 class WandbSink:
     """A W&B run; it resumes under the same id."""
 
-    def __init__(self, run_dir: Path, *, project: str, mode: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, *, project: str, mode: Literal["online", "offline"], name: str, config: Mapping[str, Any]
+    ) -> None:
         import wandb
 
         id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex
         id_file.write_text(run_id)
         self._run = wandb.init(
             project=project, mode=mode, name=name, id=run_id, resume="allow", dir=str(run_dir), config=dict(config)
