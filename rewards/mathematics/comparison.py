@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rewards.mathematics.relations import compare_relations, interval_of, unwrapped
-from rewards.mathematics.scalars import Verdict, same_value
+from rewards.mathematics.scalars import Verdict, as_decimal, same_value
 from rewards.mathematics.sets import compare_sets
 from rewards.mathematics.syntax import (
     Apply,
@@ -171,7 +171,10 @@ def _compare_percentages(gold: Node, answer: Node, policy: Policy) -> Verdict:
         other = unwrapped(other) or other
     if not (is_scalar(percent) and is_scalar(other)):
         return Verdict.DIFFERENT
-    as_value = same_value(Apply("div", (percent, Number(Fraction(100)))), other, policy.significant_digits)
+    hundredth: Node = Apply("div", (percent, Number(Fraction(100))))
+    if (decimal := as_decimal(percent)) is not None and decimal.places is not None:
+        hundredth = Number(decimal.value / 100, decimal.places + 2, decimal.digits)
+    as_value = same_value(hundredth, other, policy.significant_digits)
     if as_value is not Verdict.DIFFERENT or not policy.percent_sign_optional:
         return as_value
     over_one = isinstance(other, Number) and abs(other.value) > 1

@@ -155,35 +155,47 @@ class Numeric:
     def __init__(self, digits: int) -> None:
         self.context = MPContext()
         self.context.dps = digits
-        self._functions = _numeric_functions(self.context)
+        context = self.context
+        self._functions = _numeric_functions(context)
+        self._constants = {"pi": +context.pi, "e": +context.e, "i": context.j, "inf": context.inf}
 
-    def value(self, node: Node, point: Mapping[str, Fraction]) -> Any:
-        """An mpf or mpc. Raises TooLargeError, UndefinedError, UnsupportedError."""
+    def value(self, node: Node, point: Mapping[str, Fraction], real: bool = False) -> Any:
+        """An mpf or mpc. With `real`, a part of the tree that is not real has no value.
+
+        Raises: TooLargeError, UndefinedError, UnsupportedError.
+        """
         try:
-            result = self._value(node, point)
+            result = self._value(node, point, real)
         except (ZeroDivisionError, ValueError, OverflowError) as error:
             raise UndefinedError(str(error)) from error
         if self.context.isnan(result):
             raise UndefinedError("not a number")
         return result
 
-    def _value(self, node: Node, point: Mapping[str, Fraction]) -> Any:
+    def _value(self, node: Node, point: Mapping[str, Fraction], real: bool) -> Any:
         match node:
             case Number(value=value):
                 return self._fraction(value)
             case Constant(name=name):
-                context = self.context
-                return {"pi": +context.pi, "e": +context.e, "i": context.j, "inf": context.inf}[name]
+                return self._constants[name]
             case Symbol(name=name) if name in point:
                 return self._fraction(point[name])
-            case Apply(name="pow", args=(base, exponent)):
-                return self._power(self._value(base, point), self._value(exponent, point), exponent)
-            case Apply(name=name, args=args) if name.startswith("call:"):
-                return self._opaque(name, [self._value(arg, point) for arg in args])
-            case Apply(name=name, args=args) if name in self._functions:
-                return self._functions[name](*(self._value(arg, point) for arg in args))
+            case Apply(name=name, args=args):
+                result = self._apply(name, args, [self._value(arg, point, real) for arg in args])
+                if real and self.context.im(result):
+                    raise UndefinedError("not real")
+                return result
             case _:
                 raise UnsupportedError(f"no value for {type(node).__name__}")
+
+    def _apply(self, name: str, args: tuple[Node, ...], values: list[Any]) -> Any:
+        if name == "pow":
+            return self._power(values[0], values[1], args[1])
+        if name.startswith("call:"):
+            return self._opaque(name, values)
+        if name not in self._functions:
+            raise UnsupportedError(f"no value for {name}")
+        return self._functions[name](*values)
 
     def _fraction(self, value: Fraction) -> Any:
         return self.context.mpf(value.numerator) / value.denominator

@@ -70,7 +70,7 @@ class ExpressionParser(TokenReader, ABC):
     def _juxtaposed(self, left: Node) -> Node:
         """Implicit multiplication, or a mixed number where a whole number stands before a proper fraction."""
         written_number = self._tokens[self._position - 1].kind is Kind.NUMBER and is_whole(left)
-        if self._next.kind is Kind.NUMBER:
+        if self._next.kind is Kind.NUMBER and isinstance(left, Number):
             if not (written_number and self._next.spaced and self._slash_after_next()):
                 raise UnreadableError("two numbers stand side by side")
             right = self._power()

@@ -42,12 +42,13 @@ _CLOSING_REMARK = re.compile(
 )
 _CHAT_MARK = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|return)\|>")
 _CLAUSE_AFTER = re.compile(
-    r"(?:,|;|\s)\s*(?:because|since|where|as\s+(?:we|the|it)|so\s+(?:the|we)|when|given\s+that|that|such|after|if\s|という|なぜなら|ので)\b.*$",
+    r"(?:,|;|\s)\s*(?:because|since|where|as\s+(?:we|the|it)|so\s+(?:the|we)|when|given\s+that|that|such|i\.e|namely|after|if\s|という|なぜなら|ので)\b.*$",
     re.DOTALL,
 )
 _JAPANESE_COPULA = re.compile(
     r"\s*(?:です|となります|となる|になります|になる|である|であり|だ|でした|になりました)(?:。|\.|!|$).*$", re.DOTALL
 )
+_CHOICE_WITH_TEXT = re.compile(r"\s*(?:\([A-J]\)|[A-J][.):])\s[^\n\\$]{1,200}")
 _LEADING_WORD = re.compile(
     r"^(?:(?:so|hence|thus|therefore|then|finally|result)\b|よって|したがって|ゆえに|従って|故に|つまり)[\s,、:]*=?\s*|^=\s*",
     re.IGNORECASE,
@@ -71,6 +72,8 @@ def extract_answer(text: str) -> str | None:
     if final is None:
         return None
     text = _CLOSING_REMARK.sub(" ", final).rstrip()
+    if _CHOICE_WITH_TEXT.fullmatch(text):
+        return text.strip()
     box, box_end = _last_boxes(text)
     anchored = _anchored(text, box_end)
     answer = anchored if anchored is not None else box

@@ -16,7 +16,7 @@ _CJK = "〇零一二三四五六七八九両两十百千万萬億亿兆京"
 _FRACTION = re.compile(rf"([-+]?)({_NUMERAL})\s*(?:分の|分之)\s*({_NUMERAL})")
 _WARI = re.compile(r"([-+]?\d+(?:\.\d+)?|[一二三四五六七八九])\s*割(?:\s*(\d|[一二三四五六七八九])\s*分)?(?:引き)?")
 _PER = {"時": "h", "分": "min", "秒": "s"}
-_SPEED = re.compile(r"^\s*([時分秒])速(?:は)?\s*([\d.,]+\s*[^\d\s]+)\s*$")
+_SPEED = re.compile(r"^\s*毎?([時分秒])速?(?:は)?\s*([\d.,]+\s*[^\d\s]+)\s*$")
 _PERCENT = re.compile(r"\s*(?:パーセント|プロ)")
 _MULTIPLIED = re.compile(rf"(?<![\w\u4e00-\u9fff]){_NUMERAL}(?=$|[^0-9])")
 _PIECE = re.compile(r"([0-9][0-9,]*(?:\.[0-9]+)?)|(.)")

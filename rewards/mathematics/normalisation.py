@@ -26,6 +26,7 @@ _SYMBOLS = {
     "ℚ": r"\mathbb{Q} ", "ℂ": r"\mathbb{C} ", "→": r"\to ", "↦": r"\to ", "∧": r"\land ", "∨": r"\lor ", "℃": r"^{\circ}C",
     "℉": r"^{\circ}F", "\u00a0": " ", "\u3000": " ", "\ufeff": "", "\u200b": "", "\u200c": "", "\u200d": "", "\u2060": "",
     "\u2061": "", "\u2062": "", "ⅈ": "i", "ⅉ": "j", "ⅇ": "e", "ⅆ": "d",
+    "㎟": "mm^{2}", "㎠": "cm^{2}", "㎡": "m^{2}", "㎢": "km^{2}", "㎣": "mm^{3}", "㎤": "cm^{3}", "㎥": "m^{3}",
 }  # fmt: skip
 _GREEK = {
     "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ϵ": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
@@ -49,6 +50,7 @@ _REWRITES = [
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
     (re.compile(r"\\(?:text|textnormal|mbox|hbox|textup|textsf|texttt|textit|textbf|emph|mathrm|mathsf|mathtt|mathit|mathbf|boldsymbol|bm|operatorname\*?|rm|pmb)\s*(?=\{)"), r"\\text"),
+    (re.compile(r"\\text\s*\{\s*([$€£¥₹])\s*\}"), r"\1"),
     (re.compile(r"\\(?:rm|bf|it|sf|tt)\b"), " "),
     (re.compile(r"\\(?:degrees?|textdegree|degree)\b|\^\s*\\circ\b|\^\s*\{\s*\\circ\s*\}|\^\s*\{\s*\\degree\s*\}|\\circ\b(?=\s*(?:$|[,.)\]}]))"), r"^{\\circ}"),
     (re.compile(r"\\(?:leqslant|leqq|leq)\b|<=|=<"), r"\\le "),

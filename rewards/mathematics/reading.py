@@ -35,6 +35,7 @@ _NUMERALS = (
 _NUMBER_WORDS = {word: value for value, word in enumerate(_NUMERALS.split())}
 _BASE_WORDS = _NUMBER_WORDS | {"binary": 2, "octal": 8, "hex": 16}
 _BASE = re.compile(r"(?:\\text\{)?([0-9A-F]+)\}?\s*_\s*(?:\{\s*)?(?:\\text\{\s*)?(\d+|[a-z]+)\s*\}{0,2}")
+_REALS = ("all real numbers", "all reals", "real numbers", "全ての実数", "すべての実数", "実数全体")
 _TIME = re.compile(r"\d{1,2}:\d{2}(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 _PROSE_WORD = re.compile(r"(?<!\\)\b[^\W\d_]{3,}\b")
 _WORDS_ONLY = re.compile(r"[^\d\\=<>^*/+$%|()\[\]{}]*[^\W\d_][^\d\\=<>^*/+$%|()\[\]{}]*")
@@ -78,9 +79,9 @@ def _read(text: str, grouping: bool) -> Node:
         return Number(number.value, number.places, number.digits)
     if (match := _BASE.fullmatch(text)) and (base := _base_number(*match.groups())):
         return base
-    if _TIME.fullmatch(text):
-        return Text(text.lower().replace(".", ""))
-    words = _TEXT_COMMAND.sub(r" \1 ", text).strip()
+    words = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).split())
+    if _TIME.fullmatch(words):
+        return Text(words.lower().replace(".", ""))
     if match := _PARENTHESISED.fullmatch(words):
         words = text = match[1].strip()
     if words.lower() in _NUMBER_WORDS:
@@ -135,6 +136,8 @@ def _reread_condition(text: str, grouping: bool) -> Node:
 
 
 def _read_words(words: str) -> Node:
+    if _plain_words(words) in _REALS:
+        return Symbol("mathbb:R")
     parts = [part for part in _AND.split(words) if part]
     if not parts:
         raise UnreadableError("no words")

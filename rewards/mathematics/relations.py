@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rewards.mathematics.grammar import OPAQUE_FUNCTIONS
 from rewards.mathematics.scalars import Verdict, proportional, same_value
 from rewards.mathematics.syntax import (
     Apply,
     Collection,
     Constant,
     Node,
+    Number,
     Relation,
     SetOperation,
     Symbol,
@@ -36,6 +38,8 @@ def is_label(node: Node) -> bool:
             return not name.startswith("mathbb:")
         case Apply(name=name, args=args) if name.startswith("call:"):
             return all(is_scalar(arg) for arg in args)
+        case Apply(name="pow", args=(Symbol(name=name), Number(value=value))):  # the inverse of f
+            return name in OPAQUE_FUNCTIONS and value == -1
         case Apply(name="mul", args=args):  # AB, the length of a segment
             return all(is_label(arg) for arg in args)
         case Collection(kind="tuple", items=items):
@@ -86,7 +90,12 @@ def compare_relations(gold: Relation, answer: Relation, compare: Compare) -> Ver
         return Verdict.DIFFERENT  # the ground truth is solved, the answer is not
     if not all(is_scalar(term) for term in (*gold.terms, *answer.terms)):
         return Verdict.DIFFERENT
-    return _match_steps(_steps(gold), _steps(answer))
+    verdict = _match_steps(_steps(gold), _steps(answer))
+    if verdict is Verdict.DIFFERENT and symbols(gold) == symbols(answer):
+        gold_set, answer_set = interval_of(gold), interval_of(answer)
+        if gold_set is not None and answer_set is not None:
+            return compare(gold_set, answer_set)
+    return verdict
 
 
 def interval_of(relation: Relation) -> Node | None:
@@ -163,8 +172,35 @@ def _steps(relation: Relation) -> list[tuple[str, Node]]:
         small, large = (right, left) if operator in (">", ">=") else (left, right)
         if operator in (">", ">="):
             operator = _FLIPPED[operator]
-        steps.append((operator, Apply("add", (small, Apply("neg", (large,))))))
+        difference: Node = Apply("add", (small, Apply("neg", (large,))))
+        steps.append((operator, _over_one_denominator(difference)[0] if operator == "=" else difference))
     return steps
+
+
+def _over_one_denominator(node: Node) -> tuple[Node, Node | None]:
+    """(numerator, denominator), so that `y = 1/x` and `xy = 1` are one equation; None is a denominator of one."""
+    if not isinstance(node, Apply) or not symbols(node):
+        return node, None
+    parts = [_over_one_denominator(arg) for arg in node.args]
+    match node.name, parts:
+        case "neg", [(top, bottom)]:
+            return Apply("neg", (top,)), bottom
+        case "add", [(a, b), (c, d)]:
+            return Apply("add", (_product(a, d), _product(c, b))), _product_of(b, d)
+        case "mul", [(a, b), (c, d)]:
+            return Apply("mul", (a, c)), _product_of(b, d)
+        case "div", [(a, b), (c, d)]:
+            return _product(a, d), _product(c, b)
+        case _:
+            return node, None
+
+
+def _product(node: Node, factor: Node | None) -> Node:
+    return node if factor is None else Apply("mul", (node, factor))
+
+
+def _product_of(a: Node | None, b: Node | None) -> Node | None:
+    return b if a is None else _product(a, b)
 
 
 def _match_steps(gold: list[tuple[str, Node]], answer: list[tuple[str, Node]]) -> Verdict:

@@ -16,6 +16,7 @@ from rewards.mathematics.evaluation import Budget, Numeric, TooLargeError, Undef
 from rewards.mathematics.syntax import Apply, Constant, Node, Number, UnsupportedError, symbols, walk
 
 NUM_POINTS = 6
+MAX_POINTS = 24  # where a function is seldom real
 POINTS_IN_FULL = 2  # compared at more than one precision; at the others, near is near enough
 MIN_AGREEING_POINTS = 3
 COARSE_DIGITS, FINE_DIGITS, FINEST_DIGITS = 60, 120, 240
@@ -58,7 +59,7 @@ def proportional(gold: Node, answer: Node) -> int | None:
     numeric = numeric_at(FINE_DIGITS)
     ratios = []
     try:
-        for point in points(symbols(gold)):
+        for point in points(symbols(gold), NUM_POINTS):
             try:
                 a, b = numeric.value(gold, point), numeric.value(answer, point)
             except UndefinedError:
@@ -78,18 +79,18 @@ def proportional(gold: Node, answer: Node) -> int | None:
     return 0 if abs(numeric.context.im(ratio)) > 1e-50 else (1 if numeric.context.re(ratio) > 0 else -1)
 
 
-def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
-    """Points to compare at: a few with every variable positive, then of mixed signs. The same on every call."""
+def points(names: frozenset[str], count: int) -> list[dict[str, Fraction]]:
+    """Points to compare at: the first with all variables positive, then one all negative, then of mixed signs.
+
+    The same on every call.
+    """
     ordered = sorted(names)
     generator = random.Random(",".join(ordered))
-    count = NUM_POINTS if ordered else 1
-    return [
-        {
-            name: Fraction(generator.randint(211, 2903), 1009) * (1 if i < count // 2 else generator.choice((1, -1)))
-            for name in ordered
-        }
-        for i in range(count)
-    ]
+    chosen = []
+    for i in range(count):
+        signs = (1,) if i < NUM_POINTS // 2 else (-1,) if i == NUM_POINTS // 2 else (1, -1)
+        chosen.append({n: Fraction(generator.randint(211, 2903), 1009) * generator.choice(signs) for n in ordered})
+    return chosen
 
 
 @cache
@@ -146,36 +147,50 @@ def _has_infinity(node: Node) -> bool:
 
 
 def _same_function(gold: Node, answer: Node) -> Verdict:
+    """Agreement where both have a value: over the reals, unless i stands in one of them or neither is ever real."""
     names = symbols(gold)
-    if _agree_on(gold, answer, points(names)):
-        return Verdict.EQUAL
-    if names <= INTEGER_NAMES:
+    nodes = [*walk(gold), *walk(answer)]
+    somewhere = points(names, MAX_POINTS)
+    agreed = None
+    if not any(isinstance(n, Constant) and n.name == "i" for n in nodes):
+        agreed = _agree_on(gold, answer, somewhere, real=True)
+    if agreed is None:
+        agreed = _agree_on(gold, answer, somewhere, real=False)
+    if not agreed and names <= INTEGER_NAMES:
         generator = random.Random(0)
         whole = [{name: Fraction(generator.randint(2, 30)) for name in sorted(names)} for _ in range(NUM_POINTS)]
-        if _agree_on(gold, answer, whole):
-            return Verdict.EQUAL
-    return Verdict.DIFFERENT
+        agreed = _agree_on(gold, answer, whole, real=False)
+    return _verdict(bool(agreed))
 
 
-def _agree_on(gold: Node, answer: Node, where: list[dict[str, Fraction]]) -> bool:
+def _agree_on(gold: Node, answer: Node, where: list[dict[str, Fraction]], real: bool) -> bool | None:
+    """Whether two expressions agree at the points where both have a value; None: there are too few of those.
+
+    Where only one has a value they are not said to differ, so that ln(ab) is ln a + ln b; but an absolute value says
+    that signs matter, so that ln|x| is not ln x.
+    """
+    same_domain = any(isinstance(n, Apply) and n.name == "abs" for n in (*walk(gold), *walk(answer)))
     agreed = 0
-    numeric = numeric_at(COARSE_DIGITS)
-    for point in where:
-        try:
-            a, b = numeric.value(gold, point), numeric.value(answer, point)
-            if _is_real(numeric, a) != _is_real(numeric, b):
-                continue  # outside the real domain of one of them: ln x^2 and 2 ln x
-            near = abs(a - b) <= max(abs(a), abs(b)) * 1e-40
-            if not (near and agreed >= POINTS_IN_FULL) and not _agree(gold, answer, point, abs(a - b)):
+    for i, point in enumerate(where):
+        if i >= NUM_POINTS and agreed >= MIN_AGREEING_POINTS:
+            break
+        a, b = _value_or_none(gold, point, real), _value_or_none(answer, point, real)
+        if a is None or b is None:
+            if same_domain and (a is None) != (b is None):
                 return False
-            agreed += 1
-        except UndefinedError:
             continue
-    return agreed >= MIN_AGREEING_POINTS
+        near = abs(a - b) <= max(abs(a), abs(b)) * 1e-40
+        if not (near and agreed >= POINTS_IN_FULL) and not _agree(gold, answer, point, abs(a - b)):
+            return False
+        agreed += 1
+    return True if agreed >= MIN_AGREEING_POINTS else None
 
 
-def _is_real(numeric: Numeric, value: Any) -> bool:
-    return bool(abs(numeric.context.im(value)) <= abs(value) * 1e-40)
+def _value_or_none(node: Node, point: Mapping[str, Fraction], real: bool) -> Any:
+    try:
+        return numeric_at(COARSE_DIGITS).value(node, point, real)
+    except UndefinedError:
+        return None
 
 
 def _agree(gold: Node, answer: Node, point: Mapping[str, Fraction], coarse: Any) -> bool:

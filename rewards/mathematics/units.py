@@ -173,7 +173,7 @@ def read_unit(text: str) -> Unit | None:
     if text in _UNITS:
         base, factor = _UNITS[text]
         return Unit(factor, ((base, 1),))
-    plain = _words(text)
+    plain = re.sub(r"\bmph\b", "mi/h", re.sub(r"\bkm?ph\b", "km/h", _words(text)))
     factor, dimensions = Fraction(1), dict[str, int]()
     sign, pending, position, seen = 1, 1, 0, False
     for match in _PIECE.finditer(plain):

@@ -147,14 +147,14 @@ def _read(latex: str) -> list[Any]:
 
     text = f"${latex.replace('$', ' ').replace(chr(10), ' ')}$"
     read = parse(text, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return [_with_imaginary_unit(e) for e in read if isinstance(e, (sympy.Basic, sympy.MatrixBase))]
+    return [_with_common_symbols(e) for e in read if isinstance(e, (sympy.Basic, sympy.MatrixBase))]
 
 
-def _with_imaginary_unit(expression: Any) -> Any:
-    """math-verify reads i as a plain symbol; here it is the imaginary unit."""
+def _with_common_symbols(expression: Any) -> Any:
+    """Real symbols, whatever else stood in the text, and i as the imaginary unit: math-verify reads it as a symbol."""
     import sympy
 
-    names = {s: sympy.I for s in expression.free_symbols if s.name == "i"}
+    names = {s: sympy.I if s.name == "i" else sympy.Symbol(s.name, real=True) for s in expression.free_symbols}
     return expression.subs(names) if names else expression
 
 

@@ -27,7 +27,7 @@ FRAGMENTS = (
 PIECES = st.lists(st.sampled_from(FRAGMENTS.split(" ")), max_size=25)
 MATHS = PIECES.map("".join) | PIECES.map(" ".join)
 TEXT = st.text(max_size=200) | MATHS
-FUZZ = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NUMBERS = st.integers(-20, 20).map(str) | st.sampled_from(["0.5", r"\frac{1}{3}", r"\pi", "x", "y", "n", "e", "i"])
 EXPRESSIONS = st.recursive(
@@ -79,12 +79,17 @@ def test_values_compare_the_same_both_ways(a, b):
 
 @FUZZ
 @given(EXPRESSIONS)
-def test_adding_zero_or_one_changes_the_verdict_as_it_must(expression):
-    original, same, other = (read_answer(t).node for t in (expression, f"{expression}+0", f"({expression})+1"))
-    assert original is not None and same is not None and other is not None
+def test_adding_one_changes_the_value(expression):
+    original, other = read_answer(expression).node, read_answer(f"({expression})+1").node
+    assert original is not None and other is not None
     assert compare(original, other, Policy()) is not Verdict.EQUAL
-    if compare(original, original, Policy()) is Verdict.EQUAL and "/" not in expression and r"\frac" not in expression:
-        assert compare(original, same, Policy()) is Verdict.EQUAL
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.integers(-9, 9), st.sampled_from(["x", "y", r"\pi", "x^2", r"\sqrt{3}"])), min_size=1))
+def test_the_order_of_a_sum_does_not_matter(terms):
+    one, other = ("+".join(f"({factor}){name}" for factor, name in order) for order in (terms, terms[::-1]))
+    assert compare(read_answer(one).node, read_answer(other).node, Policy()) is Verdict.EQUAL
 
 
 @FUZZ
