@@ -138,7 +138,8 @@ class ExpressionParser(TokenReader, ABC):
         while True:
             if self._take_sign("!"):
                 node = Apply("factorial", (node,))
-            elif self._take_sign("%"):
+            elif self._is_sign("%") and not (isinstance(node, Apply) and node.name == "percent"):
+                self._position += 1
                 node = Apply("percent", (node,))
             elif self._is_sign("'") and isinstance(node, Symbol):
                 self._position += 1

@@ -21,7 +21,8 @@ POINTS_IN_FULL = 2  # compared at more than one precision; at the others, near i
 MIN_AGREEING_POINTS = 3
 COARSE_DIGITS, FINE_DIGITS, FINEST_DIGITS = 60, 120, 240
 INTEGER_NAMES = frozenset("nkmNMK")  # variables that stand for whole numbers by custom
-FLOAT_NOISE = Fraction(1, 10**12)
+FLOAT_DIGITS = 15  # a decimal with so many digits was printed from a double
+FLOAT_NOISE = Fraction(1, 10**14)
 
 
 class Verdict(Enum):
@@ -112,33 +113,35 @@ def _verdict(equal: bool) -> Verdict:
 
 
 def _rounds(gold: Node, answer: Node, a: Fraction, b: Fraction, significant_digits: int) -> bool:
-    """Whether one is a decimal that rounds (or cuts) the other, which is none; or both differ by float noise only."""
+    """Whether the one that is a decimal rounds the other, which is none, or both differ by float noise only."""
     gold_decimal, answer_decimal = as_decimal(gold), as_decimal(answer)
-    if abs(a - b) <= FLOAT_NOISE * abs(a) and (gold_decimal or answer_decimal):
-        return max(d.digits for d in (gold_decimal, answer_decimal) if d) >= 15
-    decimal = gold_decimal or answer_decimal
-    if decimal is None or (gold_decimal and answer_decimal):
+    if gold_decimal and answer_decimal:
+        return max(gold_decimal.digits, answer_decimal.digits) >= FLOAT_DIGITS and abs(a - b) <= abs(a) * FLOAT_NOISE
+    decimal, value = (gold_decimal, b) if gold_decimal else (answer_decimal, a)
+    return decimal is not None and _is_rounding(decimal, decimal.value, value, significant_digits)
+
+
+def _is_rounding(decimal: Number, shown: Any, value: Any, significant_digits: int) -> bool:
+    """Whether a decimal is the value, rounded or cut at its last place (or with the noise of a double)."""
+    if decimal.places is None or decimal.digits < significant_digits:
         return False
-    return _within_last_place(decimal, abs(a - b), significant_digits)
-
-
-def _within_last_place(decimal: Number, difference: Any, significant_digits: int) -> bool:
-    assert decimal.places is not None  # as_decimal admits no others
-    return decimal.digits >= significant_digits and difference < Fraction(1, 10**decimal.places)
+    difference, places = abs(shown - value), 10**decimal.places
+    cut = abs(shown) <= abs(value) and difference * places < 1
+    noise = decimal.digits >= FLOAT_DIGITS and difference * FLOAT_NOISE.denominator <= abs(value)
+    return bool(cut or difference * 2 * places <= 1 or noise)
 
 
 def _same_constant(gold: Node, answer: Node, significant_digits: int) -> Verdict:
+    numeric = numeric_at(COARSE_DIGITS)
     if _has_infinity(gold) or _has_infinity(answer):
-        numeric = numeric_at(COARSE_DIGITS)
         return _verdict(bool(numeric.value(gold, {}) == numeric.value(answer, {})))
     gold_decimal, answer_decimal = as_decimal(gold), as_decimal(answer)
-    if (gold_decimal is None) != (answer_decimal is None):
-        decimal, other = (gold_decimal, answer) if gold_decimal else (answer_decimal, gold)
-        assert decimal is not None and decimal.places is not None  # one of the two is
-        numeric = numeric_at(COARSE_DIGITS)
-        difference = abs(numeric.value(other, {}) - numeric.value(decimal, {}))
-        unit = numeric.context.mpf(10) ** -decimal.places
-        return _verdict(bool(decimal.digits >= significant_digits and difference < unit))
+    decimal, other = (gold_decimal, answer) if gold_decimal else (answer_decimal, gold)
+    if decimal is not None and as_decimal(other) is None:
+        shown, value = numeric.value(decimal, {}), numeric.value(other, {})
+        if numeric.context.im(value):
+            return Verdict.DIFFERENT
+        return _verdict(_is_rounding(decimal, shown, numeric.context.re(value), significant_digits))
     return _verdict(_agree(gold, answer, {}, _difference(COARSE_DIGITS, gold, answer, {})))
 
 

@@ -104,6 +104,7 @@ _UNIT = re.compile(_FACTOR + r"(?:\s*(?:/|\\cdot|\*|-|\s)\s*" + _FACTOR + r"){0,
 _PIECE = re.compile(r"(?P<word>[^\W\d_]+|°[CF])(?:\^(?P<power>-?\d))?|(?P<slash>/)")
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|CA|AU)?\s*([$€£¥₹])\s*([-+]?[\d.(\\].*)", re.DOTALL)
 _CURRENCY_BEHIND = re.compile(r"(.*\d)\s*([$€£¥₹¢])", re.DOTALL)
+_HIRAGANA = re.compile("[\u3041-\u309f]")  # inflection: 5ではない is a sentence, not a unit
 _SQUARE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 _COMPOUND = re.compile(rf"(\d+(?:\.\d+)?)\s*({_WORD})(?:\s*(?:,|and\b|と)?\s*)")
 _PLAIN_VALUE = re.compile(r"[-+]?[\d.,]+(?:\s*/\s*\d+)?|[-+]?\d*\s*\\frac\s*\{?\d+\}?\s*\{?\d+\}?")
@@ -147,7 +148,7 @@ def _unit_after(value: str, suffix: str) -> Unit | None:
     names = _words(suffix).lower().split()
     if not _PLAIN_VALUE.fullmatch(value) or not names or len(names) > MAX_WORDS:
         return None
-    if any(name in _NOT_UNITS or (len(name) == 1 and name.isascii()) for name in names):
+    if any(name in _NOT_UNITS or (len(name) == 1 and name.isascii()) or _HIRAGANA.search(name) for name in names):
         return None
     return Unit(Fraction(1), ((" ".join(_singular(name) for name in names), 1),))
 

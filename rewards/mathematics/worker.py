@@ -167,9 +167,11 @@ def _agree_in_numbers(a: Any, b: Any) -> bool | None:
     if a.has(sympy.Float) or b.has(sympy.Float):
         return None
     generator = random.Random(0)
+    divisor = 1 if a.has(sympy.Sum, sympy.Product) or b.has(sympy.Sum, sympy.Product) else 1009  # whole limits of sums
     agreed = 0
     for _ in range(RANDOM_POINTS if a.free_symbols else 1):
-        point = {s: sympy.Rational(generator.randint(1, 3000), 1009) for s in sorted(a.free_symbols, key=str)}
+        numerators = {s: generator.randint(2, 12 if divisor == 1 else 3000) for s in sorted(a.free_symbols, key=str)}
+        point = {s: sympy.Rational(numerator, divisor) for s, numerator in numerators.items()}
         x, y = _number(a, point), _number(b, point)
         if x is None or y is None:
             continue

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rewards.api import GroundTruthError, RewardInput
+from rewards.api import GroundTruthError, InfrastructureError, RewardInput
 from rewards.math import MathReward
+from rewards.mathematics.worker_pool import SymbolicPool, WorkerLostError
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -169,6 +170,30 @@ def test_scores_from_many_threads_and_leaves_the_signal_handlers_alone(reward):
         verdicts = list(threads.map(lambda n: score(reward, r"\frac12", rf"\boxed{{\int_0^{n} x\,dx}}"), [1, 2, 1, 2]))
     assert verdicts == [1.0, 0.0, 1.0, 0.0]
     assert [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGCHLD, signal.SIGPROF)] == before
+
+
+@pytest.mark.parametrize("hostile", ["(" * 1000 + "1" + ")" * 1000, r"\sum_{n=1}^{10^9}\sin(n!)"])
+def test_what_slips_past_the_guard_dies_alone(reward, hostile):
+    with pytest.raises(WorkerLostError):
+        reward._pool.equal("1", hostile)
+    (pid,) = reward._pool.pids()
+    assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
+    assert reward._pool.equal("x+x", "2x") is True
+
+
+def test_a_worker_killed_from_outside_is_replaced(reward):
+    assert reward._pool.equal("x+x", "2x") is True
+    (pid,) = reward._pool.pids()
+    os.kill(pid, signal.SIGKILL)
+    assert reward._pool.equal("x+x", "3x") is False
+    assert reward._pool.pids() != [pid]
+
+
+def test_a_closed_pool_says_so():
+    pool = SymbolicPool(size=1, deadline_s=1.0, memory_mib=1024)
+    pool.close()
+    with pytest.raises(InfrastructureError, match="closed"):
+        pool.equal("1", "x")
 
 
 def test_close_ends_the_worker_process():
