@@ -2,9 +2,9 @@
 
     python -m launch.quickstart OUT_DIR
 
-The examples are of two kinds, half and half: some work the sum out one term at a time before they answer, some answer
-at once and are mostly hopeless for a model this small. So the warm start leaves a model that can reason but does so
-only half of the time, and reinforcement learning has something to find out: that reasoning pays. Left out: training.
+The examples are of two kinds: two in five work the sum out one term at a time before they answer, the others answer at
+once, which is mostly hopeless for a model this small. So the warm start leaves a model that can reason but often does
+not, and reinforcement learning has something to find out: that reasoning pays. Left out: training.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from launch.tiny_models import build_tiny_model, describe
 
 TASK = "basic_arithmetic"
 TASK_OPTIONS = {
-    "min_terms": 4,
-    "max_terms": 6,
+    "min_terms": 3,
+    "max_terms": 4,
     "min_digits": 1,
     "max_digits": 1,
     "operators": ["+", "-"],
     "allow_parentheses": False,
     "allow_negation": False,
 }
+REASONING_SHARE = 0.4
 DATA_SEED = 1000  # far from the seeds of the training and held-out problems in configs/quickstart.yaml
 MODEL_SIZE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "max_position_embeddings": 512,
-    "initializer_range": 0.02,
+    "initializer_range": 0.06,
     "tie_word_embeddings": True,
 }
 
@@ -63,7 +64,7 @@ def write_examples(path: Path, count: int, *, seed: int) -> None:
     problems = reasoning_gym.create_dataset(TASK, size=count, seed=DATA_SEED + seed, **TASK_OPTIONS)
     with path.open("w") as file:
         for problem in problems:
-            reason = bool(rng.random() < 0.5)
+            reason = bool(rng.random() < REASONING_SHARE)
             response = worked_example(problem["metadata"]["expression"], problem["answer"], reason=reason)
             file.write(json.dumps({"prompt": problem["question"], "response": response}) + "\n")
 
@@ -71,7 +72,7 @@ def write_examples(path: Path, count: int, *, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--examples", type=int, default=16384)
+    parser.add_argument("--examples", type=int, default=38400)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model = build_tiny_model("qwen3", arguments.out_dir / "base", seed=arguments.seed, **MODEL_SIZE)
