@@ -18,13 +18,14 @@ from ray.actor import ActorHandle
 
 from launch.cluster import place_train_workers, ray_cluster, resolve_device
 from launch.preflight import check_algorithm, prepare_model
+from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
 from rl.checkpoint import CheckpointStore
 from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.controller import Controller
-from rl.errors import DataError
+from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
 from rl.probe import AgreementBounds, WeightProbe
@@ -141,12 +142,12 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     run_dir = Path(config.run_dir)
     check_algorithm(config)
     prepare_model(config.model)
+    train_prompts, eval_sets = load_data(config, display)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config.device)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
-        train_prompts, eval_sets = _load_data(config, rewards, display)
         transport = resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=config.ray.colocate)
         placement = place_train_workers(config, device=device)
         stack.callback(placement.release)
@@ -186,14 +187,14 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
 def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
     prepare_model(config.model)
+    _, eval_sets = load_data(config, display, train=False)
+    if not eval_sets:
+        raise DataError("data.eval is empty; add at least one dataset to evaluate on")
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config.device)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
-        _, eval_sets = _load_data(config, rewards, display, train=False)
-        if not eval_sets:
-            raise DataError("data.eval is empty; add at least one dataset to evaluate on")
         placement = place_train_workers(config, device=device)
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
@@ -259,29 +260,30 @@ def fingerprint(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _load_data(
-    config: TrainConfig, rewards: RewardPool, display: Display, *, train: bool = True
-) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
-    """Training prompts and evaluation sets, every ground truth accepted by its reward."""
+def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
+    """Training prompts and evaluation sets, every ground truth accepted by its reward. Starts no worker."""
     tokenizer = load_tokenizer(config.model)
-
+    rewards = CombinedReward(config.reward.functions, config.reward.clip)
     load = functools.partial(
         load_prompts,
         tokenizer=tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         chat_template_options=config.model.chat_template_options,
-        validate=rewards.rewards.validate_prompt,
+        validate=rewards.validate_prompt,
     )
     prompts: tuple[Prompt, ...] = ()
     if train:
         loaded = load(config.data.train)
         prompts = loaded.prompts
         display.message(_describe("training data", loaded))
-    eval_sets = []
+    eval_sets: list[EvalSet] = []
     for dataset in config.data.eval:
         loaded = load(dataset)
         display.message(_describe("evaluation data", loaded))
+        if any(loaded.name == other.name for other in eval_sets):
+            raise ConfigError(f"data.eval has two datasets named {loaded.name}; give one of them another name")
         eval_sets.append(EvalSet(loaded.name, loaded.prompts))
+    rewards.close()
     return prompts, eval_sets
 
 

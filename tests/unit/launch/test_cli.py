@@ -1,0 +1,110 @@
+"""Bad input from the command line: one clear message, the right exit code, no traceback, nothing started or lost."""
+
+import json
+import sys
+
+import pytest
+import ray
+import yaml
+
+from launch import cli
+from launch.tiny_models import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1 =", "ground_truth": "2"}\n')
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": {"path": str(rows)}},
+    }
+
+
+@pytest.fixture
+def fledge(tmp_path, monkeypatch, capfd):
+    """Runs the command in this process; returns (exit code, what it said)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fledge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not ray.is_initialized()
+        output = capfd.readouterr()
+        assert "Traceback" not in output.err
+        return caught.value.code, output.out + output.err
+
+    return run
+
+
+def save(tmp_path, config):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"rollout": {"group_sise": 4}}, 2, "unknown key rollout.group_sise; did you mean group_size?"),
+        (
+            {"rollout": {"group_size": 3}, "learner": {"mini_batches": 5}},
+            2,
+            "do not divide into learner.mini_batches 5",
+        ),
+        ({"rollout": {"group_size": 1}}, 2, "compares the samples of a group, but rollout.group_size is 1"),
+        ({"model": {"path": "no/such/model"}}, 2, "no/such/model"),
+        ({"model": {"path": "./no_such_model"}}, 2, "model.path ./no_such_model does not exist"),
+        ({"data": {"train": {"path": "nowhere.jsonl"}}}, 2, "nowhere.jsonl"),
+        ({"reward": {"functions": [{"name": "maths"}]}}, 4, "maths"),
+        ({"reward": {"functions": [{"name": "format", "options": {"patern": "x"}}]}}, 2, "pattern"),
+        ({"algorithm": {"loss": "ppo_clop"}}, 2, "ppo_clip"),
+        ({"algorithm": {"advantage": "gae"}}, 2, "needs a critic"),
+        ({"algorithm": {"loss": "gspo", "aggregation": "token_mean"}}, 2, "contradicts algorithm.loss gspo"),
+        ({"algorithm": {"loss_options": {"clip_lo": 0.1}}}, 2, "clip_low"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_wrong_setting_is_refused_before_anything_starts(fledge, tmp_path, config, change, code, message):
+    for section, values in change.items():
+        config[section] = config.get(section, {}) | values
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert (exit_code, message in said) == (code, True), said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_broken_row_is_named_by_file_and_line(fledge, tmp_path, config):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1 =", "ground_truth": "2"}\n{"prompt": "2 + 2 =", "ground\n')
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert exit_code == 2
+    assert "rows.jsonl" in said
+    assert "2" in said.partition("rows.jsonl")[2][:12]
+
+
+def test_a_missing_config_file_and_missing_arguments(fledge):
+    assert fledge("train", "nowhere.yaml")[0] == 2
+    assert "nowhere.yaml does not exist" in fledge("train", "nowhere.yaml")[1]
+    exit_code, said = fledge("train")
+    assert (exit_code, "CONFIG" in said) == (2, True)
+    assert fledge("trian")[0] == 2
+
+
+def test_a_run_directory_is_not_overwritten(fledge, tmp_path, config):
+    (tmp_path / "run").mkdir()
+    row = json.dumps({"step": 1}) + "\n"
+    (tmp_path / "run" / "metrics.jsonl").write_text(row)
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert (exit_code, "already holds a run; add --resume" in said) == (2, True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == row
+
+
+def test_export_and_report_of_something_else(fledge, tmp_path):
+    assert "no run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
+    assert "is it a run directory?" in fledge("report", tmp_path)[1]
