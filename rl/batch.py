@@ -154,7 +154,15 @@ class TrainSample:
 
     def __post_init__(self) -> None:
         length = len(self.response_ids)
-        for name in ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns"):
+        for name in (
+            "loss_mask",
+            "advantages",
+            "rollout_logprobs",
+            "old_logprobs",
+            "ref_logprobs",
+            "values",
+            "returns",
+        ):
             value = getattr(self, name)
             if value is not None and len(value) != length:
                 raise ValueError(f"train sample has {length} response tokens but {len(value)} {name}")
