@@ -1,4 +1,4 @@
-"""The quickstart under three seeds; fails unless reinforcement learning alone lifts held-out accuracy by 30 points each.
+"""The quickstart under three seeds; fails unless reinforcement learning alone lifts held-out accuracy by 30 points.
 
 python benchmarks/quickstart_seeds.py [SEED ...]
 """

@@ -1,7 +1,7 @@
 """The currency: what flows from prompt to update, one frozen type a stage.
 
-`Prompt` -> `RolloutBatch` -> `ScoredBatch` -> `TrainBatch` -> `UpdateResult`. Each stage returns the next type; no field
-is None now and filled in later. An optional field is None for a whole run, because that run does not use it.
+`Prompt` -> `RolloutBatch` -> `ScoredBatch` -> `TrainBatch` -> `UpdateResult`. Each stage returns the next type; no
+field is None now and filled in later. An optional field is None for a whole run, because that run does not use it.
 Sequences are ragged numpy arrays; nothing here is padded. Left out: frameworks, and every computation with them.
 
 Shape legend: N samples, P prompt tokens of one sample, R response tokens of one sample.
