@@ -125,8 +125,8 @@ class KLConfig(Section):
             raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
         if self.placement == "none" and self.coefficient > 0.0:
             raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
-        if self.placement == "none" and self.adaptive_target is not None:
-            raise ValueError("kl.adaptive_target is set but kl.placement is none")
+        if self.placement != "loss" and self.adaptive_target is not None:
+            raise ValueError(f"kl.adaptive_target needs kl.placement loss, not {self.placement}")
         return self
 
 
@@ -258,7 +258,6 @@ class RayConfig(Section):
     """The cluster. RAY_ADDRESS in the environment joins a running one."""
 
     address: str | None = Field(None, description="None: RAY_ADDRESS, else a local cluster that ends with the run")
-    gpus_per_node: NonNegativeInt = 0
     colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
     rollout_resources: dict[str, float] = Field(default_factory=dict, description="custom resources a rollout worker")
     learner_resources: dict[str, float] = Field(default_factory=dict)
