@@ -21,8 +21,10 @@ export UV_FIND_LINKS=${UV_FIND_LINKS:-$(setting find-links | tr -s ' \n' ',')}
 index=$(setting index-url); [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
 cert=$(setting cert); [ -z "$cert" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}
 
+# Bytecode is compiled once here: a run starts a dozen processes that each import the frameworks, and where Python may
+# not write it (PYTHONDONTWRITEBYTECODE, a read-only image) each would compile them again.
 install() {
-    .venv/bin/uv pip install --quiet --python .venv --requirement "requirements/$kind.txt" \
+    .venv/bin/uv pip install --quiet --compile-bytecode --python .venv --requirement "requirements/$kind.txt" \
         --override "requirements/$kind-overrides.txt" "$@"
 }
 if [ "$kind" = cpu ]; then
