@@ -49,6 +49,7 @@ _REWRITES = [
     (re.compile(r"\\hspace\*?\{[^{}]*\}|\\phantom\{[^{}]*\}|\\(?:label|tag)\*?\{[^{}]*\}"), " "),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
+    (re.compile(r"\{\s*([^{}\\]+?)\s*\\choose\s*([^{}\\]+?)\s*\}"), r"\\binom{\1}{\2}"),
     (re.compile(r"\\(?:text|textnormal|mbox|hbox|textup|textsf|texttt|textit|textbf|emph|mathrm|mathsf|mathtt|mathit|mathbf|boldsymbol|bm|operatorname\*?|rm|pmb)\s*(?=\{)"), r"\\text"),
     (re.compile(r"\\text\s*\{\s*([$€£¥₹])\s*\}"), r"\1"),
     (re.compile(r"\\(?:rm|bf|it|sf|tt)\b"), " "),
