@@ -305,7 +305,7 @@ class VLLMEngine:
 
 
 async def _next_output(stream: RequestOutputCollector) -> RequestOutput:
-    return stream.get_nowait() or await stream.get()  # type: ignore[return-value]  # the other type is for pooling
+    return stream.get_nowait() or await stream.get()
 
 
 def _flat_logprobs(logprobs: Any, length: int) -> FloatArray:

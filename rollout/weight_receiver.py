@@ -179,9 +179,9 @@ class IpcUpdateInfo(WeightTransferUpdateInfo):
 class IpcReceiver(VerifiedReceiver, IPCWeightTransferEngine):
     """Maps the learner's packed buffer on the GPU that both share."""
 
-    update_info_cls = IpcUpdateInfo  # type: ignore[assignment]  # upstream's, with the handles in another form
+    update_info_cls = IpcUpdateInfo
 
-    def receive_weights(self, update_info: IpcUpdateInfo) -> None:  # type: ignore[override]  # as above
+    def receive_weights(self, update_info: IpcUpdateInfo) -> None:
         # The sender is our own learner on our own cluster, whose actors already exchange pickles.
         handles = pickle.loads(base64.b64decode(update_info.handles))
         self.load(

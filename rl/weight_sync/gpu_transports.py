@@ -110,7 +110,7 @@ class GpuTransport:
             lambda: WeightTransferTrainerFactory.trainer_init(
                 self._init_info(),
                 client=self._client,
-                source=self._source,  # type: ignore[arg-type]  # structurally a WeightSource
+                source=self._source,
             ),
             "connecting to the engines",
         )
