@@ -127,6 +127,12 @@ class GraderProcess:
         self._process.join()
         self._process = None
 
+    def __enter__(self) -> GraderProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -229,15 +235,14 @@ def accuracy_table(names: list[str], sets: dict[str, list[dict[str, Any]]]) -> N
     print(f"| grader | {head} | killed at {KILL_S:.0f} s | samples/s | p99 ms |")
     print("|---" * (2 * len(sets) + 4) + "|")
     for name in names:
-        process = GraderProcess(name)
         tallies, everything = {}, Tally()
-        for set_name, pairs in sets.items():
-            tally = tallies[set_name] = Tally()
-            for row in pairs:
-                result = process.grade(row.get("prompt", ""), row["response"], plain_truth(row))
-                for one in (tally, everything):
-                    one.add(result[0], row["equal"], *result[1:])
-        process.close()
+        with GraderProcess(name) as process:
+            for set_name, pairs in sets.items():
+                tally = tallies[set_name] = Tally()
+                for row in pairs:
+                    result = process.grade(row.get("prompt", ""), row["response"], plain_truth(row))
+                    for one in (tally, everything):
+                        one.add(result[0], row["equal"], *result[1:])
         cells = " | ".join(f"{t.rate()} | {t.false_positives}" for t in tallies.values())
         rate, slowest = everything.speed()
         print(f"| {name} | {cells} | {everything.killed} | {rate:,.0f} | {slowest:,.1f} |", flush=True)
@@ -248,19 +253,21 @@ def speed_table(names: list[str], workloads: dict[str, list[tuple[str, str, str]
     print(f"\n| grader | {head} |")
     print("|---" * (2 * len(workloads) + 1) + "|")
     for name in names:
-        process, cells = GraderProcess(name), []
-        for samples in workloads.values():
-            tally = Tally()
-            limit = time.monotonic() + WORKLOAD_S
-            for sample in samples:
-                if time.monotonic() > limit:
-                    break
-                _, seconds, killed = process.grade(*sample)
-                tally.add(False, False, seconds, killed)
-            rate, slowest = tally.speed()
-            cells.append(f"{rate:,.0f} | {slowest:,.1f}")
-        process.close()
+        with GraderProcess(name) as process:
+            cells = [" | ".join(measured(process, samples)) for samples in workloads.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def measured(process: GraderProcess, samples: list[tuple[str, str, str]]) -> tuple[str, str]:
+    """Samples a second and the 99th percentile in milliseconds, over at most WORKLOAD_S."""
+    tally, limit = Tally(), time.monotonic() + WORKLOAD_S
+    for sample in samples:
+        if time.monotonic() > limit:
+            break
+        _, seconds, killed = process.grade(*sample)
+        tally.add(False, False, seconds, killed)
+    rate, slowest = tally.speed()
+    return f"{rate:,.0f}", f"{slowest:,.1f}"
 
 
 def main() -> None:
