@@ -84,6 +84,9 @@ def set_environment(rollout: RolloutConfig) -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if rollout.enforce_eager:
+        # vLLM compiles small helpers of its sampler even so, which needs a C++ compiler and takes a minute on a CPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "VLLM_PLUGINS" in os.environ and "fledge" not in os.environ["VLLM_PLUGINS"].split(","):
         os.environ["VLLM_PLUGINS"] += ",fledge"
 

@@ -1,10 +1,8 @@
 """A reward that an untrained model meets about half of the time, so that every step has something to learn."""
 
-
-def parity(response: str) -> float:
-    """1 when the response has an even number of characters."""
-    return float(len(response) % 2 == 0)
+from rewards.api import RewardInput
 
 
-def broken(response: str) -> float:
-    raise ValueError(f"no reward for {len(response)} characters")
+def parity(sample: RewardInput) -> float:
+    """1 when the response's token ids add up to an even number."""
+    return float(sum(sample.token_ids) % 2 == 0)
