@@ -177,7 +177,7 @@ class MoEConfig(Section):
     freeze_router: bool = False
     aux_loss_coefficient: NonNegativeFloat = Field(0.0, description="load balancing loss, of each micro-batch")
     router_replay: bool = Field(
-        False, description="use the experts that the sampler chose again, where the rollouts carry them"
+        False, description="use the experts that the sampler chose again; the rollouts must carry them"
     )
 
 

@@ -126,11 +126,11 @@ class Learner:
                 f"an update of {len(mini_batches)} optimizer steps needs old_logprobs; annotate the batch first"
             )
         result = self._run(mini_batches, self._objective)
-        if "learner/kl_ref" in result.metrics:
-            self._objective.kl.update(
-                result.metrics["learner/kl_ref"], sum(share.num_sequences for share in mini_batches)
-            )
-        return result
+        if "learner/kl_ref" not in result.metrics:
+            return result
+        used = {"learner/kl_coefficient": self._objective.kl.coefficient}
+        self._objective.kl.update(result.metrics["learner/kl_ref"], sum(share.num_sequences for share in mini_batches))
+        return UpdateResult(result.policy_version, {**result.metrics, **used}, result.seconds)
 
     def sft_step(self, share: MiniBatchShare) -> UpdateResult:
         """One supervised optimizer step: negative log-likelihood of the response tokens under the loss mask."""
@@ -276,6 +276,11 @@ class Learner:
         """Forward and backward of one micro-batch; returns its share of the loss."""
         moe = self._config.moe
         micro = self._collate([TokenSequence.of(s) for s in samples])
+        if moe.router_replay and samples and micro.routed_experts is None:
+            raise LearnerError(
+                "learner.moe.router_replay is set, but the rollouts carry no routed_experts; record them in the "
+                "rollout engine (vLLM does on GPUs), or set it to false"
+            )
         # The backward pass is within, because checkpointed activations are recomputed with the same experts.
         with self._routers.forward_pass(
             micro.real,

@@ -99,9 +99,12 @@ def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) ->
     from transformers.core_model_loading import revert_weight_conversion
 
     _read_meta(checkpoint)
+    config = load_config(source)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the checkpoint holds what was trained, which is not quantised
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(
-            load_config(source), dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
+            config, dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
         )
     # The float32 master weights round to exactly the weights that were trained with.
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)

@@ -48,7 +48,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, bias, temperature)
             lse[rows] = torch.logsumexp(logits, dim=-1)
             logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
-            probs = torch.exp(logits - lse[rows, None])
+            probs = torch.sub(logits, lse[rows, None]).exp_()
             entropy[rows] = lse[rows] - torch.linalg.vecdot(probs, logits)
         # `weight` itself is saved, not a view of it: ZeRO-3 replaces its storage between forward and backward.
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
@@ -73,7 +73,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_logprobs = grads[0][rows, None]
             if entropy_grad:
                 probs = torch.exp(grad_logits)
-                factor = (grad_logits + entropy[rows, None]).mul_(grads[1][rows, None]).add_(grad_logprobs)
+                factor = grad_logits.add_(entropy[rows, None]).mul_(grads[1][rows, None]).add_(grad_logprobs)
                 grad_logits = probs.mul_(factor).neg_()
             else:
                 grad_logits = grad_logits.exp_().mul_(-grad_logprobs)

@@ -88,6 +88,11 @@ def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, 
         del zero3
         gc.collect()
     loaded.config.use_cache = False  # type: ignore[union-attr]
+    if quantization is not None:
+        # transformers 5.10 keeps the dequantisation among the conversions that it would revert for a checkpoint, and
+        # cannot revert it; without them it uses those of the architecture.
+        loaded._weight_conversions = None  # type: ignore[assignment]
+        loaded.to(DTYPES[model.dtype])  # what was dequantised is bfloat16 whatever was asked for
     return loaded
 
 

@@ -100,6 +100,9 @@ class PolicyObjective:
         device = logprobs.device
         rollout = _flat(samples, "rollout_logprobs", device)
         old = _flat(samples, "old_logprobs", device)
+        ref = _flat(samples, "ref_logprobs", device)
+        if ref is None and self._algorithm.kl.placement == "loss":
+            raise LearnerError("algorithm.kl.placement is loss, but samples carry no ref_logprobs; annotate them first")
         if rollout is None:
             raise LearnerError("samples carry no rollout_logprobs")
         if old is None:
@@ -120,7 +123,7 @@ class PolicyObjective:
             sequence_index=micro.sequence_index,
             num_sequences=micro.num_sequences,
             entropy=entropy if self.entropy_grad else None,
-            ref_logprobs=_flat(samples, "ref_logprobs", device),
+            ref_logprobs=ref,
             rollout_weights=weights,
         )
 

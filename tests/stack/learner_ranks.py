@@ -81,11 +81,17 @@ class Scenarios:
         self.family, self.checkpoint, self.out_dir = family, out_dir / "model", out_dir
         self.results: dict[str, Any] = {}
 
-    def learner(self, dtype: str = "float32", algorithm: AlgorithmConfig | None = ALGORITHM, **config: Any) -> Learner:
+    def learner(
+        self,
+        dtype: str = "float32",
+        algorithm: AlgorithmConfig | None = ALGORITHM,
+        path: Path | None = None,
+        **config: Any,
+    ) -> Learner:
         settings = {"optimizer": PLAIN_STEP, "logprob_chunk_tokens": 16, "max_tokens_per_microbatch": 4096} | config
         return Learner(
             LearnerConfig(**settings),
-            ModelConfig(path=str(self.checkpoint), dtype=dtype),  # type: ignore[arg-type]
+            ModelConfig(path=str(path or self.checkpoint), dtype=dtype),  # type: ignore[arg-type]
             algorithm,
             seed=0,
             deterministic=True,
@@ -205,6 +211,13 @@ class Scenarios:
         self.step("frozen", layout="bucketed", moe=MoEConfig(freeze_router=True, aux_loss_coefficient=0.1))
         self.step("balanced", layout="bucketed", moe=MoEConfig(aux_loss_coefficient=1.0), activation_checkpointing=True)
 
+    def quantized(self) -> None:
+        """An MXFP4 checkpoint, loaded for training and exported again, live and from a checkpoint."""
+        learner = self.learner(path=self.out_dir / "mxfp4")
+        learner.save_checkpoint(self.out_dir / "mxfp4_checkpoint")
+        learner.export_hf(self.out_dir / "mxfp4_export")
+        learner.close()
+
     def run(self) -> None:
         self.splits()
         self.annotate()
@@ -216,6 +229,8 @@ class Scenarios:
         self.resume()
         if self.family == "qwen3":
             self.sft()
+        if self.family == "gpt_oss":
+            self.quantized()
         torch.save(self.results, self.out_dir / f"rank{torch.distributed.get_rank()}.pt")
 
 

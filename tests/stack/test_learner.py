@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from learner_ranks import ALGORITHM, TEMPERATURE, samples
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -58,6 +61,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("learner")
     for name in FAMILIES:
         build_tiny_model(name, out_dir / name / "model")
+    write_mxfp4(out_dir / "gpt_oss" / "model", out_dir / "gpt_oss" / "mxfp4")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -278,6 +282,49 @@ def test_supervised_steps_learn_in_bfloat16_with_offloaded_master_weights(family
     assert family.results["sft"]["dtype"] == "torch.bfloat16"
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
+
+
+def write_mxfp4(source: Path, target: Path) -> None:
+    """A copy of a GPT-OSS checkpoint whose experts are random MXFP4 blocks."""
+    shutil.copytree(source, target)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(target / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = tensor.shape
+            shape = (experts, outputs, inputs // 32)
+            tensors[name + "_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            tensors[name + "_scales"] = torch.randint(118, 123, shape, generator=generator, dtype=torch.uint8)
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
+    """[E, out, in/32, 16] bytes of two FP4 (e2m1) numbers, low half first, and exponents biased by 127 -> [E, in, out]
+    (OCP Microscaling Formats 1.0)."""
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([magnitudes, -magnitudes])
+    pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1).flatten(-2)
+    return (pairs * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss"], indirect=True)
+def test_mxfp4_checkpoints_are_dequantised_and_exported_whole(family: Family) -> None:
+    quantized = load_file(family.out_dir / "mxfp4" / "model.safetensors")
+    offline = family.out_dir / "mxfp4_offline"
+    source = ModelConfig(path=str(family.out_dir / "mxfp4"), dtype="float32")
+    export_checkpoint(family.out_dir / "mxfp4_checkpoint", source, offline)
+    for path in (family.out_dir / "mxfp4_export", offline):
+        assert "quantization_config" not in json.loads((path / "config.json").read_text())
+        weights = checkpoint_weights(family.model(path))
+        for name in [n for n in quantized if n.endswith("_blocks")]:
+            base = name.removesuffix("_blocks")
+            assert torch.equal(weights[base], dequantized(quantized[name], quantized[base + "_scales"])), base
+        assert torch.equal(weights["lm_head.weight"], quantized["lm_head.weight"].float())
 
 
 @moe_only
