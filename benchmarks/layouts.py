@@ -1,6 +1,6 @@
 """Forward and backward over sequences of long-tailed lengths: buckets and packing against padding a shuffled batch.
 
-    python benchmarks/layouts.py [--sequences 64] [--max-tokens 4096] [--layers 2] [--hidden 256]
+    python benchmarks/layouts.py [--sequences 128] [--max-tokens 4096] [--layers 2] [--hidden 128]
 
 All forms run the same model over the same sequences with the same budget of positions a micro-batch. Left out:
 DeepSpeed, whose share does not depend on the layout.
@@ -87,11 +87,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -85,12 +85,13 @@ def plan_update(
 def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Layout) -> list[list[int]]:
     """Group sequences so that no group holds more than `max_tokens` positions, padding included.
 
-    bucketed: sequences of similar length together; a group of k sequences costs k times its longest one.
+    bucketed: sequences of similar length together; a group of k sequences costs k times its longest one. The groups are
+    the cheapest ones, where every group costs an overhead of max_tokens / 16 besides.
     packed: first-fit decreasing; a group costs the sum of its lengths.
 
-    Groups come with the most expensive first, so that ranks that run in lockstep meet groups of similar cost.
+    Groups come longest or fullest first, so that ranks that run in lockstep meet groups of similar cost.
 
-    Example: `micro_batches([3, 5, 2], 6, "bucketed")` is `[[1], [0, 2]]`; packed it is the same, and
+    Example: `micro_batches([30, 8, 8, 7], 32, "bucketed")` is `[[0], [1, 2, 3]]`, with one position of padding;
     `micro_batches([3, 5, 1], 6, "packed")` is `[[1, 2], [0]]`.
 
     Raises:
@@ -102,14 +103,32 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Layout) -> li
             f"a sequence of {lengths[order[0]]} tokens does not fit learner.max_tokens_per_microbatch {max_tokens}; "
             f"raise it to at least {lengths[order[0]]}"
         )
-    if layout == "bucketed":
-        groups: list[list[int]] = []
-        for index in order:
-            if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-                groups[-1].append(index)
-            else:
-                groups.append([index])
-        return groups
+    return (_bucket if layout == "bucketed" else _pack)(order, lengths, max_tokens)
+
+
+def _bucket(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut the sorted sequences where the sum of padded costs and overheads is least (dynamic programming)."""
+    overhead = max_tokens // 16
+    least = [0.0] * (len(order) + 1)  # least[i]: cost of the first i sequences
+    cut = [0] * (len(order) + 1)  # where the last group of that solution starts
+    for end in range(1, len(order) + 1):
+        least[end] = float("inf")
+        for start in range(end - 1, -1, -1):
+            padded = (end - start) * lengths[order[start]]
+            if padded > max_tokens:
+                break
+            if least[start] + padded + overhead < least[end]:
+                least[end], cut[end] = least[start] + padded + overhead, start
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        groups.append(list(order[cut[end] : end]))
+        end = cut[end]
+    return groups[::-1]
+
+
+def _pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing, fullest bin first."""
     bins: list[list[int]] = []
     free: list[int] = []
     for index in order:

@@ -30,9 +30,43 @@ def batch_of(lengths: list[int], masked: tuple[int, ...] = ()) -> TrainBatch:
     return TrainBatch.from_samples(tuple(sample(n, masked=i in masked) for i, n in enumerate(lengths)))
 
 
-def test_bucketed_groups_hold_similar_lengths_within_the_padded_budget() -> None:
-    assert micro_batches([3, 9, 4, 10, 2], 20, "bucketed") == [[3, 1], [2, 0, 4]]
-    assert micro_batches([3, 5, 2], 6, "bucketed") == [[1], [0, 2]]
+def test_bucketed_groups_weigh_padding_against_the_overhead_of_a_group() -> None:
+    assert micro_batches([30, 8, 8, 7], 32, "bucketed") == [[0], [1, 2, 3]]
+    assert micro_batches([6, 30, 8, 7], 160, "bucketed") == [[1], [2, 3, 0]]
+    assert micro_batches([20, 20, 20], 40, "bucketed") == [[0], [1, 2]]
+    assert micro_batches([9, 10, 9, 10], 640, "bucketed") == [[1, 3, 0, 2]]
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(60, 200))
+def test_bucketed_groups_are_the_cheapest(lengths: list[int], budget: int) -> None:
+    ordered = sorted(lengths, reverse=True)
+
+    def cost(groups: list[list[int]]) -> float:
+        padded = [len(g) * max(g) for g in groups]
+        return sum(padded) + len(groups) * (budget // 16) if max(padded) <= budget else float("inf")
+
+    every = []
+    for cuts in range(2 ** (len(ordered) - 1)):
+        groups = [[ordered[0]]]
+        for i, length in enumerate(ordered[1:]):
+            if cuts >> i & 1:
+                groups.append([length])
+            else:
+                groups[-1].append(length)
+        every.append(cost(groups))
+    found = [[lengths[i] for i in group] for group in micro_batches(lengths, budget, "bucketed")]
+    assert cost(found) == min(every)
+
+
+def test_long_tailed_lengths_need_half_the_positions_of_a_padded_shuffled_batch() -> None:
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.lognormal(np.log(128), 0.9, 128), 4, 1024).astype(int).tolist()
+    budget = 8192
+    size = budget // max(lengths)
+    shuffled = sum(len(part) * max(part) for part in (lengths[i : i + size] for i in range(0, len(lengths), size)))
+    groups = micro_batches(lengths, budget, "bucketed")
+    assert 2 * sum(len(g) * max(lengths[i] for i in g) for g in groups) <= shuffled
+    assert len(groups) <= len(lengths) / size
 
 
 def test_packed_groups_are_first_fit_decreasing() -> None:
