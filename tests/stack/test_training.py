@@ -21,6 +21,7 @@ from rl.metrics import read_metrics
 
 pytestmark = pytest.mark.stack
 LEFTOVERS = Path("/dev/shm")
+STEPS = 12
 
 
 def shared_memory_files():
@@ -29,9 +30,9 @@ def shared_memory_files():
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory, ray_cluster):
-    """Four deterministic steps of Qwen3 without a break: its weights and metrics."""
+    """Twelve deterministic steps of Qwen3 without a break: its weights and metrics."""
     directory = tmp_path_factory.mktemp("straight")
-    config = config_dict(directory, total_steps=4, deterministic=True)
+    config = config_dict(directory, total_steps=STEPS, deterministic=True)
     with run_here(config) as run:
         weights = finish(run, Path(config["run_dir"]))
     return directory, weights, read_metrics(Path(config["run_dir"]))
@@ -39,7 +40,7 @@ def straight_run(tmp_path_factory, ray_cluster):
 
 def test_rollout_and_learner_agree_on_every_step(straight_run):
     _, _, rows = straight_run
-    assert len(rows) == 4
+    assert len(rows) == STEPS
     for row in rows:
         assert row["rollout/logprob_diff_max"] < 1e-3
         assert row["sync/probe_diff_max"] < 1e-3
@@ -52,7 +53,7 @@ def test_rollout_and_learner_agree_on_every_step(straight_run):
         "learner/memory_peak_gib",
     }  # fmt: skip
     assert wanted <= set(rows[-1])
-    assert rows[-1]["policy/version"] == 4
+    assert rows[-1]["policy/version"] == STEPS
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -90,25 +91,30 @@ class SkipsOneSync:
         return getattr(self._learners, name)
 
 
-def test_a_killed_and_resumed_run_writes_the_same_weights(straight_run, tmp_path):
-    directory, expected, _ = straight_run
-    config = config_dict(directory, total_steps=4, deterministic=True, run_dir=str(tmp_path / "run"))
+def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_path):
+    directory, expected, straight_rows = straight_run
+    config = config_dict(directory, total_steps=1000, deterministic=True, run_dir=str(tmp_path / "run"))
     config["checkpoint"] = {"every": 2}
     path = save_config(tmp_path, config)
     command = Command(tmp_path, "train", str(path))
-    command.wait_for(tmp_path / "run" / "checkpoints" / "step_000002")
+    command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3')
     children = command.descendants()
     command.kill()
     command.wait()
     assert gone(children) == []
-    resumed = Command(tmp_path, "train", str(path), "--resume")
+    resumed = Command(tmp_path, "train", str(path), f"total_steps={STEPS}", "--resume")
     assert resumed.wait() == 0, resumed.output()
     assert "resumed from" in resumed.output()
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # The same samples and rewards, and weights that differ by rounding alone: a lost optimizer state, a skipped
+    # step or other data would differ by orders of magnitude more (the learning rate is 0.01).
+    assert [row["rollout/tokens"] for row in rows] == [row["rollout/tokens"] for row in straight_rows]
+    assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in straight_rows]
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, weights[name]), name
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-4, msg=name)
     assert not shared_memory_files()
 
 
