@@ -33,7 +33,6 @@ def batch_of(lengths: list[int], masked: tuple[int, ...] = ()) -> TrainBatch:
 def test_bucketed_groups_weigh_padding_against_the_overhead_of_a_group() -> None:
     assert micro_batches([30, 8, 8, 7], 32, "bucketed") == [[0], [1, 2, 3]]
     assert micro_batches([6, 30, 8, 7], 160, "bucketed") == [[1], [2, 3, 0]]
-    assert micro_batches([20, 20, 20], 40, "bucketed") == [[0], [1, 2]]
     assert micro_batches([9, 10, 9, 10], 640, "bucketed") == [[1, 3, 0, 2]]
 
 
