@@ -3,7 +3,7 @@ RUN := .venv/bin
 SEED ?= 0
 QUICKSTART := runs/quickstart
 
-.PHONY: setup gpu quickstart quickstart-seeds test test-unit check format clean
+.PHONY: setup gpu quickstart quickstart-seeds test test-unit test-processes check format clean
 
 setup: .venv/.installed-cpu
 
@@ -28,6 +28,10 @@ quickstart-seeds: setup
 
 test: setup
 	$(RUN)/pytest
+
+# Whole runs that are killed, interrupted, and submitted as Ray jobs; each starts its own cluster and engine.
+test-processes: setup
+	$(RUN)/pytest -m processes tests/stack
 
 test-unit: setup
 	$(RUN)/pytest tests/unit

@@ -91,6 +91,7 @@ class SkipsOneSync:
         return getattr(self._learners, name)
 
 
+@pytest.mark.processes
 def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_path):
     directory, expected, straight_rows = straight_run
     config = config_dict(directory, total_steps=1000, deterministic=True, run_dir=str(tmp_path / "run"))
@@ -118,6 +119,7 @@ def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_
     assert not shared_memory_files()
 
 
+@pytest.mark.processes
 def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run, tmp_path):
     directory, _, _ = straight_run
     config = config_dict(directory, total_steps=1000, run_dir=str(tmp_path / "run"))
@@ -156,6 +158,7 @@ def head_node():
             process.send_signal(signal.SIGKILL)
 
 
+@pytest.mark.processes
 def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     env, ray_command = head_node
     rows = verl_rows(tmp_path / "gsm_symbolic.parquet")
