@@ -5,7 +5,6 @@ Left out: the DeepSpeed engine around it (`rl.zero3`), and tokenisation.
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
@@ -86,7 +85,6 @@ def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, 
         ) from error
     finally:
         del zero3
-        gc.collect()
     loaded.config.use_cache = False  # type: ignore[union-attr]
     if quantization is not None:
         # transformers 5.10 keeps the dequantisation among the conversions that it would revert for a checkpoint, and
