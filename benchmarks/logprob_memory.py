@@ -9,6 +9,8 @@ gradients, which both forms need alike. Left out: the model before the head.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is used again and does not show
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             self._before = self._status("VmRSS")
 
