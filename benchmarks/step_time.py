@@ -67,7 +67,11 @@ def fledge_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, 
     lengths = [r.length for result in results for r in result.scored.batch.rollouts]
     names = ("rollout", "reward", "update", "sync")
     parts = {name: statistics.mean(r.seconds[name] for r in results) for name in names}
-    return {"step": statistics.mean(r.seconds["step"] for r in results), "parts": parts, "length": _mean(lengths)}
+    return {
+        "step": statistics.mean(r.seconds["step"] for r in results),
+        "parts": parts,
+        "length": statistics.mean(lengths),
+    }
 
 
 def trl_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any]:
@@ -124,17 +128,16 @@ def trl_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any
             save_strategy="no",
             disable_tqdm=True,
             logging_strategy="no",
-            num_train_epochs=steps + 2,
         ),
         callbacks=[timer],
     )
     trainer.train()
     step, generate = statistics.mean(timer.steps[1:]), statistics.mean(trainer.generation[1:])
-    return {"step": step, "parts": {"generate+reward": generate, "update": step - generate}, "length": _mean(lengths)}
-
-
-def _mean(values: list[int]) -> float:
-    return statistics.mean(values)
+    return {
+        "step": step,
+        "parts": {"generate+reward": generate, "update": step - generate},
+        "length": statistics.mean(lengths),
+    }
 
 
 def run_side(side: str, model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
 
 from launch.cluster import place_learners, ray_cluster, resolve_device
-from launch.compose import evaluator_of, open_sinks, start_learners, training_run
+from launch.compose import evaluator_of, fingerprint, open_sinks, start_learners, training_run
 from launch.display import ProgressDisplay
 from launch.preflight import prepare_model
-from rl.checkpoint import CheckpointStore
+from rl.checkpoint import LEARNER, CheckpointStore
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config_loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
@@ -70,7 +69,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             seed=config.seed,
             checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
             checkpoint_every=config.checkpoint.every,
-            fingerprint=_sft_fingerprint(config),
+            fingerprint=fingerprint(config),
             display=display,
         )
         if resume:
@@ -102,7 +101,7 @@ def export(run_dir: Path, out_dir: Path) -> Path:
     checkpoint = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).latest()
     if checkpoint is None:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
-    export_checkpoint(checkpoint / "learner", config.model, out_dir)
+    export_checkpoint(checkpoint / LEARNER, config.model, out_dir)
     return checkpoint
 
 
@@ -124,17 +123,3 @@ def _open_run_dir(config: RunConfig, *, resume: bool) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return run_dir
-
-
-def _sft_fingerprint(config: SftConfig) -> str:
-    kept = config.model_dump(
-        mode="json",
-        include={
-            "seed": True,
-            "model": {"path", "dtype"},
-            "data": True,
-            "batch_size": True,
-            "learner": {"num_workers"},
-        },
-    )
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
 from rl.checkpoint import CheckpointStore
-from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
 from rl.controller import Controller
 from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet, Evaluator
@@ -244,19 +244,18 @@ def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> list[Metric
     return sinks
 
 
-def fingerprint(config: TrainConfig) -> str:
+def fingerprint(config: TrainConfig | SftConfig) -> str:
     """Of what a resumed run must share with its checkpoint. How long, how often and where it runs may change."""
-    kept = config.model_dump(
-        mode="json",
-        include={
-            "seed": True,
-            "model": {"path", "dtype"},
+    shared: dict[str, Any] = {"seed": True, "model": {"path", "dtype"}}
+    if isinstance(config, TrainConfig):
+        shared |= {
             "data": {"train"},
             "rollout": {"prompts_per_step", "group_size"},
-            "learner": {"num_workers", "optimizer", "epochs", "mini_batches"},
-        },
-    )
-    kept["learner"]["optimizer"] = kept["learner"]["optimizer"]["name"]
+            "learner": {"num_workers": True, "epochs": True, "mini_batches": True, "optimizer": {"name"}},
+        }
+    else:
+        shared |= {"data": True, "batch_size": True, "learner": {"num_workers": True, "optimizer": {"name"}}}
+    kept = config.model_dump(mode="json", include=shared)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

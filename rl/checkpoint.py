@@ -63,6 +63,23 @@ class CheckpointStore:
         complete = self._complete()
         return complete[-1] if complete else None
 
+    def resume(self, fingerprint: str) -> tuple[Path, dict[str, Any]] | None:
+        """The newest complete checkpoint and its state; None when there is none.
+
+        Raises:
+            CheckpointError: it cannot be read, or its "fingerprint" is another one.
+        """
+        path = self.latest()
+        if path is None:
+            return None
+        state = read_state(path)
+        if state["fingerprint"] != fingerprint:
+            raise CheckpointError(
+                f"{path} was written under another configuration (seed, model, data, batch or learner changed); "
+                "resume with the run's own config.yaml, or choose another run_dir"
+            )
+        return path, state
+
     def _complete(self) -> list[Path]:
         if not self.directory.is_dir():
             return []

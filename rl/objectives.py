@@ -15,12 +15,13 @@ from torch import Tensor
 from rl.batch import TrainSample
 from rl.batching import MiniBatchShare
 from rl.config import AlgorithmConfig
-from rl.errors import ConfigError, LearnerError
+from rl.errors import LearnerError
 from rl.layouts import MicroBatch
 from rl.learner_metrics import MetricSums
 from rl.losses import policy_loss_spec
 from rl.losses.aggregation import aggregate
 from rl.losses.api import LossInputs, check_options
+from rl.losses.contract import resolve_aggregation
 from rl.losses.kl import KLController, kl_penalty
 from rl.losses.rollout_correction import rollout_metrics, rollout_weights
 
@@ -50,13 +51,7 @@ class PolicyObjective:
         self._fixed_length = fixed_length
         self._spec = policy_loss_spec(algorithm.loss)
         check_options(f"policy loss {algorithm.loss!r}", self._spec.function, algorithm.loss_options)
-        self._aggregation = algorithm.aggregation or self._spec.default_aggregation
-        allowed = self._spec.allowed_aggregations
-        if allowed is not None and self._aggregation not in allowed:
-            raise ConfigError(
-                f"algorithm.aggregation {self._aggregation!r} contradicts algorithm.loss {algorithm.loss!r}, which "
-                f"allows {', '.join(allowed)}"
-            )
+        self._aggregation = resolve_aggregation(self._spec, algorithm.aggregation)
         self.entropy_grad = self._spec.needs_entropy or algorithm.entropy_coefficient != 0.0
         self.split_invariant = self._spec.split_invariant
         kl = algorithm.kl

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl.checkpoint import LEARNER, CheckpointStore, read_state
+from rl.checkpoint import LEARNER, CheckpointStore
 from rl.controller import Controller, StepResult
-from rl.errors import CheckpointError, WeightSyncError
+from rl.errors import WeightSyncError
 from rl.evaluation import Evaluator
 from rl.metrics import MetricSink, step_metrics
 from rl.probe import AgreementBounds, WeightProbe
@@ -73,15 +73,10 @@ class TrainingRun:
         Raises:
             CheckpointError: it cannot be read, or belongs to a run with another configuration.
         """
-        path = self.checkpoints.latest()
-        if path is None:
+        found = self.checkpoints.resume(self.plan.fingerprint)
+        if found is None:
             return False
-        state = read_state(path)
-        if state["fingerprint"] != self.plan.fingerprint:
-            raise CheckpointError(
-                f"{path} was written under another configuration (model, data, learner or algorithm changed); "
-                "resume with the run's own config.yaml, or choose another run_dir"
-            )
+        path, state = found
         self.controller.learners.load_checkpoint(path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
         self.next_step = int(state["step"])

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from rl.batch import TrainBatch, TrainSample, UpdateResult
-from rl.checkpoint import LEARNER, CheckpointStore, read_state
-from rl.errors import CheckpointError
+from rl.checkpoint import LEARNER, CheckpointStore
 from rl.metrics import MetricSink
 from rl.prompts import SftExample
 from rl.run import Display
@@ -61,15 +60,10 @@ class SupervisedRun:
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint; False when there is none. Raises CheckpointError when it is foreign."""
-        path = self._checkpoints.latest()
-        if path is None:
+        found = self._checkpoints.resume(self._fingerprint)
+        if found is None:
             return False
-        state = read_state(path)
-        if state["fingerprint"] != self._fingerprint:
-            raise CheckpointError(
-                f"{path} was written under another configuration (model, data, batch size or seed changed); resume "
-                "with the run's own config.yaml, or choose another run_dir"
-            )
+        path, state = found
         self._learners.load_checkpoint(path / LEARNER)
         self.next_step = int(state["step"])
         self._display.message(f"resumed from {path} ({self.next_step} steps done)")
