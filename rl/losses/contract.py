@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.errors import ConfigError, LearnerError
+from rl.errors import ConfigError
 from rl.losses.aggregation import aggregate
 from rl.losses.api import Aggregation, LossInputs, PolicyLossOutput, PolicyLossSpec, check_options
 
@@ -60,18 +60,6 @@ def check_policy_loss(
     _same(
         spec, "tokens outside loss_mask (use inputs.log_ratio, sequence_sum, sequence_mean)", (whole, gradient), hidden
     )
-
-
-def require_whole_batch(spec: PolicyLossSpec, inputs: LossInputs, num_loss_tokens: int) -> None:
-    """Raise LearnerError when a loss that looks across sequences sees only a part of the mini-batch."""
-    if spec.split_invariant:
-        return
-    here = int(inputs.loss_mask.sum())
-    if here != num_loss_tokens:
-        raise LearnerError(
-            f"loss {spec.name} must see a whole mini-batch at once, but this micro-batch holds {here} of "
-            f"{num_loss_tokens} loss tokens; raise learner.max_tokens_per_microbatch or choose another loss"
-        )
 
 
 def _probe_batch() -> LossInputs:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from algorithm_batches import AGGREGATIONS, FIXED_LENGTH, denominators, loss_and_gradient, loss_batch, select
+from algorithm_batches import AGGREGATIONS, FIXED_LENGTH, loss_and_gradient, loss_batch, select
 from algorithm_batches import with_sequence_advantages as sequence_advantages
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from rl.errors import ConfigError, LearnerError
 from rl.losses import policy_loss_spec
 from rl.losses.aggregation import aggregate
 from rl.losses.api import LossInputs, PolicyLossOutput, PolicyLossSpec, registered_policy_losses
-from rl.losses.contract import check_policy_loss, require_whole_batch, resolve_aggregation
+from rl.losses.contract import check_policy_loss, resolve_aggregation
 from rl.losses.kl import KLController, kl_penalty
 from rl.losses.value import ValueInputs, value_loss
 
@@ -400,7 +400,3 @@ def test_loss_that_looks_across_sequences_is_refused_under_accumulation() -> Non
     check_policy_loss(spec, {}, None, accumulates=False)
     with pytest.raises(ConfigError, match="depends on the split"):
         check_policy_loss(spec, {}, None, accumulates=True)
-    batch = loss_batch(0)
-    require_whole_batch(spec, batch, denominators(batch)["num_loss_tokens"])
-    with pytest.raises(LearnerError, match="of 99 loss tokens"):
-        require_whole_batch(spec, batch, 99)
