@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -92,18 +94,24 @@ def test_a_sequence_over_the_budget_is_an_error_with_the_remedy() -> None:
 
 
 @given(LENGTHS, st.integers(1, 6))
-def test_balance_deals_everything_and_stays_within_grahams_bound(lengths: list[int], ranks: int) -> None:
+def test_balance_deals_everything_to_all_ranks(lengths: list[int], ranks: int) -> None:
     samples = [sample(n) for n in lengths]
     shares = balance(samples, ranks)
     assert sorted(id(s) for share in shares for s in share) == sorted(id(s) for s in samples)
     assert all(shares) == (len(samples) >= ranks)
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=7), st.integers(1, 3))
+def test_balance_stays_within_grahams_bound_of_the_optimum(lengths: list[int], ranks: int) -> None:
+    """Longest first is within 4/3 - 1/(3 ranks) of the best split (Graham 1969, theorem 2), found by trying all."""
     costs = [sequence_cost(n) for n in lengths]
-    loads = [sum(sequence_cost(s.num_tokens) for s in share) for share in shares]
-    best_possible = max(sum(costs) / ranks, *costs)
-    longest_first = sorted(costs, reverse=True)
-    if len(costs) > ranks:  # two of the ranks + 1 largest must share a rank
-        best_possible = max(best_possible, longest_first[ranks - 1] + longest_first[ranks])
-    assert max(loads) <= best_possible * (4 / 3 - 1 / (3 * ranks)) + 1e-6
+    best = min(
+        max(sum(c for c, to in zip(costs, split, strict=True) if to == rank) for rank in range(ranks))
+        for split in itertools.product(range(ranks), repeat=len(costs))
+    )
+    shares = balance([sample(n) for n in lengths], ranks)
+    ours = max(sum(sequence_cost(s.num_tokens) for s in share) for share in shares)
+    assert ours <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-6
 
 
 def test_balance_is_even_where_it_can_be() -> None:
