@@ -102,20 +102,19 @@ def main() -> None:
     quiet_frameworks()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=False)
+        # Outside its standalone mode, typer turns Ctrl-C and typer.Exit into a return value; commands return nothing.
+        exit_code = app(standalone_mode=False) or 0
     except FledgeError as error:
         _say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; every finished step is in the run directory, and --resume goes on from the last checkpoint")
-        sys.exit(INTERRUPTED)
-    except typer.Exit as error:
         sys.exit(error.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             _say(f"error: {error.format_message()}")
             sys.exit(2)
         raise
+    if exit_code == INTERRUPTED:
+        _say("interrupted; every finished step is in the run directory, and --resume goes on from the last checkpoint")
+    sys.exit(exit_code)
 
 
 def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Config:

@@ -52,7 +52,7 @@ class VLLMEngine:
             transport: "shm", "nccl" or "ipc", as the learner's `WeightSender`.
             max_model_len: prompt plus response tokens; None: the model's own limit.
             seed: vLLM's own; samples are drawn with their requests' seeds.
-            deterministic: requests of one `generate` call enter the scheduler together, on an empty prefix cache.
+            deterministic: requests of one `generate` call enter the scheduler together; no prefix is cached.
             index: of this engine among all, for messages and for its place in the NCCL group.
             policy_version: of the checkpoint.
             health_timeout_s: how long the workers may take to answer `check_health`; must exceed the longest step.
@@ -84,6 +84,7 @@ class VLLMEngine:
                 transport=self._transport,
                 max_model_len=self._max_model_len,
                 seed=self._seed,
+                deterministic=self._deterministic,
             )
             self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         except Exception as error:
@@ -151,13 +152,12 @@ class VLLMEngine:
         if not self._deterministic:
             await self._add_requests(prompts, sampling, streams)
             return
-        # Requests that trickle in make the batches, and so the last bits of the result, depend on timing; cached
-        # prefixes make them depend on what ran before.
+        # Requests that trickle in make the batches, and so the last bits of the result, depend on timing.
         async with self._admission:
             if self._updating:  # paused already, and resumed by `activate`
                 await self._add_requests(prompts, sampling, streams)
                 return
-            await self._engine().pause_generation(mode="keep", clear_cache=True)
+            await self._engine().pause_generation(mode="keep", clear_cache=False)
             try:
                 await self._add_requests(prompts, sampling, streams)
             finally:

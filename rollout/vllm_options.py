@@ -25,9 +25,19 @@ _NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its fir
 
 
 def engine_args(
-    model: ModelConfig, rollout: RolloutConfig, *, transport: str, max_model_len: int | None, seed: int
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    *,
+    transport: str,
+    max_model_len: int | None,
+    seed: int,
+    deterministic: bool,
 ) -> AsyncEngineArgs:
-    """vLLM's arguments; `rollout.engine_options` has the last word."""
+    """vLLM's arguments; `rollout.engine_options` has the last word.
+
+    In deterministic mode no prefix is cached: whether one is found depends on what ran before and on whether its blocks
+    were free when the cache was emptied, and a prompt that is computed in part has other last bits.
+    """
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -46,7 +56,7 @@ def engine_args(
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
         "enforce_eager": rollout.enforce_eager,
-        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "enable_prefix_caching": rollout.enable_prefix_caching and not deterministic,
         "logprobs_mode": "processed_logprobs",
         "stream_interval": _NO_STREAMING,
         "disable_log_stats": True,

@@ -112,8 +112,12 @@ class Command:
             assert time.monotonic() < deadline, f"{path} did not appear: {self.output()}"
             time.sleep(0.05)
 
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def descendants(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """All processes under it, but for Ray's agents of the node; and those, which take a minute to notice that
+        their node has died by violence."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        agents = [p for p in processes if p.cmdline()[0] in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
+        return [p for p in processes if p not in agents], agents
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

@@ -1,6 +1,7 @@
 """Bad input from the command line: one clear message, the right exit code, no traceback, nothing started or lost."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import ray
 import yaml
 
 from launch import cli
+from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
 
 
@@ -110,3 +112,22 @@ def test_a_run_directory_is_not_overwritten(fledge, tmp_path, config):
 def test_export_and_report_of_something_else(fledge, tmp_path):
     assert "no run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
     assert "is it a run directory?" in fledge("report", tmp_path)[1]
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, lambda: signal.raise_signal(signal.SIGTERM)], ids=["int", "term"])
+def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, config, monkeypatch, ends):
+    def train(*_, **__):
+        raise ends() or AssertionError("went on after the signal")
+
+    monkeypatch.setattr("launch.commands.train", train)
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert exit_code == 130
+    assert "--resume goes on from the last checkpoint" in said
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_the_doctor_fails_where_something_required_is_missing(fledge, monkeypatch, ok, code):
+    monkeypatch.setattr("launch.doctor.examine", lambda: [Finding(ok, "a kernel", "get one")])
+    exit_code, said = fledge("doctor")
+    assert exit_code == code
+    assert ("get one" in said) == (not ok)
