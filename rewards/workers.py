@@ -20,6 +20,7 @@ from rewards.api import RewardInput
 from rewards.combine import CombinedReward, PartResults
 from rewards.loading import absolute_name
 from rewards.scoring_process import START_TIMEOUT_S, ScoringProcess, ScoringSpec
+from rl.actors import end_actors
 from rl.batch import FinishReason, RewardStatus, Rollout, RolloutBatch, Score, ScoredBatch
 from rl.config import RewardConfig
 from rl.errors import RewardError
@@ -97,8 +98,7 @@ class RewardPool:
         if self._loop.is_closed():
             return
         if ray.is_initialized():
-            for worker in self._workers:
-                ray.kill(worker)
+            end_actors(tuple(self._workers))
         self._workers.clear()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -160,7 +160,7 @@ class RewardPool:
 
     async def _replace(self, worker: Any) -> None:
         self._workers.discard(worker)
-        ray.kill(worker)  # a worker that is only cut off must not go on
+        await asyncio.to_thread(end_actors, [worker])  # one that is only cut off must not go on
         self.num_replaced += 1
         await self._add_worker()
 

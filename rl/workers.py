@@ -19,6 +19,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from rl.actors import end_actors
 from rl.batch import Annotations, FloatArray, ScoredBatch, TrainBatch, TrainSample, UpdateResult, WeightVersion
 from rl.batching import MiniBatchShare, balance, plan_update
 from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig, SyncConfig
@@ -341,8 +342,7 @@ class LearnerGroup:
         """End every rank. Never raises: it runs while other errors are on their way out."""
         calls: list[Any] = [worker.close.remote() for worker in self.workers]
         ray.wait(calls, num_returns=len(calls), timeout=_EXIT_TIMEOUT_S)
-        for worker in self.workers:
-            ray.kill(worker)
+        end_actors(self.workers)
         self.workers = []
 
     def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:

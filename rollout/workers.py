@@ -16,6 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from rl.actors import end_actors
 from rl.batch import FloatArray, Prompt, Rollout, RolloutBatch, WeightVersion
 from rl.config import RolloutConfig
 from rl.errors import FledgeError, RolloutError, WeightSyncError
@@ -263,7 +264,7 @@ class RolloutPool:
                 "see the workers' logs for the cause"
             )
         for index in lost:
-            ray.kill(self.workers[index])
+            end_actors([self.workers[index]])
             self.workers[index] = self._start_worker(index)
         started = [self.workers[index].start.remote() for index in lost]
         for index, node in zip(lost, self._wait(started, self._config.start_timeout_s, "start again"), strict=True):
@@ -302,8 +303,7 @@ class RolloutPool:
         """End the engines, then the actors. Never raises: it runs while other errors are on their way out."""
         calls: list[Any] = [worker.shutdown.remote() for worker in self.workers]
         ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
-        for worker in self.workers:
-            ray.kill(worker)
+        end_actors(self.workers)
         self.workers = []
 
 

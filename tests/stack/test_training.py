@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -136,20 +138,28 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     assert read_state(newest)["step"] >= 1
 
 
+def free_ports(count):
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
 @pytest.fixture(scope="module")
 def head_node():
     """A Ray cluster with a dashboard, as users submit jobs to; ended by the ids of its own processes."""
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "RAY_worker_niceness": "0"}
     before = {p.pid for p in psutil.process_iter()}
     ray_command = str(Path(sys.executable).parent / "ray")
+    # Jobs come through the node's agent, whose usual port another cluster on this machine may hold.
+    dashboard, agent = free_ports(2)
     started = subprocess.run(
-        [ray_command, "start", "--head", "--port=0", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
-         "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
-         "--node-ip-address=127.0.0.1", f"--temp-dir=/tmp/fledge_ray_{os.getpid()}"],
+        [ray_command, "start", "--head", "--port=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", "--disable-usage-stats",
+         "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", f"--temp-dir=/tmp/fledge_ray_{os.getpid()}"],
         env=env, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
-    yield env, ray_command
+    yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}, ray_command
     for process in psutil.process_iter(["pid", "cmdline"]):
         if process.pid not in before and any(
             f"fledge_ray_{os.getpid()}" in part for part in process.info["cmdline"] or ()
@@ -168,11 +178,8 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     path = save_config(tmp_path, config)
     fledge = str(Path(sys.executable).parent / "fledge")
     (tmp_path / "job").mkdir()
-    submitted = subprocess.run(
-        [ray_command, "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", str(tmp_path / "job"),
-         "--", fledge, "train", str(path)],
-        env=env, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    submit = [ray_command, "job", "submit", "--working-dir", str(tmp_path / "job"), "--", fledge, "train", str(path)]
+    submitted = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
     assert "succeeded" in submitted.stdout
     rows = read_metrics(Path(config["run_dir"]))
