@@ -58,6 +58,16 @@ def test_rollout_and_learner_agree_on_every_step(straight_run):
     assert rows[-1]["policy/version"] == STEPS
 
 
+def test_a_verl_file_and_a_trl_function_train_a_model_unchanged(straight_run):
+    _, _, rows = straight_run
+    print([round(row["reward/mean"], 3) for row in rows])
+    for row in rows:
+        assert row["reward/plugin_error_count"] == 0
+        assert row["reward/mean"] == pytest.approx(row["reward/compute_score_mean"] + row["reward/reward_short_words_mean"])
+    early, late = ([row["reward/mean"] for row in part] for part in (rows[:4], rows[-4:]))
+    assert min(late) > max(early)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, tmp_path, ray_cluster):
     config = config_dict(tmp_path, family, total_steps=4, algorithm={"kl": {"placement": "loss", "coefficient": 0.1}})
@@ -138,6 +148,20 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     assert read_state(newest)["step"] >= 1
 
 
+@pytest.mark.processes
+def test_a_reward_that_raises_ends_the_run_with_its_own_exit_code(tmp_path):
+    (tmp_path / "broken.py").write_text("def score(completions, **kwargs):\n    return [1 / 0 for _ in completions]\n")
+    config = config_dict(tmp_path, reward={"functions": [{"name": f"{tmp_path / 'broken.py'}:score"}]})
+    command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
+    children = command.wait_with_descendants()
+    assert command.wait() == 4, command.output()
+    assert "16 of 16 samples could not be scored" in command.output()
+    assert "ZeroDivisionError" in command.output()
+    assert "Traceback" not in command.output()
+    assert gone(children) == []
+    assert not shared_memory_files()
+
+
 def free_ports(count):
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
@@ -173,7 +197,7 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     rows = verl_rows(tmp_path / "gsm_symbolic.parquet")
     config = config_dict(tmp_path, total_steps=2)
     config["data"] = {"train": {"path": str(rows)}, "max_prompt_tokens": 512}
-    config["reward"] = {"functions": [{"name": "math"}, {"name": f"{REWARDS}:parity", "weight": 0.1}], "num_workers": 1}
+    config["reward"] = {"functions": [{"name": "math"}, *REWARDS], "num_workers": 1}
     config["learner"]["max_tokens_per_microbatch"] = 1024
     path = save_config(tmp_path, config)
     fledge = str(Path(sys.executable).parent / "fledge")

@@ -20,7 +20,12 @@ from launch.tiny_models import Family, build_tiny_model
 from rl.config import TrainConfig
 from rl.run import TrainingRun
 
-REWARDS = Path(__file__).parent / "reward_parity.py"
+REWARD_FILES = Path(__file__).parent / "reward_files"
+# As verl's and TRL's users have them. Dense, so that every step of an untrained model has something to learn.
+REWARDS = [
+    {"name": f"{REWARD_FILES / 'verl_reward.py'}:compute_score"},
+    {"name": f"{REWARD_FILES / 'trl_reward.py'}:reward_short_words"},
+]
 
 
 def write_rows(path: Path, count: int = 12) -> Path:
@@ -49,7 +54,7 @@ def config_dict(directory: Path, family: Family = "qwen3", **sections: dict[str,
             "kv_cache_gib": 0.1,
             "enforce_eager": True,
         },
-        "reward": {"functions": [{"name": f"{REWARDS}:parity"}], "num_workers": 1},
+        "reward": {"functions": REWARDS, "num_workers": 1},
         # Large enough that one missed sync moves the log-probabilities far beyond what rounding could.
         "learner": {"num_workers": 2, "max_tokens_per_microbatch": 512, "optimizer": {"lr": 0.01}},
         "sync": {"probe_every": 1},
@@ -118,6 +123,16 @@ class Command:
         processes = psutil.Process(self.process.pid).children(recursive=True)
         agents = [p for p in processes if p.cmdline()[0] in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
         return [p for p in processes if p not in agents], agents
+
+    def wait_with_descendants(self, timeout_s: float = 400.0) -> list[psutil.Process]:
+        """Wait for the end; returns every process that was under it for more than a moment."""
+        seen: set[psutil.Process] = set()
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.output()
+            seen.update(psutil.Process(self.process.pid).children(recursive=True))
+            time.sleep(0.3)
+        return list(seen)
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

@@ -1,0 +1,47 @@
+"""How engines are configured on a CPU, and that what works around vLLM is still needed. Starts no engine."""
+
+import inspect
+
+import pytest
+import torch
+
+from launch.tiny_models import build_tiny_model
+from rl.config import ModelConfig, RolloutConfig
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ModelConfig(path=str(build_tiny_model("qwen3", tmp_path_factory.mktemp("model"))), dtype="float32")
+
+
+def arguments(model, *, deterministic=False, **rollout):
+    from rollout.vllm_options import engine_args
+
+    config = RolloutConfig(**rollout)
+    return engine_args(model, config, transport="shm", max_model_len=64, seed=0, deterministic=deterministic)
+
+
+def test_prompts_are_never_prefilled_in_pieces_on_a_cpu(model):
+    made = arguments(model)
+    assert made.enable_chunked_prefill is False
+    assert made.max_num_batched_tokens >= made.max_model_len
+
+
+def test_a_seeded_request_still_cannot_take_back_a_draw_on_a_cpu():
+    """The reason for whole prompts. When this fails, upstream has mended it: drop the option in `engine_args`."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert "gen.set_offset(gen.get_offset()" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator("cpu").get_offset()
+
+
+def test_deterministic_engines_cache_no_prefix(model):
+    assert arguments(model).enable_prefix_caching is True
+    assert arguments(model, deterministic=True).enable_prefix_caching is False
+
+
+def test_engine_options_have_the_last_word(model):
+    assert arguments(model, engine_options={"max_num_seqs": 7}).max_num_seqs == 7
