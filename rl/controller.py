@@ -4,10 +4,9 @@
        ^            |                                                                        |
        '------------'------------------- the next step waits for the weights <---------------'
 
-Each arrow is a typed value from `rl.batch`. Which groups a step learns from, and whether it generates again to get
-them, is decided by `StepGroups`. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the
-Protocols below, so tests drive it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation)
-is in `rl.run`.
+Each arrow is a typed value from `rl.batch`. `StepGroups` decides which groups a step learns from, and whether to generate
+again to get them. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the Protocols below, so tests drive
+it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation) is in `rl.run`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl.batch import Annotations, FloatArray, Prompt, RolloutBatch, ScoredBatch, TrainBatch, UpdateResult, WeightVersion
+from rl.batch import (
+    Annotations,
+    FloatArray,
+    Prompt,
+    RolloutBatch,
+    Score,
+    ScoredBatch,
+    TrainBatch,
+    UpdateResult,
+    WeightVersion,
+)
 from rl.errors import RolloutError, WeightSyncError
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
@@ -55,7 +64,9 @@ class RolloutPool(Protocol):
 class RewardPool(Protocol):
     """The reward workers."""
 
-    def score(self, rollouts: RolloutBatch) -> ScoredBatch: ...
+    def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
+        """`earlier` holds the step's scores so far: too many failures are a share of the whole step."""
+        ...
 
 
 class StepGroups(Protocol):
@@ -153,12 +164,15 @@ class Controller:
     def _sample(self, step: int, clock: _Clock) -> tuple[ScoredBatch, Mapping[str, float]]:
         """Generate and score until the step has its groups; all rounds come from the same weights."""
         groups = self.new_groups()
+        scores: list[Score] = []
         while groups.missing:
             prompts = self.prompt_source.draw(groups.missing)
             rollouts = self._generate(prompts, step, groups.generated)
             clock.lap("rollout")
-            groups.add(self.reward_pool.score(rollouts))
+            scored = self.reward_pool.score(rollouts, earlier=scores)
             clock.lap("reward")
+            scores.extend(scored.scores)
+            groups.add(scored)
         return groups.take()
 
     def _generate(self, prompts: Sequence[Prompt], step: int, first_prompt: int) -> RolloutBatch:

@@ -96,8 +96,10 @@ class FakeRewardPool:
     """The first sample of a group is right, but for the prompts that are too hard."""
 
     too_hard: frozenset[str] = frozenset()
+    earlier: list[int] = field(default_factory=list)  # how many scores of the step each call was told of
 
-    def score(self, rollouts: RolloutBatch) -> ScoredBatch:
+    def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
+        self.earlier.append(len(earlier))
         rewards = [
             float(r.sample_index == 0 and rollouts.prompt_of(r).prompt_id not in self.too_hard)
             for r in rollouts.rollouts
