@@ -4,9 +4,9 @@
        ^            |                                                                        |
        '------------'------------------- the next step waits for the weights <---------------'
 
-Each arrow is a typed value from `rl.batch`. `StepGroups` decides which groups a step learns from, and whether to generate
-again to get them. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the Protocols below, so tests drive
-it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation) is in `rl.run`.
+Each arrow is a typed value from `rl.batch`. `StepGroups` decides which groups a step learns from, and whether to
+generate again to get them. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the Protocols below, so
+tests drive it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation) is in `rl.run`.
 """
 
 from __future__ import annotations
