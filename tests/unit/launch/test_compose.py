@@ -19,12 +19,8 @@ def test_without_its_sections_nothing_is_shaped():
     source, new_groups = shape_data(config(), PROMPTS)
     groups = new_groups()
     assert type(source) is PromptSource
-    assert (groups.missing, groups.dynamic_sampling, groups.reject_degenerate, groups.curriculum) == (
-        4,
-        None,
-        None,
-        None,
-    )
+    assert groups.missing == 4
+    assert groups.dynamic_sampling is groups.reject_degenerate is groups.curriculum is None
 
 
 def test_every_section_reaches_its_part_and_the_curriculum_is_shared():

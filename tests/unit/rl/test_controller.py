@@ -70,7 +70,7 @@ def test_dynamic_sampling_generates_again_with_the_same_weights_and_new_seeds():
     assert [p.prompt_id for p in result.scored.batch.prompts] == ["p2", "p4"]
     assert {r.policy_version for r in result.scored.batch.rollouts} == {0}
     assert source.drawn == 5
-    assert hard.earlier == [0, 4, 6]
+    assert hard.earlier == [0, 4, 8]
     assert result.shaping["rollout/dynamic_sampling_rounds"] == 3.0
     assert set(result.seconds) == {"rollout", "reward", "annotate", "update", "sync", "step"}
 
