@@ -25,11 +25,12 @@ from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
 from rl.checkpoint import CheckpointStore
 from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
 from rl.controller import Controller
+from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
 from rl.probe import AgreementBounds, WeightProbe
-from rl.prompts import PromptSource, load_prompts, load_tokenizer
+from rl.prompts import CurriculumSource, PromptSource, load_prompts, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
@@ -133,6 +134,22 @@ def make_batch(config: AlgorithmConfig, learners: LearnerGroup) -> Callable[[Sco
     return build
 
 
+def shape_data(
+    config: TrainConfig, prompts: Sequence[Prompt]
+) -> tuple[PromptSource | CurriculumSource, Callable[[], StepGroups]]:
+    """The order of prompts, and what makes the collector of each step's groups; they share the curriculum."""
+    curriculum = PassRateCurriculum(config.data.curriculum) if config.data.curriculum is not None else None
+    source = PromptSource(prompts, shuffle=config.data.shuffle, seed=config.seed)
+    new_groups = functools.partial(
+        StepGroups,
+        config.rollout.prompts_per_step,
+        dynamic_sampling=config.algorithm.dynamic_sampling,
+        reject_degenerate=config.rollout.reject_degenerate,
+        curriculum=curriculum,
+    )
+    return source if curriculum is None else CurriculumSource(source, curriculum, seed=config.seed), new_groups
+
+
 @contextmanager
 def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]:
     """Everything that `fledge train` needs, checked and running; all of it ends with the block.
@@ -162,12 +179,14 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             receivers=lambda: rollouts.workers,
         )
         stack.callback(learners.shutdown)
+        source, new_groups = shape_data(config, train_prompts)
         controller = Controller(
-            PromptSource(train_prompts, config.rollout.prompts_per_step, shuffle=config.data.shuffle, seed=config.seed),
+            source,
             rollouts,
             rewards,
             learners,
             make_batch(config.algorithm, learners),
+            new_groups=new_groups,
             group_size=config.rollout.group_size,
         )
         bounds = agreement_bounds(config)

@@ -18,7 +18,7 @@ from rl.metrics import read_metrics
 
 REPORT_FILE = "report.html"
 _CURVES = (  # title, metrics drawn together
-    ("Reward", ("reward/mean", "reward/std")),
+    ("Reward", ("reward/mean", "reward/generated_mean", "reward/std")),
     ("Response length (tokens)", ("rollout/length_mean", "rollout/length_max")),
     ("Loss", ("learner/loss",)),
     ("Entropy", ("learner/entropy",)),

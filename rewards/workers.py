@@ -76,10 +76,14 @@ class RewardPool:
         """The loaded rewards, for `validate_ground_truth` and the part labels."""
         return self._combined
 
-    def score(self, batch: RolloutBatch) -> ScoredBatch:
-        """Score a step's rollouts. Raises RewardError when more than `max_error_fraction` of them cannot be scored."""
+    def score(self, batch: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
+        """Score a step's rollouts, or one round of them; `earlier` holds the scores of the rounds before.
+
+        Raises RewardError when more than `max_error_fraction` of the step's samples so far cannot be scored: one bad
+        prompt in a small last round must not end the run.
+        """
         scored = self._submit(self._score(batch)).result()
-        check_error_fraction(scored.scores, self._config.max_error_fraction)
+        check_error_fraction([*earlier, *scored.scores], self._config.max_error_fraction)
         return scored
 
     async def score_async(self, batch: RolloutBatch) -> ScoredBatch:

@@ -38,7 +38,7 @@ class RewardStatus(enum.StrEnum):
     GROUND_TRUTH_ERROR = "ground_truth_error"  # the row's ground truth cannot be used
     TIMEOUT = "timeout"  # the deadline passed in our own code, not in the model's program
     INFRASTRUCTURE_ERROR = "infrastructure_error"  # worker lost, sandbox unavailable, endpoint down
-    SKIPPED = "skipped"  # not scored, because the rollout was aborted
+    SKIPPED = "skipped"  # no reward, because the rollout was aborted or rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,7 @@ class Annotations:
     old_logprobs: tuple[FloatArray, ...] | None = None  # N x [R]; None: one optimizer step, so old equals current
     ref_logprobs: tuple[FloatArray, ...] | None = None  # N x [R]; None: no KL term
     values: tuple[FloatArray, ...] | None = None  # N x [R]; None: no critic
+    kl_coefficient: float | None = None  # of the KL in the reward, at this step; None: no KL in the reward
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,13 +56,30 @@ class DatasetConfig(Section):
     reward: str | None = Field(None, description="reward for these rows in place of the config's")
 
 
+class CurriculumConfig(Section):
+    """Prompts by running pass rate p: each is kept with chance 4 p (1 - p), where the order comes to it."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="weight of the old rate in the running mean")
+    floor: Annotated[float, Field(ge=0.01, le=1)] = Field(0.05, description="smallest chance, so that none is lost")
+    right_above: float = Field(0.0, description="a response is right when its task reward is above this")
+
+
 class DataConfig(Section):
     """Training and evaluation prompts."""
 
     train: DatasetConfig
     eval: tuple[DatasetConfig, ...] = ()
     shuffle: bool = True
+    curriculum: CurriculumConfig | None = Field(None, description="None: every prompt once an epoch")
     max_prompt_tokens: PositiveInt = 1024
+
+
+class RejectDegenerateConfig(Section):
+    """What counts as endless repetition: one block of tokens, again and again up to the end of the response."""
+
+    min_tokens: PositiveInt = Field(256, description="the repetition is at least so long")
+    min_repeats: Annotated[int, Field(ge=2)] = Field(8, description="and holds the block at least so often")
+    max_period: PositiveInt = Field(64, description="tokens of the longest block that is looked for")
 
 
 class RolloutConfig(Section):
@@ -78,6 +95,9 @@ class RolloutConfig(Section):
     top_k: NonNegativeInt = 0
     min_p: Fraction = 0.0
     stop: tuple[str, ...] = ()
+    reject_degenerate: RejectDegenerateConfig | None = Field(
+        None, description="take responses that end in endless repetition out of the loss; None: keep them"
+    )
     max_concurrent_sequences: PositiveInt = 256
     kv_cache_gib: PositiveFloat | None = Field(None, description="fixed KV cache an engine; None: measured by vLLM")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
@@ -125,8 +145,8 @@ class KLConfig(Section):
             raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
         if self.placement == "none" and self.coefficient > 0.0:
             raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
-        if self.placement != "loss" and self.adaptive_target is not None:
-            raise ValueError(f"kl.adaptive_target needs kl.placement loss, not {self.placement}")
+        if self.placement == "none" and self.adaptive_target is not None:
+            raise ValueError("kl.adaptive_target is set but kl.placement is none; set placement to loss or reward")
         return self
 
 
@@ -137,6 +157,12 @@ class RolloutCorrectionConfig(Section):
     level: Literal["token", "sequence", "geometric"] = "token"
     upper: PositiveFloat = 2.0
     lower: NonNegativeFloat = Field(0.0, description="for mask and reject: ratios under it are left out too")
+
+
+class DynamicSamplingConfig(Section):
+    """Replace groups whose task rewards are all equal by groups of further prompts (DAPO)."""
+
+    max_rounds: Annotated[int, Field(ge=2)] = Field(10, description="generations a step, the first included")
 
 
 class AlgorithmConfig(Section):
@@ -154,6 +180,7 @@ class AlgorithmConfig(Section):
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
     whiten_advantages: bool = False
+    dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="None: learn from every group")
     plugins: tuple[str, ...] = Field((), description="modules or files to import, that register estimators or losses")
 
 
@@ -314,6 +341,28 @@ class TrainConfig(RunConfig):
             raise ValueError("evaluation.every is set but data.eval is empty; add a dataset or set every to 0")
         if self.deterministic and self.rollout.temperature > 0 and self.model.dtype != "float32":
             raise ValueError("deterministic needs model.dtype float32 (bit-exact runs are a CPU float32 promise)")
+        return self
+
+    @model_validator(mode="after")
+    def _shaping_can_work(self) -> TrainConfig:
+        rollout = self.rollout
+        if self.algorithm.dynamic_sampling is not None:
+            if rollout.group_size < 2:
+                raise ValueError(
+                    "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.group_size is 1; "
+                    "set it to 2 or more"
+                )
+            if rollout.temperature == 0:
+                raise ValueError(
+                    "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.temperature 0 makes all "
+                    "responses of a group equal; raise it"
+                )
+        limits = rollout.reject_degenerate
+        if limits is not None and limits.min_tokens > rollout.max_response_tokens:
+            raise ValueError(
+                f"rollout.reject_degenerate.min_tokens {limits.min_tokens} is over rollout.max_response_tokens "
+                f"{rollout.max_response_tokens}, so nothing could be rejected; lower it"
+            )
         return self
 
 

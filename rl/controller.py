@@ -4,20 +4,30 @@
        ^            |                                                                        |
        '------------'------------------- the next step waits for the weights <---------------'
 
-Each arrow is a typed value from `rl.batch`. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the
-Protocols below, so tests drive it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation)
-is in `rl.run`.
+Each arrow is a typed value from `rl.batch`. `StepGroups` decides which groups a step learns from, and whether to
+generate again to get them. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the Protocols below, so
+tests drive it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation) is in `rl.run`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl.batch import Annotations, FloatArray, Prompt, RolloutBatch, ScoredBatch, TrainBatch, UpdateResult, WeightVersion
+from rl.batch import (
+    Annotations,
+    FloatArray,
+    Prompt,
+    RolloutBatch,
+    Score,
+    ScoredBatch,
+    TrainBatch,
+    UpdateResult,
+    WeightVersion,
+)
 from rl.errors import RolloutError, WeightSyncError
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
@@ -26,7 +36,7 @@ TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids
 class PromptSource(Protocol):
     """Endless prompts in a seeded order."""
 
-    def __next__(self) -> tuple[Prompt, ...]: ...
+    def draw(self, count: int) -> tuple[Prompt, ...]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -34,7 +44,10 @@ class PromptSource(Protocol):
 class RolloutPool(Protocol):
     """The rollout workers."""
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int) -> RolloutBatch: ...
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0) -> RolloutBatch:
+        """`first_prompt` counts the step's prompts that were generated before; the samples' seeds go on from there."""
+        ...
+
     def load_weights(self, version: WeightVersion) -> None:
         """Serve the weights that were just sent. Raises WeightSyncError where a worker does not hold this version."""
         ...
@@ -51,7 +64,28 @@ class RolloutPool(Protocol):
 class RewardPool(Protocol):
     """The reward workers."""
 
-    def score(self, rollouts: RolloutBatch) -> ScoredBatch: ...
+    def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
+        """`earlier` holds the step's scores so far: too many failures are a share of the whole step."""
+        ...
+
+
+class StepGroups(Protocol):
+    """The groups of one step: how many are wanted, and which of those that were scored it learns from."""
+
+    @property
+    def missing(self) -> int:
+        """Groups still to be generated; 0: `take` the step."""
+        ...
+
+    @property
+    def generated(self) -> int:
+        """Groups taken in so far."""
+        ...
+
+    def add(self, scored: ScoredBatch) -> None: ...
+    def take(self) -> tuple[ScoredBatch, Mapping[str, float]]:
+        """The step's batch, and metrics of how it came about."""
+        ...
 
 
 class Learners(Protocol):
@@ -80,6 +114,7 @@ class StepResult:
     batch: TrainBatch
     update: UpdateResult
     weights: WeightVersion
+    shaping: Mapping[str, float] = field(default_factory=dict)  # metrics of how the step's groups were chosen
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall-clock seconds, and "step" for the whole
 
 
@@ -94,6 +129,7 @@ class Controller:
         learners: Learners,
         build_train_batch: BuildTrainBatch,
         *,
+        new_groups: Callable[[], StepGroups],
         group_size: int,
     ) -> None:
         self.prompt_source = prompt_source
@@ -101,6 +137,7 @@ class Controller:
         self.reward_pool = reward_pool
         self.learners = learners
         self.build_train_batch = build_train_batch
+        self.new_groups = new_groups
         self.group_size = group_size
         self.policy_version: int | None = None  # of the weights that the rollout workers serve
 
@@ -114,11 +151,7 @@ class Controller:
     def step(self, step: int) -> StepResult:
         """One on-policy step. `step` counts from 0; the rollouts come from policy version `step`."""
         clock = _Clock()
-        prompts = next(self.prompt_source)
-        rollouts = self._generate(prompts, step)
-        clock.lap("rollout")
-        scored = self.reward_pool.score(rollouts)
-        clock.lap("reward")
+        scored, shaping = self._sample(step, clock)
         annotations = self.learners.annotate(scored)
         clock.lap("annotate")
         batch = self.build_train_batch(scored, annotations)
@@ -126,14 +159,30 @@ class Controller:
         clock.lap("update")
         weights = self.sync_weights()
         clock.lap("sync")
-        return StepResult(step, scored, batch, update, weights, clock.seconds())
+        return StepResult(step, scored, batch, update, weights, shaping, clock.seconds())
 
-    def _generate(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch:
+    def _sample(self, step: int, clock: _Clock) -> tuple[ScoredBatch, Mapping[str, float]]:
+        """Generate and score until the step has its groups; all rounds come from the same weights."""
+        groups = self.new_groups()
+        scores: list[Score] = []
+        while groups.missing:
+            prompts = self.prompt_source.draw(groups.missing)
+            rollouts = self._generate(prompts, step, groups.generated)
+            clock.lap("rollout")
+            scored = self.reward_pool.score(rollouts, earlier=scores)
+            clock.lap("reward")
+            scores.extend(scored.scores)
+            groups.add(scored)
+        return groups.take()
+
+    def _generate(self, prompts: Sequence[Prompt], step: int, first_prompt: int) -> RolloutBatch:
         """Generate; when a worker is lost, replace it, give it the weights and generate again (same seeds, so the same
         samples)."""
         while True:
             try:
-                rollouts = self.rollout_pool.generate(prompts, group_size=self.group_size, step=step)
+                rollouts = self.rollout_pool.generate(
+                    prompts, group_size=self.group_size, step=step, first_prompt=first_prompt
+                )
             except RolloutError:
                 if not self.rollout_pool.replace_lost_workers():
                     raise  # every worker answers, so trying again would fail again
@@ -153,7 +202,7 @@ class Controller:
 
 
 class _Clock:
-    """Wall-clock seconds of each stage of a step."""
+    """Wall-clock seconds of each stage of a step; a stage that runs more than once adds up."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
@@ -161,7 +210,7 @@ class _Clock:
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self._laps[stage] = now - self._last
+        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:

@@ -1,19 +1,19 @@
-"""Which samples a step learns from, and how their rewards are shaped: pure functions and small picklable states.
+"""Which samples a step learns from: pure functions over scored batches, and the small states around them.
 
-Dynamic sampling, the over-long penalty, rejection of endless repetition, and a curriculum by pass rate. Left out:
-generation and scoring (the controller asks for more when told to), and the estimators (`rl.advantages`).
+Dynamic sampling, rejection of endless repetition, and pass rates for the curriculum. Left out: generation and scoring
+(the controller asks `StepGroups` whether it wants more), the curriculum's draw (`rl.prompts.curriculum`), penalties on
+the reward (`rewards.length`), and the estimators (`rl.advantages`).
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from rl.batch import FinishReason, IntArray, Prompt, RewardStatus, RolloutBatch, Score, ScoredBatch
-from rl.errors import ConfigError
+from rl.config import CurriculumConfig, DynamicSamplingConfig, RejectDegenerateConfig
 
 
 def task_reward(score: Score) -> float:
@@ -30,13 +30,16 @@ def groups_with_signal(scored: ScoredBatch) -> dict[int, bool]:
     rewards: dict[int, set[float]] = {}
     for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
         group = rewards.setdefault(rollout.group_id, set())
-        if score.ok and rollout.finish_reason is not FinishReason.ABORT:
+        if score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0:
             group.add(task_reward(score))
     return {group_id: len(values) > 1 for group_id, values in rewards.items()}
 
 
 def select_groups(scored: ScoredBatch, group_ids: Iterable[int]) -> ScoredBatch:
-    """The batch of these groups alone, in the batch's order; prompts and groups are numbered anew from 0."""
+    """The batch of these groups alone, in the batch's order; prompts and groups are numbered anew from 0.
+
+    The seconds of the generation are the groups' share of its tokens, so that tokens a second stay what they were.
+    """
     wanted = set(group_ids)
     kept = [i for i, rollout in enumerate(scored.batch.rollouts) if rollout.group_id in wanted]
     prompts: dict[int, int] = {}
@@ -48,7 +51,8 @@ def select_groups(scored: ScoredBatch, group_ids: Iterable[int]) -> ScoredBatch:
         rollouts.append(
             replace(rollout, prompt_index=prompt, group_id=groups.setdefault(rollout.group_id, len(groups)))
         )
-    batch = RolloutBatch(tuple(scored.batch.prompts[p] for p in prompts), tuple(rollouts), scored.batch.seconds)
+    share = sum(r.length for r in rollouts) / max(scored.batch.num_tokens, 1)
+    batch = RolloutBatch(tuple(scored.batch.prompts[p] for p in prompts), tuple(rollouts), scored.batch.seconds * share)
     return ScoredBatch(batch, tuple(scored.scores[i] for i in kept), scored.seconds)
 
 
@@ -68,87 +72,6 @@ def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
     return ScoredBatch(batch, tuple(s for part in parts for s in part.scores), sum(part.seconds for part in parts))
 
 
-@dataclass(slots=True)
-class DynamicSampling:
-    """Collects groups with a signal until a step is full, or the cap on rounds is reached.
-
-    Use: `add` each scored batch; while `missing` is not 0, generate that many more prompts. At the cap the step is
-    filled up with groups without a signal, so that its size, which divides into mini-batches and ranks, stays the
-    same.
-    """
-
-    num_groups: int  # groups a step
-    max_rounds: int  # generations a step, the first included
-    rounds: int = 0
-    generated: int = 0  # groups
-    useful: list[ScoredBatch] = field(default_factory=list)  # one group each
-    idle: list[ScoredBatch] = field(default_factory=list)  # one group each, without a signal
-
-    def __post_init__(self) -> None:
-        if self.num_groups < 1 or self.max_rounds < 1:
-            raise ConfigError(
-                f"dynamic sampling needs num_groups {self.num_groups} and max_rounds {self.max_rounds} of at least 1"
-            )
-
-    def add(self, scored: ScoredBatch) -> None:
-        """Take in one round."""
-        self.rounds += 1
-        for group_id, signal in groups_with_signal(scored).items():
-            self.generated += 1
-            (self.useful if signal else self.idle).append(select_groups(scored, [group_id]))
-
-    @property
-    def missing(self) -> int:
-        """Groups still to be generated; 0 when the step is full or the cap is reached."""
-        if self.rounds >= self.max_rounds and len(self.useful) + len(self.idle) >= self.num_groups:
-            return 0
-        return max(self.num_groups - len(self.useful), 0)
-
-    def take(self) -> tuple[ScoredBatch, dict[str, float]]:
-        """The step's batch and its counts. Surplus groups with a signal stay for the next step (they age by one)."""
-        if self.missing:
-            raise ValueError(f"{self.missing} of {self.num_groups} groups are missing after {self.rounds} rounds")
-        step, self.useful = self.useful[: self.num_groups], self.useful[self.num_groups :]
-        filled = self.num_groups - len(step)
-        metrics = {
-            "shaping/rounds": float(self.rounds),
-            "shaping/groups_generated": float(self.generated),
-            "shaping/groups_without_signal": float(len(self.idle)),
-            "shaping/groups_filled_up": float(filled),
-        }
-        batch = concatenate(step + self.idle[:filled])
-        self.rounds, self.generated, self.idle = 0, 0, []
-        return batch, metrics
-
-
-def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
-    """Soft over-long punishment: 0 up to max_length - buffer, then linear to -1 at max_length (DAPO, eq. 13).
-
-    Example: max_length 100, buffer 20: 80 tokens 0, 90 tokens -0.5, 100 and more -1.
-    """
-    if not 0 < buffer <= max_length:
-        raise ConfigError(f"over-long penalty: buffer is {buffer}; it must lie between 1 and max_length {max_length}")
-    return -min(max(length - (max_length - buffer), 0) / buffer, 1.0)
-
-
-def penalize_overlong(scored: ScoredBatch, *, max_length: int, buffer: int, weight: float = 1.0) -> ScoredBatch:
-    """Add `weight` times the over-long penalty to the reward; the task reward is kept as the unshaped one."""
-    scores = []
-    for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
-        penalty = overlong_penalty(rollout.length, max_length=max_length, buffer=buffer)
-        scores.append(
-            replace(
-                score,
-                reward=score.reward + weight * penalty,
-                unshaped_reward=task_reward(score),
-                breakdown={**score.breakdown, "overlong": penalty},
-            )
-            if score.ok
-            else score
-        )
-    return ScoredBatch(scored.batch, tuple(scores), scored.seconds)
-
-
 def trailing_repetition(token_ids: IntArray, *, max_period: int = 64) -> tuple[int, int]:
     """(period, tokens) of the longest stretch at the end that repeats a block of at most `max_period` tokens.
 
@@ -164,9 +87,7 @@ def trailing_repetition(token_ids: IntArray, *, max_period: int = 64) -> tuple[i
     return best
 
 
-def reject_degenerate(
-    scored: ScoredBatch, *, min_tokens: int = 256, min_repeats: int = 8, max_period: int = 64
-) -> tuple[ScoredBatch, int]:
+def reject_degenerate(scored: ScoredBatch, limits: RejectDegenerateConfig) -> tuple[ScoredBatch, int]:
     """Exclude responses that end in endless repetition; the batch and how many.
 
     Degenerate: at least `min_tokens` at the end, and at least `min_repeats` times the same block. Such a sample is
@@ -175,8 +96,8 @@ def reject_degenerate(
     """
     scores, count = [], 0
     for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
-        period, tokens = trailing_repetition(rollout.token_ids, max_period=max_period)
-        degenerate = score.ok and period > 0 and tokens >= max(min_tokens, min_repeats * period)
+        period, tokens = trailing_repetition(rollout.token_ids, max_period=limits.max_period)
+        degenerate = score.ok and period > 0 and tokens >= max(limits.min_tokens, limits.min_repeats * period)
         count += degenerate
         scores.append(
             replace(
@@ -190,46 +111,109 @@ def reject_degenerate(
 
 @dataclass(slots=True)
 class PassRateCurriculum:
-    """Prefers prompts that are solved sometimes: the running pass rate of each prompt decides how likely it is drawn.
+    """The running pass rate p of each prompt, and how much it is worth to generate from it.
 
     The chance of a group of n to carry a signal is 1 - p^n - (1-p)^n, largest at p = 1/2; a prompt's weight is its
     variance 4 p (1 - p), at least `floor`, so that none is lost for good. A prompt never seen weighs 1.
     """
 
-    decay: float = 0.5  # weight of the old rate in the running mean
-    floor: float = 0.05
-    solved_above: float = 0.0  # a task reward over this counts as a pass
+    config: CurriculumConfig
     rates: dict[str, float] = field(default_factory=dict)  # prompt_id -> running pass rate
 
-    def __post_init__(self) -> None:
-        if not (0.0 <= self.decay < 1.0 and 0.0 < self.floor <= 1.0):
-            raise ConfigError(f"curriculum: decay {self.decay} must lie in [0, 1) and floor {self.floor} in (0, 1]")
-
     def update(self, scored: ScoredBatch) -> None:
-        """Take in the pass rates of a step."""
+        """Take in the pass rates of one round of groups."""
         passes: dict[str, list[bool]] = {}
         for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
             if score.ok:
                 prompt = scored.batch.prompt_of(rollout)
-                passes.setdefault(prompt.prompt_id, []).append(task_reward(score) > self.solved_above)
+                passes.setdefault(prompt.prompt_id, []).append(task_reward(score) > self.config.right_above)
         for prompt_id, outcomes in passes.items():
             rate = sum(outcomes) / len(outcomes)
-            old = self.rates.get(prompt_id)
-            self.rates[prompt_id] = rate if old is None else self.decay * old + (1.0 - self.decay) * rate
+            old = self.rates.get(prompt_id, rate)
+            self.rates[prompt_id] = self.config.decay * old + (1.0 - self.config.decay) * rate
 
     def weight(self, prompt_id: str) -> float:
-        """Relative chance of being drawn, from `floor` to 1."""
+        """Relative chance of being generated from, from `floor` to 1."""
         rate = self.rates.get(prompt_id)
-        return 1.0 if rate is None else max(4.0 * rate * (1.0 - rate), self.floor)
+        return 1.0 if rate is None else max(4.0 * rate * (1.0 - rate), self.config.floor)
 
-    def choose(self, candidates: Sequence[Prompt], count: int, seed: int) -> tuple[Prompt, ...]:
-        """`count` different candidates drawn by weight, in their own order. The same seed gives the same choice.
 
-        Exponential keys: Efraimidis and Spirakis 2006, weighted sampling without replacement.
-        """
-        if count > len(candidates):
-            raise ValueError(f"cannot choose {count} of {len(candidates)} prompts")
-        draw = random.Random(seed)
-        keys = [draw.expovariate(1.0) / self.weight(prompt.prompt_id) for prompt in candidates]
-        chosen = sorted(sorted(range(len(candidates)), key=keys.__getitem__)[:count])
-        return tuple(candidates[i] for i in chosen)
+@dataclass(slots=True)
+class StepGroups:
+    """Collects the groups of one step; implements `rl.controller.StepGroups`.
+
+    Without `dynamic_sampling` one round is the step. With it, rounds of just as many further prompts as are missing
+    follow until all of `num_groups` have a signal, or `max_rounds` is reached; then the step is filled up with groups
+    without a signal, so that its size, which divides into mini-batches and ranks, stays the same. No group with a
+    signal is ever left over.
+    """
+
+    num_groups: int
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    reject_degenerate: RejectDegenerateConfig | None = None
+    curriculum: PassRateCurriculum | None = None  # lives longer than the step, and learns from every group of it
+    _rounds: list[ScoredBatch] = field(default_factory=list)
+    _signals: list[dict[int, bool]] = field(default_factory=list)  # of each round: group_id -> whether it has one
+    _num_degenerate: int = 0
+
+    def add(self, scored: ScoredBatch) -> None:
+        """Take in one round."""
+        if self.reject_degenerate is not None:
+            scored, count = reject_degenerate(scored, self.reject_degenerate)
+            self._num_degenerate += count
+        if self.curriculum is not None:
+            self.curriculum.update(scored)
+        self._rounds.append(scored)
+        self._signals.append(groups_with_signal(scored))
+
+    @property
+    def generated(self) -> int:
+        """Groups taken in so far."""
+        return sum(len(signals) for signals in self._signals)
+
+    @property
+    def missing(self) -> int:
+        """Groups still to be generated; 0 when the step is full or the cap is reached."""
+        max_rounds = 1 if self.dynamic_sampling is None else self.dynamic_sampling.max_rounds
+        return 0 if len(self._rounds) >= max_rounds else self.num_groups - self._num_with_signal
+
+    def take(self) -> tuple[ScoredBatch, dict[str, float]]:
+        """The step's batch, groups in the order of generation, and metrics of how it came about."""
+        scored = self._rounds[0] if self.dynamic_sampling is None else self._selected()
+        return scored, self._metrics()
+
+    @property
+    def _num_with_signal(self) -> int:
+        return sum(sum(signals.values()) for signals in self._signals)
+
+    def _selected(self) -> ScoredBatch:
+        """Every group with a signal, and the first ones without where those do not fill the step."""
+        to_fill = self.num_groups - self._num_with_signal
+        parts = []
+        for scored, signals in zip(self._rounds, self._signals, strict=True):
+            idle = [group_id for group_id, signal in signals.items() if not signal]
+            dropped = set(idle[to_fill:])
+            to_fill -= len(idle) - len(dropped)
+            parts.append(select_groups(scored, [group_id for group_id in signals if group_id not in dropped]))
+        return concatenate([part for part in parts if part.scores])
+
+    def _metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        scores = [score for scored in self._rounds for score in scored.scores]
+        if self.dynamic_sampling is not None:
+            rewards = [score.reward for score in scores if score.ok]
+            metrics |= {
+                "rollout/dynamic_sampling_rounds": float(len(self._rounds)),
+                "rollout/dynamic_sampling_generated_groups": float(self.generated),
+                "rollout/dynamic_sampling_dropped_groups": float(self.generated - self.num_groups),
+                "rollout/dynamic_sampling_filled_groups": float(self.num_groups - self._num_with_signal),
+                # The kept groups' mean says little about the policy: groups that are all right are left out of it.
+                "reward/generated_mean": float(np.mean(rewards)) if rewards else float("nan"),
+            }
+        if self.reject_degenerate is not None:
+            metrics["rollout/degenerate_frac"] = self._num_degenerate / len(scores)
+        if self.curriculum is not None:
+            rates = list(self.curriculum.rates.values())
+            metrics["curriculum/seen_prompts"] = float(len(rates))
+            metrics["curriculum/pass_rate_mean"] = float(np.mean(rates)) if rates else float("nan")
+        return metrics

@@ -95,9 +95,9 @@ class Learner:
         """Log-probabilities of this rank's samples before the update, in their order, at the rollout's temperature.
 
         old_logprobs is None when one update is one optimizer step and nothing else needs them; ref_logprobs is None
-        without a KL term.
+        without a KL term. kl_coefficient is the adaptive one's value for this step.
         """
-        if self._algorithm is None:
+        if self._algorithm is None or self._objective is None:
             raise LearnerError("annotate needs an algorithm; this learner was made for supervised training")
         tokens = [TokenSequence.of(s) for s in sequences]
         steps = self._config.epochs * self._config.mini_batches
@@ -106,7 +106,8 @@ class Learner:
             old = tuple(self._score(self.engine, self._head, tokens, replay=self._config.moe.router_replay))
         if self._reference is not None:
             ref = tuple(self._score(*self._reference, tokens))
-        return Annotations(old_logprobs=old, ref_logprobs=ref)
+        coefficient = self._objective.kl.coefficient if self._algorithm.kl.placement == "reward" else None
+        return Annotations(old_logprobs=old, ref_logprobs=ref, kl_coefficient=coefficient)
 
     def score_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[FloatArray]:
         """For each (prompt_ids, response_ids): [R] log-probabilities of the response at temperature 1."""

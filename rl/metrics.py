@@ -26,6 +26,7 @@ def step_metrics(result: StepResult) -> dict[str, float]:
     """Everything about one training step, under its metric name."""
     metrics = {
         **score_metrics(result.scored),
+        **result.shaping,
         **result.update.metrics,
         "policy/version": float(result.update.policy_version),
         "sync/seconds": result.seconds.get("sync", result.weights.seconds),

@@ -274,6 +274,7 @@ class LearnerGroup:
         return Annotations(
             old_logprobs=_collect([p.old_logprobs for p in parts], indices, len(samples)),
             ref_logprobs=_collect([p.ref_logprobs for p in parts], indices, len(samples)),
+            kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
         )
 
     def update(self, batch: TrainBatch) -> UpdateResult:

@@ -36,6 +36,22 @@ class GroupRequest:
     seeds: tuple[int, ...]  # [group_size]
 
 
+def group_requests(
+    prompts: Sequence[Prompt], *, group_size: int, seed: int, step: int, first_prompt: int = 0
+) -> list[GroupRequest]:
+    """One request a prompt. A sample's 31-bit seed depends on the run's seed and the sample's place (step, place of
+    its prompt within the step, place in the group), never on the worker; `first_prompt` is the first prompt's place.
+    """
+
+    def sample_seed(prompt: int, sample: int) -> int:
+        return int(np.random.SeedSequence([seed, step + 1, prompt, sample]).generate_state(1)[0] >> 1)
+
+    return [
+        GroupRequest(i, prompt.token_ids, tuple(sample_seed(first_prompt + i, j) for j in range(group_size)))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
 class RolloutWorker:
     """One engine in an (asynchronous) Ray actor.
 
@@ -146,26 +162,18 @@ class RolloutPool:
 
     # Generation
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int) -> RolloutBatch:
-        """One group of `group_size` responses a prompt.
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0) -> RolloutBatch:
+        """One group of `group_size` responses a prompt; see `rl.controller.RolloutPool`.
 
         Raises:
             RolloutError: a worker died or missed its deadline; `replace_lost_workers` mends the pool.
         """
-        groups = [
-            GroupRequest(i, prompt.token_ids, tuple(self._sample_seed(step, i, j) for j in range(group_size)))
-            for i, prompt in enumerate(prompts)
-        ]
+        groups = group_requests(prompts, group_size=group_size, seed=self._seed, step=step, first_prompt=first_prompt)
         return self._generate(prompts, groups, self._training)
 
     def generate_eval(self, prompts: Sequence[Prompt]) -> RolloutBatch:
         """As `generate`, under the evaluation's sampling parameters; seeds do not depend on the step."""
-        groups = [
-            GroupRequest(
-                i, prompt.token_ids, tuple(self._sample_seed(-1, i, j) for j in range(self._evaluation_samples))
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        groups = group_requests(prompts, group_size=self._evaluation_samples, seed=self._seed, step=-1)
         return self._generate(prompts, groups, self._evaluation)
 
     def _generate(
@@ -228,10 +236,6 @@ class RolloutPool:
             group = waiting.pop()
             in_flight[index] += size
             calls[self.workers[index].generate.remote([group], parameters)] = (index, group)
-
-    def _sample_seed(self, step: int, prompt: int, sample: int) -> int:
-        """A 31-bit seed that depends on the run's seed and the sample's place, never on the worker."""
-        return int(np.random.SeedSequence([self._seed, step + 1, prompt, sample]).generate_state(1)[0] >> 1)
 
     # Weights
 

@@ -32,14 +32,11 @@ def estimate(
     scored: ScoredBatch,
     annotations: Annotations,
     config: AlgorithmConfig,
-    *,
-    kl_coefficient: float | None = None,
 ) -> Advantages:
     """Advantages of a whole global batch, with `config.advantage`.
 
-    `kl_coefficient` is the current value of an adaptive coefficient; None: the config's. It is used only where
-    `config.kl.placement` is reward. The metrics say how much of the batch carries a signal. Errors: ConfigError for
-    an unknown estimator or option, or for annotations that the estimator needs and the batch lacks.
+    The metrics say how much of the batch carries a signal. Errors: ConfigError for an unknown estimator or option, or
+    for annotations that the estimator needs and the batch lacks.
     """
     spec = advantage_spec(config.advantage)
     check_options(
@@ -47,7 +44,6 @@ def estimate(
     )
     if spec.needs_critic and annotations.values is None:
         raise ConfigError(f"advantage {config.advantage!r} needs a critic's values; choose another or train a critic")
-    coefficient = config.kl.coefficient if kl_coefficient is None else kl_coefficient
     inputs = AdvantageInputs(
         rewards=torch.tensor(
             [score.reward if ok else 0.0 for score, ok in zip(scored.scores, valid_samples(scored), strict=True)],
@@ -56,7 +52,7 @@ def estimate(
         group_ids=torch.tensor([rollout.group_id for rollout in scored.batch.rollouts], dtype=torch.int64),
         lengths=torch.tensor([rollout.length for rollout in scored.batch.rollouts], dtype=torch.int64),
         valid=torch.tensor(valid_samples(scored), dtype=torch.bool),
-        token_rewards=_kl_rewards(annotations, config, coefficient) if config.kl.placement == "reward" else None,
+        token_rewards=_kl_rewards(annotations, config) if config.kl.placement == "reward" else None,
         values=None if annotations.values is None else tuple(_float64(v) for v in annotations.values),
         reward_parts=_reward_parts(scored),
     )
@@ -74,10 +70,11 @@ def _reward_parts(scored: ScoredBatch) -> dict[str, Tensor]:
     }
 
 
-def _kl_rewards(annotations: Annotations, config: AlgorithmConfig, coefficient: float) -> tuple[Tensor, ...]:
-    """N x [R]: -coefficient x KL(old || ref) of each token."""
-    if annotations.old_logprobs is None or annotations.ref_logprobs is None:
-        missing = [n for n in ("old_logprobs", "ref_logprobs") if getattr(annotations, n) is None]
+def _kl_rewards(annotations: Annotations, config: AlgorithmConfig) -> tuple[Tensor, ...]:
+    """N x [R]: -coefficient x KL(old || ref) of each token. The coefficient is the learner's, because it may adapt."""
+    coefficient = annotations.kl_coefficient
+    if annotations.old_logprobs is None or annotations.ref_logprobs is None or coefficient is None:
+        missing = [n for n in ("old_logprobs", "ref_logprobs", "kl_coefficient") if getattr(annotations, n) is None]
         raise ConfigError(f"kl.placement is reward, which needs the learner's {' and '.join(missing)} annotated")
     pairs = zip(annotations.old_logprobs, annotations.ref_logprobs, strict=True)
     return tuple(-coefficient * kl_penalty(_float64(old), _float64(ref), config.kl.estimator) for old, ref in pairs)

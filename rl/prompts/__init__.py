@@ -4,6 +4,7 @@ Left out: what a response means (`rollout.chat`), and what it is worth (`rewards
 transformers, reasoning_gym) are imported by the functions that need them, so importing this package is cheap.
 """
 
+from rl.prompts.curriculum import CurriculumSource
 from rl.prompts.load import PromptSet, load_prompts
 from rl.prompts.sft import SftExample, SftSet, load_sft_examples
 from rl.prompts.source import PromptSource
@@ -11,6 +12,7 @@ from rl.prompts.template import ChatTemplate, load_tokenizer
 
 __all__ = [
     "ChatTemplate",
+    "CurriculumSource",
     "PromptSet",
     "PromptSource",
     "SftExample",

@@ -1,12 +1,12 @@
 """The order of training prompts: seeded shuffling per epoch, and a position that resumes exactly.
 
-Left out: loading (`rl.prompts.load`), and choosing prompts by difficulty.
+Left out: loading (`rl.prompts.load`), and choosing prompts by difficulty (`rl.prompts.curriculum`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,26 +18,23 @@ from rl.errors import CheckpointError, DataError
 _UINT64 = 2**64
 
 
-class PromptSource(Iterator[tuple[Prompt, ...]]):
-    """An infinite iterator over steps, `prompts_per_step` prompts each.
+class PromptSource:
+    """An endless sequence of prompts, drawn in pieces of any size.
 
-    The steps cut one endless sequence, epoch after epoch, each epoch a permutation of all prompts that depends on
-    (seed, epoch) alone. So every prompt is drawn exactly once an epoch whatever `prompts_per_step` is; a step may span
-    two epochs (or more, when the dataset is smaller than a step).
+    Epoch follows epoch, each a permutation of all prompts that depends on (seed, epoch) alone. So every prompt is drawn
+    exactly once an epoch whatever the pieces are; a piece may span two epochs (or more, when the dataset is smaller
+    than it).
 
-    Example: prompts a, b, c, two a step, no shuffling: ab, ca, bc, ab, ...
+    Example: prompts a, b, c, drawn by twos, no shuffling: ab, ca, bc, ab, ...
 
     The whole state is one number, the count of prompts drawn so far.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, *, shuffle: bool, seed: int) -> None:
-        """Raises DataError for an empty dataset, ValueError for a step without prompts."""
+    def __init__(self, prompts: Sequence[Prompt], *, shuffle: bool, seed: int) -> None:
+        """Raises DataError for an empty dataset."""
         if not prompts:
             raise DataError("the dataset holds no prompts; check data.train")
-        if prompts_per_step < 1:
-            raise ValueError(f"prompts_per_step is {prompts_per_step}; it must be at least 1")
         self._prompts = tuple(prompts)
-        self._prompts_per_step = prompts_per_step
         self._shuffle = shuffle
         self._seed = seed
         self._num_drawn = 0
@@ -45,14 +42,20 @@ class PromptSource(Iterator[tuple[Prompt, ...]]):
         self._order: npt.NDArray[np.int64] = np.arange(len(self._prompts))
         self._fingerprint = fingerprint(self._prompts)
 
-    def __next__(self) -> tuple[Prompt, ...]:
+    def draw(self, count: int) -> tuple[Prompt, ...]:
+        """The next `count` prompts."""
         drawn: list[Prompt] = []
-        while len(drawn) < self._prompts_per_step:
+        while len(drawn) < count:
             epoch, position = divmod(self._num_drawn, len(self._prompts))
-            indices = self._epoch_order(epoch)[position : position + self._prompts_per_step - len(drawn)]
+            indices = self._epoch_order(epoch)[position : position + count - len(drawn)]
             drawn.extend(self._prompts[i] for i in indices)
             self._num_drawn += len(indices)
         return tuple(drawn)
+
+    @property
+    def num_drawn(self) -> int:
+        """Prompts drawn so far."""
+        return self._num_drawn
 
     @property
     def epoch(self) -> int:
@@ -60,7 +63,7 @@ class PromptSource(Iterator[tuple[Prompt, ...]]):
         return self._num_drawn // len(self._prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; `load_state_dict` on a source over the same dataset goes on with the next step."""
+        """JSON-serialisable; `load_state_dict` on a source over the same dataset goes on with the next prompt."""
         return {
             "num_drawn": self._num_drawn,
             "seed": self._seed,
@@ -70,7 +73,7 @@ class PromptSource(Iterator[tuple[Prompt, ...]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to the saved position. `prompts_per_step` may have changed since.
+        """Go to the saved position.
 
         Raises:
             CheckpointError: the dataset, the seed or shuffling is not what the state was saved with.

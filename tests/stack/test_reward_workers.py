@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from rewards.workers import RewardPool, check_error_fraction, status_counts
-from rl.batch import FinishReason, Prompt, RewardStatus, Rollout, RolloutBatch
+from rl.batch import FinishReason, Prompt, RewardStatus, Rollout, RolloutBatch, Score
 from rl.config import RewardConfig, RewardFunctionConfig
 from rl.errors import RewardError
 
@@ -123,6 +123,7 @@ def test_errors_aborted_rollouts_and_the_error_limit(pool: RewardPool) -> None:
     assert "KeyError: 'no such thing'" in scored.scores[1].error
     with pytest.raises(RewardError, match=r"2 of 3 samples .* \(2 of 2\) is plugin_error: reward: KeyError"):
         pool.score(make_batch("raise", "raise", "right"))
+    assert len(pool.score(make_batch("raise", "raise", "right"), earlier=[Score(1.0)]).scores) == 3  # 2 of 4
     check_error_fraction(scored.scores, 0.5)
 
 

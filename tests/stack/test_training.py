@@ -60,7 +60,6 @@ def test_rollout_and_learner_agree_on_every_step(straight_run):
 
 def test_a_verl_file_and_a_trl_function_train_a_model_unchanged(straight_run):
     _, _, rows = straight_run
-    print([round(row["reward/mean"], 3) for row in rows])
     for row in rows:
         assert row["reward/plugin_error_count"] == 0
         assert row["reward/mean"] == pytest.approx(row["reward/compute_score_mean"] + row["reward/reward_short_words_mean"])
@@ -68,16 +67,38 @@ def test_a_verl_file_and_a_trl_function_train_a_model_unchanged(straight_run):
     assert min(late) > max(early)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, tmp_path, ray_cluster):
-    config = config_dict(tmp_path, family, total_steps=4, algorithm={"kl": {"placement": "loss", "coefficient": 0.1}})
+SHAPED = {
+    "algorithm": {
+        "kl": {"placement": "reward", "coefficient": 0.1, "adaptive_target": 1e-9, "adaptive_horizon": 16},
+        "dynamic_sampling": {"max_rounds": 3},
+    },
+    "curriculum": {},
+    "reject_degenerate": {"min_tokens": 24, "min_repeats": 2},
+}
+PLAIN = {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1}}, "curriculum": None, "reject_degenerate": None}
+
+
+@pytest.mark.parametrize(("family", "shaping"), [("qwen3_moe", PLAIN), ("gpt_oss", SHAPED)])
+def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, shaping, tmp_path, ray_cluster):
+    config = config_dict(tmp_path, family, total_steps=4, algorithm=shaping["algorithm"])
+    config["data"]["curriculum"] = shaping["curriculum"]
+    config["rollout"]["reject_degenerate"] = shaping["reject_degenerate"]
     with run_here(config) as run:
         loop = run.controller
         loop.sync_weights()
+        coefficients = []
         for step in range(2):
             result = loop.step(step)
             assert result.update.metrics["rollout/logprob_diff_max"] < 1e-3
             assert result.update.metrics["learner/kl_ref"] >= 0
+            assert len(result.scored.scores) == 16
+            coefficients.append(result.update.metrics["learner/kl_coefficient"])
+        if shaping is SHAPED:
+            assert result.shaping["rollout/dynamic_sampling_generated_groups"] >= 4
+            assert 4 <= result.shaping["curriculum/seen_prompts"] <= 12
+            # The KL begins at 0, under the target, and is over it after one step.
+            assert coefficients[1] < coefficients[0] == 0.1
+            assert loop.learners.annotate(result.scored).kl_coefficient > coefficients[1]
         # A worker that says it serves the new version, but was never sent it.
         loop.learners = SkipsOneSync(loop.learners)
         loop.step(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from rl.batch import (
     UpdateResult,
     WeightVersion,
 )
-from rl.controller import Controller, TokenPair
+from rl.controller import Controller, PromptSource, TokenPair
+from rl.data_shaping import StepGroups
 from rl.errors import RolloutError
 
 PROMPTS = tuple(Prompt(prompt_id=f"p{i}", token_ids=(1, 2, i), text=f"question {i}", ground_truth=i) for i in range(6))
@@ -47,10 +49,9 @@ class FakePromptSource:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def __next__(self) -> tuple[Prompt, ...]:
-        first = self.drawn % len(PROMPTS)
-        self.drawn += 2
-        return (PROMPTS[first], PROMPTS[first + 1])
+    def draw(self, count: int) -> tuple[Prompt, ...]:
+        self.drawn += count
+        return tuple(PROMPTS[i % len(PROMPTS)] for i in range(self.drawn - count, self.drawn))
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
@@ -69,8 +70,8 @@ class FakeRolloutPool:
     deaf: bool = False  # ignores load_weights, as a worker that missed a sync
     calls: list[str] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int) -> RolloutBatch:
-        self.calls.append(f"generate {step}")
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0) -> RolloutBatch:
+        self.calls.append(f"generate {step}" + (f" from {first_prompt}" if first_prompt else ""))
         if self.lost:
             raise RolloutError("rollout worker 0 died")
         rollouts = tuple(rollout(i, j, version=self.served) for i in range(len(prompts)) for j in range(group_size))
@@ -90,12 +91,20 @@ class FakeRolloutPool:
         return replaced
 
 
+@dataclass
 class FakeRewardPool:
-    def score(self, rollouts: RolloutBatch) -> ScoredBatch:
-        scores = tuple(
-            Score(float(r.sample_index == 0), {"exact": float(r.sample_index == 0)}) for r in rollouts.rollouts
-        )
-        return ScoredBatch(rollouts, scores)
+    """The first sample of a group is right, but for the prompts that are too hard."""
+
+    too_hard: frozenset[str] = frozenset()
+    earlier: list[int] = field(default_factory=list)  # how many scores of the step each call was told of
+
+    def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
+        self.earlier.append(len(earlier))
+        rewards = [
+            float(r.sample_index == 0 and rollouts.prompt_of(r).prompt_id not in self.too_hard)
+            for r in rollouts.rollouts
+        ]
+        return ScoredBatch(rollouts, tuple(Score(reward, {"exact": reward}) for reward in rewards))
 
 
 @dataclass
@@ -143,13 +152,18 @@ def build_batch(scored: ScoredBatch, annotations: Annotations) -> TrainBatch:
 
 
 def controller(
-    pool: FakeRolloutPool | None = None, learners: FakeLearners | None = None, source: FakePromptSource | None = None
+    pool: FakeRolloutPool | None = None,
+    learners: FakeLearners | None = None,
+    source: PromptSource | None = None,
+    rewards: FakeRewardPool | None = None,
+    **shaping: Any,
 ) -> Controller:
     return Controller(
         source or FakePromptSource(),
         pool or FakeRolloutPool(),
-        FakeRewardPool(),
+        rewards or FakeRewardPool(),
         learners or FakeLearners(),
         build_batch,
+        new_groups=partial(StepGroups, 2, **shaping),
         group_size=2,
     )

@@ -344,16 +344,17 @@ def test_kl_in_the_reward_is_taken_from_every_token() -> None:
     old = tuple(np.full(n, -0.5, dtype=np.float32) for n in lengths)
     ref = tuple(np.full(n, -0.75, dtype=np.float32) for n in lengths)
     config = AlgorithmConfig(advantage="dr_grpo", kl=KLConfig(placement="reward", coefficient=0.1, estimator="k1"))
-    annotations = Annotations(old_logprobs=old, ref_logprobs=ref)
+    annotations = Annotations(old_logprobs=old, ref_logprobs=ref, kl_coefficient=0.1)
     rewards = [r - 0.1 * 0.25 * n for r, n in zip((1.0, 0.0, 1.0, 0.0), lengths, strict=True)]
     for row, expected in zip(estimate(scored, annotations, config).advantages, dr_grpo_formula(rewards), strict=True):
         assert row[0].item() == pytest.approx(expected, abs=1e-9)
-    stronger = estimate(scored, annotations, config, kl_coefficient=0.2).advantages[2][0].item()
+    adapted = dataclasses.replace(annotations, kl_coefficient=0.2)
+    stronger = estimate(scored, adapted, config).advantages[2][0].item()
     assert stronger == pytest.approx(
         dr_grpo_formula([r - 0.05 * n for r, n in zip((1.0, 0.0, 1.0, 0.0), lengths, strict=True)])[2]
     )
     with pytest.raises(ConfigError, match="ref_logprobs annotated"):
-        estimate(scored, Annotations(old_logprobs=old), config)
+        estimate(scored, Annotations(old_logprobs=old, kl_coefficient=0.1), config)
 
 
 def test_whitening_is_an_option_of_every_estimator() -> None:

@@ -61,12 +61,29 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("evaluation.every=5", "data.eval is empty; add a dataset or set every to 0"),
         ("algorithm.kl.placement=loss", "kl.placement is loss but kl.coefficient is 0"),
         ("deterministic=true", "deterministic needs model.dtype float32"),
+        ("algorithm.kl.adaptive_target=0.1", "kl.adaptive_target is set but kl.placement is none"),
+        ("algorithm.dynamic_sampling.max_rounds=1", "max_rounds is 1: input should be greater than or equal to 2"),
+        ("algorithm.dynamic_sampling.rounds=3", "unknown key algorithm.dynamic_sampling.rounds; did you mean max_rou"),
+        ("rollout.reject_degenerate.min_tokens=2000", "min_tokens 2000 is over rollout.max_response_tokens 1024"),
+        ("data.curriculum.floor=0", "data.curriculum.floor is 0: input should be greater than or equal to 0.01"),
         ("no_equals_sign", "override 'no_equals_sign' is not key=value"),
     ],
 )
 def test_errors_name_key_value_and_remedy(config_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, [override], TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.group_size=1", "rewards differ, but rollout.group_size is 1; set it to 2 or more"),
+        ("rollout.temperature=0", "temperature 0 makes all responses of a group equal; raise it"),
+    ],
+)
+def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, ["algorithm.dynamic_sampling={}", override], TrainConfig)
 
 
 def test_all_problems_are_reported_at_once(config_file):

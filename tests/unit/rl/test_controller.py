@@ -1,8 +1,9 @@
 """One step's order, versions and failures."""
 
 import pytest
-from fakes import FakeLearners, FakeRolloutPool, controller
+from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
 
+from rl.config import DynamicSamplingConfig
 from rl.errors import RolloutError, WeightSyncError
 
 
@@ -48,3 +49,37 @@ def test_a_failure_that_replacing_does_not_mend_is_raised():
     loop.sync_weights()
     with pytest.raises(RolloutError, match="died"):
         loop.step(0)
+
+
+def test_dynamic_sampling_generates_again_with_the_same_weights_and_new_seeds():
+    pool, source = FakeRolloutPool(), FakePromptSource()
+    hard = FakeRewardPool(frozenset({"p0", "p1", "p3"}))
+    loop = controller(pool, source=source, rewards=hard, dynamic_sampling=DynamicSamplingConfig(max_rounds=5))
+    loop.sync_weights()
+    pool.lost = 1
+    result = loop.step(0)
+    assert pool.calls == [
+        "load 0",
+        "generate 0",
+        "load 0",
+        "generate 0",
+        "generate 0 from 2",
+        "generate 0 from 4",
+        "load 1",
+    ]
+    assert [p.prompt_id for p in result.scored.batch.prompts] == ["p2", "p4"]
+    assert {r.policy_version for r in result.scored.batch.rollouts} == {0}
+    assert source.drawn == 5
+    assert hard.earlier == [0, 4, 8]
+    assert result.shaping["rollout/dynamic_sampling_rounds"] == 3.0
+    assert set(result.seconds) == {"rollout", "reward", "annotate", "update", "sync", "step"}
+
+
+def test_dynamic_sampling_ends_at_its_cap():
+    pool, hopeless = FakeRolloutPool(), FakeRewardPool(frozenset(p.prompt_id for p in PROMPTS))
+    loop = controller(pool, rewards=hopeless, dynamic_sampling=DynamicSamplingConfig(max_rounds=3))
+    loop.sync_weights()
+    result = loop.step(0)
+    assert pool.calls == ["load 0", "generate 0", "generate 0 from 2", "generate 0 from 4", "load 1"]
+    assert [p.prompt_id for p in result.scored.batch.prompts] == ["p0", "p1"]
+    assert result.shaping["rollout/dynamic_sampling_filled_groups"] == 2.0

@@ -1,8 +1,8 @@
-"""Dynamic sampling, over-long penalty, repetition and curriculum, on batches small enough to read."""
+"""Dynamic sampling, repetition and pass rates, on batches small enough to read."""
 
 from __future__ import annotations
 
-import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 
 from rl.advantages import estimate
 from rl.batch import Annotations, FinishReason, Prompt, RewardStatus, Rollout, RolloutBatch, Score, ScoredBatch
-from rl.config import AlgorithmConfig
+from rl.config import AlgorithmConfig, CurriculumConfig, DynamicSamplingConfig, RejectDegenerateConfig
 from rl.data_shaping import (
-    DynamicSampling,
     PassRateCurriculum,
+    StepGroups,
     concatenate,
     groups_with_signal,
-    overlong_penalty,
-    penalize_overlong,
     reject_degenerate,
     select_groups,
     trailing_repetition,
 )
-from rl.errors import ConfigError
 
 
 def scored_batch(groups: dict[str, list[float]], *, tokens: int = 4) -> ScoredBatch:
@@ -57,69 +54,106 @@ def test_selected_and_concatenated_batches_are_numbered_anew() -> None:
     part = select_groups(scored, [2, 0])
     assert texts(part) == ["a0", "a1", "c0", "c1"]
     assert [p.prompt_id for p in part.batch.prompts] == ["a", "c"]
+    assert part.batch.seconds == pytest.approx(2 / 3)
     both = concatenate([part, scored])
     assert texts(both) == ["a0", "a1", "c0", "c1", *texts(scored)]
     assert [r.group_id for r in both.batch.rollouts] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert [both.batch.prompt_of(r).prompt_id for r in both.batch.rollouts] == [t[0] for t in texts(both)]
     assert [s.reward for s in both.scores[:4]] == [1, 0, 0, 0]
-    assert both.batch.seconds == 2.0
+    assert both.batch.seconds == pytest.approx(5 / 3)
+
+
+def step_groups(num_groups: int, max_rounds: int) -> StepGroups:
+    return StepGroups(num_groups, dynamic_sampling=DynamicSamplingConfig(max_rounds=max_rounds))
+
+
+def test_without_dynamic_sampling_one_round_is_the_step_untouched() -> None:
+    groups = StepGroups(2)
+    assert (groups.missing, groups.generated) == (2, 0)
+    scored = scored_batch({"a": [1, 1], "b": [0, 1]})
+    groups.add(scored)
+    assert (groups.missing, groups.generated) == (0, 2)
+    batch, metrics = groups.take()
+    assert batch is scored
+    assert metrics == {}
 
 
 def test_dynamic_sampling_replaces_groups_without_signal() -> None:
-    sampling = DynamicSampling(num_groups=2, max_rounds=5)
-    sampling.add(scored_batch({"a": [1, 1], "b": [0, 1]}))
-    assert sampling.missing == 1
-    sampling.add(scored_batch({"c": [0, 0]}))
-    assert sampling.missing == 1
-    sampling.add(scored_batch({"d": [1, 0], "e": [0, 1]}))
-    assert sampling.missing == 0
-    batch, metrics = sampling.take()
+    groups = step_groups(2, 5)
+    groups.add(scored_batch({"a": [1, 1], "b": [0, 1]}))
+    assert (groups.missing, groups.generated) == (1, 2)
+    groups.add(scored_batch({"c": [0, 0]}))
+    assert (groups.missing, groups.generated) == (1, 3)
+    groups.add(scored_batch({"d": [1, 0]}))
+    assert groups.missing == 0
+    batch, metrics = groups.take()
     assert texts(batch) == ["b0", "b1", "d0", "d1"]
     assert metrics == {
-        "shaping/rounds": 3.0,
-        "shaping/groups_generated": 5.0,
-        "shaping/groups_without_signal": 2.0,
-        "shaping/groups_filled_up": 0.0,
+        "rollout/dynamic_sampling_rounds": 3.0,
+        "rollout/dynamic_sampling_generated_groups": 4.0,
+        "rollout/dynamic_sampling_dropped_groups": 2.0,
+        "rollout/dynamic_sampling_filled_groups": 0.0,
+        "reward/generated_mean": 0.5,
     }
-    assert sampling.missing == 1  # e is kept for the next step
+    assert batch.batch.seconds == 1.5  # half of the first round's tokens, none of the second's, all of the third's
     advantages = estimate(batch, Annotations(), AlgorithmConfig()).advantages
     assert all(row.abs().min() > 0 for row in advantages)
 
 
-def test_dynamic_sampling_fills_up_at_the_cap() -> None:
-    sampling = DynamicSampling(num_groups=3, max_rounds=2)
-    sampling.add(scored_batch({"a": [1, 1], "b": [0, 1], "c": [1, 1]}))
-    with pytest.raises(ValueError, match="2 of 3 groups are missing"):
-        sampling.take()
-    sampling.add(scored_batch({"d": [0, 0], "e": [0, 0]}))
-    assert sampling.missing == 0
-    batch, metrics = pickle.loads(pickle.dumps(sampling)).take()
-    assert texts(batch) == ["b0", "b1", "a0", "a1", "c0", "c1"]
-    assert metrics["shaping/groups_filled_up"] == 2.0
+def test_dynamic_sampling_fills_up_at_the_cap_in_the_order_of_generation() -> None:
+    groups = step_groups(3, 2)
+    groups.add(scored_batch({"a": [1, 1], "b": [0, 1], "c": [1, 1]}))
+    assert groups.missing == 2
+    groups.add(scored_batch({"d": [0, 0], "e": [0, 0]}))
+    assert groups.missing == 0
+    batch, metrics = groups.take()
+    assert texts(batch) == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert metrics["rollout/dynamic_sampling_filled_groups"] == 2.0
+    assert metrics["rollout/dynamic_sampling_dropped_groups"] == 2.0
 
 
-def test_dynamic_sampling_needs_room() -> None:
-    with pytest.raises(ConfigError, match="max_rounds 0"):
-        DynamicSampling(num_groups=1, max_rounds=0)
+@given(st.data(), st.integers(1, 5), st.integers(2, 4))
+def test_a_step_has_its_size_and_every_group_with_a_signal(
+    data: st.DataObject, num_groups: int, max_rounds: int
+) -> None:
+    groups, useful, name = step_groups(num_groups, max_rounds), [], 0
+    while groups.missing:
+        rewards = data.draw(
+            st.lists(st.sampled_from([[0, 0], [0, 1], [1, 1]]), min_size=groups.missing, max_size=groups.missing)
+        )
+        named = {f"{name + i}-": pair for i, pair in enumerate(rewards)}
+        name += len(named)
+        useful += [key for key, pair in named.items() if pair == [0, 1]]
+        groups.add(scored_batch(named))
+    batch, metrics = groups.take()
+    prompts = [p.prompt_id for p in batch.batch.prompts]
+    assert len(prompts) == num_groups == len(set(prompts))
+    assert [p for p in prompts if p in useful] == useful
+    assert [r.group_id for r in batch.batch.rollouts] == [i // 2 for i in range(2 * num_groups)]
+    assert len(useful) == num_groups or metrics["rollout/dynamic_sampling_rounds"] == max_rounds
+    assert name == metrics["rollout/dynamic_sampling_generated_groups"] == groups.generated
 
 
-def test_overlong_penalty_is_dapos() -> None:
-    """arXiv 2503.14476, eq. 13."""
-    values = [overlong_penalty(n, max_length=100, buffer=20) for n in (0, 80, 85, 90, 100, 130)]
-    assert values == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
-    with pytest.raises(ConfigError, match="buffer is 0"):
-        overlong_penalty(1, max_length=100, buffer=0)
-
-
-def test_penalty_shapes_the_reward_and_keeps_the_task_reward() -> None:
-    scored = scored_batch({"a": [1, 1]}, tokens=18)
-    scores = (scored.scores[0], Score(0.0, status=RewardStatus.TIMEOUT))
-    shaped = penalize_overlong(ScoredBatch(scored.batch, scores), max_length=20, buffer=4, weight=0.5)
-    assert shaped.scores[0].reward == 0.75
-    assert shaped.scores[0].unshaped_reward == 1.0
-    assert shaped.scores[0].breakdown == {"overlong": -0.5}
-    assert shaped.scores[1] == scores[1]
-    assert groups_with_signal(shaped) == {0: False}
+def test_degenerate_responses_are_rejected_before_groups_are_judged() -> None:
+    """A group that differs only by a rejected response has no signal; the rejected do not count as failed either."""
+    scored = scored_batch({"a": [1, 0], "b": [0, 1]}, tokens=8)
+    honest = [
+        r if i == 1 else replace(r, token_ids=np.arange(8, dtype=np.int32)) for i, r in enumerate(scored.batch.rollouts)
+    ]
+    scored = ScoredBatch(replace(scored.batch, rollouts=tuple(honest)), scored.scores)
+    curriculum = PassRateCurriculum(CurriculumConfig())
+    groups = StepGroups(
+        2, DynamicSamplingConfig(max_rounds=2), RejectDegenerateConfig(min_tokens=8, min_repeats=4), curriculum
+    )
+    groups.add(scored)
+    assert groups.missing == 1
+    assert curriculum.rates == {"a": 1.0, "b": 0.5}
+    groups.add(scored_batch({"c": [1, 0]}))
+    batch, metrics = groups.take()
+    assert texts(batch) == ["b0", "b1", "c0", "c1"]
+    assert metrics["rollout/degenerate_frac"] == 1 / 6
+    assert metrics["curriculum/seen_prompts"] == 3.0
+    assert metrics["curriculum/pass_rate_mean"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -158,28 +192,21 @@ def test_endless_repetition_is_taken_out_of_loss_and_statistics() -> None:
         for i, r in enumerate(scored.batch.rollouts)
     )
     scored = ScoredBatch(RolloutBatch(scored.batch.prompts, healthy), scored.scores)
-    kept, count = reject_degenerate(scored, min_tokens=32, min_repeats=8)
+    kept, count = reject_degenerate(scored, RejectDegenerateConfig(min_tokens=32, min_repeats=8))
     assert count == 1
     assert [s.status for s in kept.scores] == [RewardStatus.OK, RewardStatus.OK, RewardStatus.SKIPPED]
     assert "64 tokens that repeat a block of 2" in kept.scores[2].error
-    assert reject_degenerate(scored, min_tokens=65)[1] == 0
+    assert reject_degenerate(scored, RejectDegenerateConfig(min_tokens=65))[1] == 0
     advantages = estimate(kept, Annotations(), AlgorithmConfig(advantage="dr_grpo")).advantages
     assert [row[0].item() for row in advantages] == [-0.5, 0.5, 0.0]
 
 
 def test_curriculum_prefers_prompts_that_are_solved_sometimes() -> None:
-    curriculum = PassRateCurriculum(decay=0.5, floor=0.1)
+    curriculum = PassRateCurriculum(CurriculumConfig(decay=0.5, floor=0.1))
     curriculum.update(scored_batch({"easy": [1, 1, 1, 1], "hard": [0, 0, 0, 0], "right": [1, 0, 1, 0]}))
     assert [curriculum.weight(p) for p in ("easy", "hard", "right", "new")] == [0.1, 0.1, 1.0, 1.0]
     curriculum.update(scored_batch({"hard": [1, 1, 1, 1]}))
     assert curriculum.rates["hard"] == 0.5
-    curriculum = pickle.loads(pickle.dumps(curriculum))
-    prompts = [Prompt(name, (1,), name) for name in ("easy", "right")]
-    drawn = [curriculum.choose(prompts, 1, seed)[0].prompt_id for seed in range(400)]
-    assert drawn == [curriculum.choose(prompts, 1, seed)[0].prompt_id for seed in range(400)]
-    assert 320 < drawn.count("right") < 400  # 10 of 11 expected: 364
-    assert curriculum.choose(prompts, 2, 0) == tuple(prompts)
-    with pytest.raises(ValueError, match="cannot choose 3 of 2"):
-        curriculum.choose(prompts, 3, 0)
-    with pytest.raises(ConfigError, match=r"floor 0\.0"):
-        PassRateCurriculum(floor=0.0)
+    unscored = scored_batch({"lost": [1, 0]})
+    curriculum.update(ScoredBatch(unscored.batch, (Score(0.0, status=RewardStatus.TIMEOUT),) * 2))
+    assert curriculum.weight("lost") == 1.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from launch.tiny_models import build_tokenizer
-from rl.config import DataConfig, DatasetConfig, SftDataConfig
+from rl.config import CurriculumConfig, DataConfig, DatasetConfig, SftDataConfig
 from rl.prompts import load_prompts, load_sft_examples
 
 PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
@@ -29,8 +29,9 @@ def test_example_rows_load(tmp_path):
     assert len(load_sft_examples(config, tokenizer, chat_template_options={}).examples) == 3
 
 
-def test_the_example_configuration_is_valid():
-    (block,) = blocks("yaml")
-    data = DataConfig.model_validate(yaml.safe_load(block)["data"])
+def test_the_example_configurations_are_valid():
+    sources, curriculum = blocks("yaml")
+    assert DataConfig.model_validate(yaml.safe_load(curriculum)["data"]).curriculum == CurriculumConfig()
+    data = DataConfig.model_validate(yaml.safe_load(sources)["data"])
     assert data.train.prompt_suffix == r" Put your final answer in \boxed{}."
     assert data.eval[1].options == {"min_terms": 3, "max_terms": 5}

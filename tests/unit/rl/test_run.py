@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
+from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
 
 from rl.batch import RolloutBatch
 from rl.checkpoint import CheckpointStore, read_state
+from rl.config import CurriculumConfig, DynamicSamplingConfig
+from rl.data_shaping import PassRateCurriculum
 from rl.errors import CheckpointError, WeightSyncError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, read_metrics
 from rl.probe import AgreementBounds, WeightProbe
+from rl.prompts import CurriculumSource, PromptSource
 from rl.run import RunPlan, TrainingRun
 
 BOUNDS = AgreementBounds(mean=1e-4, maximum=1e-3)
@@ -34,9 +37,11 @@ class EvalPool(FakeRolloutPool):
         return self.generate(prompts, group_size=2, step=-1)
 
 
-def make_run(run_dir: Path, *, total_steps=4, learners=None, pool=None, source=None, probe_every=1, **plan):
+def make_run(
+    run_dir: Path, *, total_steps=4, learners=None, pool=None, source=None, probe_every=1, shaping=None, **plan
+):
     pool, learners, source = pool or EvalPool(), learners or FakeLearners(), source or FakePromptSource()
-    loop = controller(pool, learners, source)
+    loop = controller(pool, learners, source, **(shaping or {}))
     return TrainingRun(
         RunPlan(run_dir, total_steps, **({"checkpoint_every": 2, "fingerprint": "f"} | plan)),
         loop,
@@ -50,7 +55,7 @@ def make_run(run_dir: Path, *, total_steps=4, learners=None, pool=None, source=N
 
 
 def loop_prompts():
-    return next(FakePromptSource())
+    return FakePromptSource().draw(2)
 
 
 def test_a_run_writes_one_row_a_step_samples_and_checkpoints(tmp_path):
@@ -78,6 +83,37 @@ def test_a_resumed_run_continues_where_the_checkpoint_was(tmp_path):
     assert (run.next_step, learners.version, source.drawn) == (3, 3, 6)
     run.execute()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def shaped_run(run_dir: Path, total_steps: int) -> TrainingRun:
+    """Dynamic sampling over a curriculum: what is drawn depends on everything that was scored before."""
+    curriculum = PassRateCurriculum(CurriculumConfig())
+    source = CurriculumSource(PromptSource(PROMPTS, shuffle=True, seed=1), curriculum, seed=1)
+    shaping = {
+        "rewards": FakeRewardPool(frozenset({"p0", "p3"})),
+        "dynamic_sampling": DynamicSamplingConfig(max_rounds=2),
+        "curriculum": curriculum,
+    }
+    return make_run(run_dir, total_steps=total_steps, source=source, shaping=shaping)
+
+
+def drawn(run_dir: Path) -> list[tuple[list[str], float]]:
+    """The prompts that each step learned from, and how many were generated for it."""
+    samples = sorted((run_dir / "samples").glob("step_*.jsonl"))
+    prompts = [[json.loads(line)["prompt_id"] for line in path.read_text().splitlines()] for path in samples]
+    generated = [row["rollout/dynamic_sampling_generated_groups"] for row in read_metrics(run_dir)]
+    return list(zip(prompts, generated, strict=True))
+
+
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_a_shaped_run_resumes_exactly(tmp_path, done):
+    shaped_run(tmp_path / "straight", 10).execute()
+    shaped_run(tmp_path / "resumed", done).execute()
+    again = shaped_run(tmp_path / "resumed", 10)
+    assert again.restore()
+    again.execute()
+    assert drawn(tmp_path / "resumed") == drawn(tmp_path / "straight")
+    assert max(generated for _, generated in drawn(tmp_path / "straight")) > 2
 
 
 def test_rows_after_the_checkpoint_are_replaced_when_resuming(tmp_path):
