@@ -46,6 +46,11 @@ def learner_config(model: Any, engine: Any, optimizer: Any) -> LearnerConfig:
     )
 
 
+def total_steps(optimizer: Any) -> int:
+    """Length of the learning-rate schedule; verl's trainers set it before the engine starts."""
+    return max(optimizer.total_training_steps, 1)
+
+
 def _optimizer_config(optimizer: Any) -> OptimizerConfig:
     """Ours from verl's; eps and fused come from `override_optimizer_config`, and nothing else may be in it."""
     chosen = (optimizer.get("optimizer_impl", "torch.optim"), optimizer.get("optimizer", "AdamW"))
@@ -59,10 +64,11 @@ def _optimizer_config(optimizer: Any) -> OptimizerConfig:
         raise ConfigError(
             f"optim.override_optimizer_config holds {sorted(override)}; the deepspeed engine knows eps and fused"
         )
-    steps = max(optimizer.total_training_steps, 1)
+    if optimizer.get("num_cycles", 0.5) != 0.5:
+        raise ConfigError(f"optim.num_cycles is {optimizer.num_cycles}; the deepspeed engine decays over half a cycle")
     warmup = optimizer.lr_warmup_steps
     if warmup is None or warmup <= 0:
-        warmup = int(optimizer.lr_warmup_steps_ratio * steps)
+        warmup = int(optimizer.lr_warmup_steps_ratio * total_steps(optimizer))
     return OptimizerConfig(
         name="fused_adamw" if fused and name == "adamw" else name,  # type: ignore[arg-type]
         lr=optimizer.lr,

@@ -32,7 +32,7 @@ from rl.learner_checks import check_layout
 from rl.logprobs import LogprobHead
 from rl.models import DTYPES, load_config, load_model
 from rl.optim import build_optimizer, build_schedule
-from rl.verl_config import learner_config, refuse_settings, translate_model
+from rl.verl_config import learner_config, refuse_settings, total_steps, translate_model
 from rl.weight_sync.source import Zero3WeightSource
 from rl.zero3 import backward, inference_config, init_distributed, set_up_process, start_engine, training_config
 
@@ -62,16 +62,13 @@ class DeepSpeedEngine(BaseEngine):
         del kwargs  # of other strategies
         refuse_settings(model_config, engine_config, checkpoint_config, self.get_data_parallel_size())
         self.mode: str | None = None
-        self.engine_config, self._tokenizer = engine_config, model_config.tokenizer
-        self._checkpoint_config = checkpoint_config
-        self._model = translate_model(model_config, engine_config)
-        self._learner = learner_config(model_config, engine_config, optimizer_config)
-        self._total_steps = 1 if engine_config.forward_only else max(optimizer_config.total_training_steps, 1)
-        self._device_name = get_device_name()
-        init_distributed(self._device_name, self._learner.timeout_s)
+        self.model_config, self.engine_config = model_config, engine_config
+        self.optimizer_config, self.checkpoint_config = optimizer_config, checkpoint_config
         self.engine: Any = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
+        self._device_name = get_device_name()
+        self._model = translate_model(model_config, engine_config)
         self._saved: list[Path] = []
 
     def initialize(self) -> None:
@@ -82,7 +79,10 @@ class DeepSpeedEngine(BaseEngine):
         """
         if self.engine is not None:
             self.engine.destroy()
-        verl, config, model = self.engine_config, self._learner, self._model
+        verl, model = self.engine_config, self._model
+        # Not in __init__: verl's trainers complete the optimizer's configuration after it.
+        config = learner_config(self.model_config, verl, self.optimizer_config)
+        init_distributed(self._device_name, config.timeout_s)
         self._device = set_up_process(seed=verl.seed, deterministic=verl.full_determinism, device=self._device_name)
         hidden_size = load_config(model).hidden_size
         if verl.forward_only:
@@ -100,7 +100,7 @@ class DeepSpeedEngine(BaseEngine):
             self.optimizer = build_optimizer(policy, config.optimizer)
             self.engine = start_engine(policy, zero, optimizer=self.optimizer)
             # Not DeepSpeed's to step: verl steps it once a batch of rollouts, however many optimizer steps that takes.
-            self.lr_scheduler = build_schedule(self.optimizer, config.optimizer, self._total_steps)
+            self.lr_scheduler = build_schedule(self.optimizer, config.optimizer, total_steps(self.optimizer_config))
         self._layout = resolve_layout(
             config.layout, attention=self.module.config._attn_implementation, device=self._device.type
         )
@@ -247,10 +247,10 @@ class DeepSpeedEngine(BaseEngine):
         directory = Path(local_path)
         save_checkpoint(self.engine, directory, {"schedule": self.lr_scheduler.state_dict()})
         rank = self.get_data_parallel_rank()
-        if "hf_model" in self._checkpoint_config.save_contents:
+        if "hf_model" in self.checkpoint_config.save_contents:
             export_hf(self.module, self._model, directory / "huggingface")
-            if rank == 0 and self._tokenizer is not None:  # with verl's custom_chat_template
-                self._tokenizer.save_pretrained(directory / "huggingface")
+            if rank == 0 and self.model_config.tokenizer is not None:  # with verl's custom_chat_template
+                self.model_config.tokenizer.save_pretrained(directory / "huggingface")
         self._saved = [path for path in self._saved if path != directory] + [directory]
         while max_ckpt_to_keep and len(self._saved) > max_ckpt_to_keep:
             oldest = self._saved.pop(0)
