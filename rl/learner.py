@@ -7,7 +7,6 @@ beside this one would be a class of its own, made from the same parts).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from rl.models import DTYPES, load_config, load_model
 from rl.moe import Routers, router_metrics
 from rl.objectives import Objective, PolicyObjective, SupervisedObjective, correction_metrics
 from rl.optim import build_optimizer, build_schedule
-from rl.zero3 import inference_config, init_distributed, start_engine, training_config
+from rl.zero3 import backward, inference_config, init_distributed, set_up_process, start_engine, training_config
 
 # What a rank runs when the others still have work: two tokens whose loss weighs nothing.
 _EMPTY = TokenSequence(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
@@ -71,7 +70,7 @@ class Learner:
         init_distributed(device, config.timeout_s)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
-        self.device = _set_up_process(seed=seed, deterministic=deterministic, device=device)
+        self.device = set_up_process(seed=seed, deterministic=deterministic, device=device)
         self.policy_version = 0
         self._config, self._model_config, self._algorithm = config, model, algorithm
         self._temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
@@ -298,11 +297,8 @@ class Learner:
                     loss = loss + self._aux_loss(samples, share, sums)
             else:
                 loss = 0.0 * logprobs.sum()
-            # A loss that is not finite may still have finite gradients; DeepSpeed looks at the gradients alone, so they
-            # are made NaN, and every rank skips the step.
-            loss = loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)
             # DeepSpeed averages gradients over ranks; the loss is already divided by global counts.
-            self.engine.backward(loss * self.world_size)
+            backward(self.engine, loss * self.world_size)
         return loss.detach().double()
 
     def _aux_loss(self, samples: Sequence[TrainSample], share: MiniBatchShare, sums: MetricSums) -> Tensor:
@@ -347,15 +343,6 @@ def _routers(policy: nn.Module, config: LearnerConfig, device: torch.device) -> 
     if moe.freeze_router:
         routers.freeze()
     return routers
-
-
-def _set_up_process(*, seed: int, deterministic: bool, device: str) -> torch.device:
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _int32(ids: Sequence[int]) -> IntArray:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rl.config import LearnerConfig
 
@@ -40,6 +40,16 @@ def init_distributed(device: str, timeout_s: float) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def set_up_process(*, seed: int, deterministic: bool, device: str) -> torch.device:
+    """Seed torch, choose its deterministic mode, and return this rank's device ("cuda": that of LOCAL_RANK)."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def training_config(config: LearnerConfig, *, dtype: str, hidden_size: int) -> dict[str, Any]:
@@ -104,3 +114,12 @@ def start_engine(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
     )
     return engine
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """Backward pass of one micro-batch; the gradients of all ranks are averaged.
+
+    A loss that is not finite may still have finite gradients. DeepSpeed looks at the gradients alone, so they are made
+    NaN, and every rank skips the step.
+    """
+    engine.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))

@@ -1,0 +1,116 @@
+"""verl's configuration as ours: what `rl.verl_engine` makes of it, and what it refuses.
+
+Reads the objects by their fields and imports nothing of verl. Left out: batches (`rl.verl_engine`). Written against
+verl 0.9.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rl.config import LearnerConfig, ModelConfig, OptimizerConfig
+from rl.errors import ConfigError
+
+_DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+# (optim.optimizer_impl, optim.optimizer) -> learner.optimizer.name
+_OPTIMIZERS = {
+    ("torch.optim", "AdamW"): "adamw",
+    ("torch.optim", "SGD"): "sgd",
+    ("deepspeed.ops.adam", "DeepSpeedCPUAdam"): "cpu_adam",
+}
+
+
+def translate_model(model: Any, engine: Any) -> ModelConfig:
+    """Ours from verl's HFModelConfig and EngineConfig. Raises ConfigError for a dtype that there is not."""
+    dtype = _DTYPES.get(engine.dtype)
+    if dtype is None:
+        raise ConfigError(f"the deepspeed engine has no dtype {engine.dtype!r}; use bfloat16 or float32")
+    return ModelConfig(
+        path=model.local_path,
+        dtype=dtype,  # type: ignore[arg-type]
+        attention=_overrides(model).get("attn_implementation", "auto"),
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def learner_config(model: Any, engine: Any, optimizer: Any) -> LearnerConfig:
+    """Ours from verl's HFModelConfig, EngineConfig and OptimizerConfig. Raises ConfigError for an unknown optimizer."""
+    return LearnerConfig(
+        optimizer=OptimizerConfig() if engine.forward_only else _optimizer_config(optimizer),
+        # With padding kept, verl asks for padded rows; without, for whatever is best where the padding is removed.
+        layout="auto" if engine.use_remove_padding else "bucketed",
+        activation_checkpointing=model.enable_gradient_checkpointing,
+        offload_parameters=engine.param_offload,
+        offload_optimizer=engine.optimizer_offload,
+        offload_reference=engine.param_offload,
+    )
+
+
+def total_steps(optimizer: Any) -> int:
+    """Length of the learning-rate schedule; verl's trainers set it before the engine starts."""
+    return max(optimizer.total_training_steps, 1)
+
+
+def _optimizer_config(optimizer: Any) -> OptimizerConfig:
+    """Ours from verl's; eps and fused come from `override_optimizer_config`, and nothing else may be in it."""
+    chosen = (optimizer.get("optimizer_impl", "torch.optim"), optimizer.get("optimizer", "AdamW"))
+    name = _OPTIMIZERS.get(chosen)
+    if name is None:
+        known = ", ".join(".".join(known) for known in _OPTIMIZERS)
+        raise ConfigError(f"the deepspeed engine has no optimizer {'.'.join(chosen)}; use one of {known}")
+    override = dict(optimizer.get("override_optimizer_config") or {})
+    eps, fused = override.pop("eps", OptimizerConfig().eps), override.pop("fused", False)
+    if override:
+        raise ConfigError(
+            f"optim.override_optimizer_config holds {sorted(override)}; the deepspeed engine knows eps and fused"
+        )
+    if optimizer.get("num_cycles", 0.5) != 0.5:
+        raise ConfigError(f"optim.num_cycles is {optimizer.num_cycles}; the deepspeed engine decays over half a cycle")
+    warmup = optimizer.lr_warmup_steps
+    if warmup is None or warmup <= 0:
+        warmup = int(optimizer.lr_warmup_steps_ratio * total_steps(optimizer))
+    return OptimizerConfig(
+        name="fused_adamw" if fused and name == "adamw" else name,  # type: ignore[arg-type]
+        lr=optimizer.lr,
+        betas=tuple(optimizer.betas),
+        eps=eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.clip_grad,
+        schedule=optimizer.get("lr_scheduler_type", "constant"),
+        warmup_steps=warmup,
+        min_lr_ratio=optimizer.get("min_lr_ratio") or 0.0,
+    )
+
+
+def _overrides(model: Any) -> dict[str, Any]:
+    override = model.override_config
+    return dict(override.get("model_config", override))
+
+
+def refuse_settings(model: Any, engine: Any, checkpoint: Any, world_size: int) -> None:
+    """Raise ConfigError for settings that would change the result and are not followed here."""
+    router_replay, qat = engine.get("router_replay"), engine.get("qat")
+    asked = {
+        "model.hf_config_path": model.hf_config_path not in (None, model.path),
+        "model.override_config": bool(_overrides(model).keys() - {"attn_implementation"}),
+        "model.lora_rank": model.lora_rank > 0 or bool(model.lora.get("rank", 0)),
+        "model.lora_adapter_path": model.lora_adapter_path is not None,
+        "model.use_liger": model.use_liger,
+        "model.tiled_mlp": bool(model.tiled_mlp.get("enabled")),
+        "model.mtp": model.mtp.enable,
+        "model.enable_activation_offload": model.enable_activation_offload,
+        "engine.ulysses_sequence_parallel_size": engine.get("ulysses_sequence_parallel_size", 1) > 1,
+        "engine.fsdp_size": engine.get("fsdp_size", -1) not in (-1, world_size),
+        "engine.offload_policy": bool(engine.get("offload_policy")),
+        "engine.mixed_precision": engine.get("mixed_precision") is not None,
+        "engine.qat": qat is not None and qat.enable,
+        "engine.router_replay": router_replay is not None and router_replay.mode != "disabled",
+        "checkpoint.async_save": checkpoint.async_save,
+        "checkpoint.load_contents": not {"model", "optimizer", "extra"} <= set(checkpoint.load_contents),
+    }
+    refused = [name for name, used in asked.items() if used]
+    if refused:
+        raise ConfigError(
+            f"the deepspeed engine cannot follow {', '.join(refused)}; leave them as verl has them by default, or "
+            "choose another strategy"
+        )

@@ -1,0 +1,42 @@
+"""Starts a script as two ranks of one process group on this machine, and waits for both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_two_ranks(script: str, out_dir: Path, timeout_s: float, **environment: str) -> None:
+    """Run `python SCRIPT OUT_DIR` (of this folder) twice; fails with the ends of their logs unless both exit with 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    logs = [out_dir / f"rank{rank}.log" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name(script)), str(out_dir)],
+            env=os.environ | common | environment | {"RANK": str(rank)},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=timeout_s) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = []
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
