@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from learner_ranks import ALGORITHM, TEMPERATURE, samples
+from rank_processes import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,7 +26,6 @@ from rl.moe import Routers
 pytestmark = pytest.mark.stack
 dense_only = pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 moe_only = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"], indirect=True)
-TIMEOUT_S = 560  # about a minute on two idle cores
 
 
 class Family:
@@ -62,35 +58,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FAMILIES:
         build_tiny_model(name, out_dir / name / "model")
     write_mxfp4(out_dir / "gpt_oss" / "model", out_dir / "gpt_oss" / "mxfp4")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    logs = [out_dir / f"rank{rank}.log" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("learner_ranks.py")), str(out_dir)],
-            env=environment | {"RANK": str(rank)},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=TIMEOUT_S) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = []
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+    run_ranks("learner_ranks.py", out_dir)
     return out_dir
 
 
