@@ -105,7 +105,7 @@ def test_gradients_equal_single_process_torch_under_every_split(family: str, ran
         assert step["weights"].keys() == expected.keys()
         for name, gradient in expected.items():
             found = before[name] - step["weights"][name]
-            torch.testing.assert_close(found, gradient, rtol=0, atol=1e-5, msg=lambda t, n=name: f"{split} {n}: {t}")
+            assert float((found - gradient).abs().max()) < 1e-5, (split, name)
         assert step["metrics"]["critic/loss"] == pytest.approx(loss.item(), abs=1e-6)
         assert step["metrics"]["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
 
