@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/algorithms")
 # The recipes of docs/algorithms.md. Two optimizer steps a batch, so that clipping has something to do.
 RECIPES: dict[str, dict[str, Any]] = {
+    "PPO": {
+        "algorithm": {"advantage": "gae", "loss": "ppo_clip", "whiten_advantages": True},
+        "critic": {"optimizer": {"lr": 1e-3}, "warmup_steps": 2},
+    },
     "GRPO": {"algorithm": {"advantage": "grpo", "loss": "grpo"}},
     "Dr. GRPO": {"algorithm": {"advantage": "dr_grpo", "loss": "dr_grpo"}},
     "DAPO": {"algorithm": {"advantage": "grpo", "loss": "dapo"}},

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import evaluator_of, fingerprint, open_sinks, start_learners, training_run
 from launch.display import ProgressDisplay
-from launch.preflight import prepare_model
+from launch.preflight import check_checkpoint
 from rl.checkpoint import LEARNER, CheckpointStore
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config_loading import load_config, to_yaml
@@ -20,6 +20,7 @@ from rl.supervised import SupervisedRun, steps_per_epoch
 from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
+CRITIC = "critic"  # and of the exported critic, where there is one
 
 
 def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
@@ -31,13 +32,16 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
         metrics = run.execute()
         run.controller.learners.export_hf(run_dir / MODEL)  # type: ignore[attr-defined]
         display.message(f"model {run_dir / MODEL}")
+        if config.critic is not None:
+            run.controller.learners.export_critic(run_dir / CRITIC)  # type: ignore[attr-defined]
+            display.message(f"critic {run_dir / CRITIC}")
         return metrics
 
 
 def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
     """`fledge sft`: run to the end, export the model, return the last step's metrics."""
     run_dir = _open_run_dir(config, resume=resume)
-    prepare_model(config.model)
+    check_checkpoint(config.model.path, "model.path")
     examples = load_sft_examples(
         config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
     )

@@ -17,7 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_algorithm, prepare_model
+from launch.preflight import check_algorithm, check_checkpoint
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -158,7 +158,9 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     """
     run_dir = Path(config.run_dir)
     check_algorithm(config)
-    prepare_model(config.model)
+    check_checkpoint(config.model.path, "model.path")
+    if config.critic is not None and config.critic.path is not None:
+        check_checkpoint(config.critic.path, "critic.path")
     train_prompts, eval_sets = load_data(config, display)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
@@ -205,7 +207,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
 @contextmanager
 def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
-    prepare_model(config.model)
+    check_checkpoint(config.model.path, "model.path")
     _, eval_sets = load_data(config, display, train=False)
     if not eval_sets:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")
@@ -238,6 +240,7 @@ def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
         total_optimizer_steps=steps,
         temperature=config.rollout.temperature or 1.0,
         fixed_length=config.rollout.max_response_tokens,
+        critic=config.critic,
     )
 
 
@@ -271,6 +274,7 @@ def fingerprint(config: TrainConfig | SftConfig) -> str:
             "data": {"train"},
             "rollout": {"prompts_per_step", "group_size"},
             "learner": {"num_workers": True, "epochs": True, "mini_batches": True, "optimizer": {"name"}},
+            "critic": {"path": True, "optimizer": {"name"}},
         }
     else:
         shared |= {"data": True, "batch_size": True, "learner": {"num_workers": True, "optimizer": {"name"}}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rl.advantages import advantage_spec
-from rl.config import LearnerConfig, ModelConfig, TrainConfig
+from rl.config import LearnerConfig, TrainConfig
 from rl.errors import ConfigError
 from rl.losses import load_plugins, policy_loss_spec
 from rl.losses.api import check_options
@@ -30,10 +30,15 @@ def check_algorithm(config: TrainConfig) -> None:
             f"algorithm.advantage {algorithm.advantage} compares the samples of a group, but rollout.group_size is "
             f"{config.rollout.group_size}; set it to 2 or more"
         )
-    if estimator.needs_critic:
+    if estimator.needs_critic and config.critic is None:
         raise ConfigError(
-            f"algorithm.advantage {algorithm.advantage} needs a critic, and this configuration has none; choose grpo, "
-            "rloo or another estimator without a critic"
+            f"algorithm.advantage {algorithm.advantage} needs a critic, and this configuration has none; add a critic "
+            "section (critic: {} has every default), or choose grpo, rloo or another estimator without a critic"
+        )
+    if config.critic is not None and not estimator.needs_critic:
+        raise ConfigError(
+            f"critic is set, but algorithm.advantage {algorithm.advantage} does not look at a critic's values; set "
+            "algorithm.advantage to gae, or leave the critic out"
         )
     check_policy_loss(
         policy_loss_spec(algorithm.loss),
@@ -43,21 +48,21 @@ def check_algorithm(config: TrainConfig) -> None:
     )
 
 
-def prepare_model(model: ModelConfig) -> None:
-    """Raise ConfigError unless model.path holds (or names) a checkpoint with a configuration and weights."""
-    folder = Path(model.path).expanduser()
-    looks_local = model.path.startswith((".", "/", "~")) or folder.exists()
+def check_checkpoint(path: str, key: str) -> None:
+    """Raise ConfigError unless `path`, the value of `key`, holds (or names) a checkpoint with configuration and
+    weights."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or folder.exists()
     if not looks_local:
         return  # a hub name; loading the tokenizer says whether it can be reached
     if not folder.is_dir():
         raise ConfigError(
-            f"model.path {model.path} does not exist (looked in {Path.cwd()}); give a Hugging Face checkpoint folder "
-            "or a hub name"
+            f"{key} {path} does not exist (looked in {Path.cwd()}); give a Hugging Face checkpoint folder or a hub name"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {model.path} has no config.json, so it is no Hugging Face checkpoint")
+        raise ConfigError(f"{key} {path} has no config.json, so it is no Hugging Face checkpoint")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ConfigError(f"model.path {model.path} holds no weights (*.safetensors or *.bin)")
+        raise ConfigError(f"{key} {path} holds no weights (*.safetensors or *.bin)")
 
 
 def _accumulates(learner: LearnerConfig, config: TrainConfig) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl.batch import TrainBatch, TrainSample
+from rl.batch import FloatArray, TrainBatch, TrainSample
 from rl.errors import LearnerError
 
 Layout = Literal["packed", "bucketed"]
@@ -63,6 +63,25 @@ def balance(samples: Sequence[TrainSample], num_ranks: int, *, hidden_size: int 
         shares[rank].append(index)
         heapq.heappush(heap, (load + sequence_cost(samples[index].num_tokens, hidden_size), rank))
     return [[samples[i] for i in sorted(share)] for share in shares]
+
+
+def deal(samples: Sequence[TrainSample], num_ranks: int) -> tuple[list[list[TrainSample]], list[list[int]]]:
+    """Balanced shares, and for each the samples' places in the whole."""
+    places = {id(sample): place for place, sample in enumerate(samples)}
+    shares = balance(samples, num_ranks)
+    return shares, [[places[id(sample)] for sample in share] for share in shares]
+
+
+def collect(
+    parts: Sequence[tuple[FloatArray, ...] | None], places: Sequence[Sequence[int]], count: int
+) -> tuple[FloatArray, ...] | None:
+    """Put the ranks' results back in the order of the samples; None if a rank has none."""
+    whole: dict[int, FloatArray] = {}
+    for part, part_places in zip(parts, places, strict=True):
+        if part is None:
+            return None
+        whole.update(zip(part_places, part, strict=True))
+    return tuple(whole[place] for place in range(count))
 
 
 def plan_update(

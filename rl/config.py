@@ -228,6 +228,21 @@ class LearnerConfig(Section):
     timeout_s: PositiveFloat = 3600.0
 
 
+class CriticOptimizerConfig(OptimizerConfig):
+    """As the policy's, but faster by default: the critic starts from a head of zeros."""
+
+    lr: PositiveFloat = 1e-5
+
+
+class CriticConfig(Section):
+    """The value model. Where it runs, its epochs, mini-batches and offloading are the learner's."""
+
+    path: str | None = Field(None, description="checkpoint it starts from, with or without a value head; None: model")
+    optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
+    clip_range: PositiveFloat | None = Field(0.2, description="how far a value may move in one update; None: any way")
+    warmup_steps: NonNegativeInt = Field(0, description="first steps, in which the critic alone learns")
+
+
 class SyncConfig(Section):
     """Weights from the learner to the rollout workers."""
 
@@ -313,6 +328,7 @@ class TrainConfig(RunConfig):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig | None = Field(None, description="None: no critic; {} is one with every default")
     sync: SyncConfig = SyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -336,6 +352,11 @@ class TrainConfig(RunConfig):
                 f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under the longest "
                 f"sequence, data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "
                 f"{self.rollout.max_response_tokens} = {longest}; raise it to at least {longest}"
+            )
+        if self.critic is not None and self.critic.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"critic.warmup_steps {self.critic.warmup_steps} leaves no step of total_steps {self.total_steps} for "
+                "the policy; lower it"
             )
         if self.evaluation.every and not self.data.eval:
             raise ValueError("evaluation.every is set but data.eval is empty; add a dataset or set every to 0")

@@ -1,8 +1,8 @@
 """The learner: a ZeRO-3 engine as a plain class. It annotates, updates, scores, saves and exports one policy.
 
 One object is one rank. Methods are collectives: every rank calls them in the same order, each with its own share.
-Left out: Ray (`rl.workers`), the transfer of weights (`rl.weight_sync`), advantages, and a critic (a second engine
-beside this one would be a class of its own, made from the same parts).
+Left out: Ray (`rl.workers`), the transfer of weights (`rl.weight_sync`), advantages, and the critic (`rl.critic`), made
+from the same parts.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from rl.batch import Annotations, FloatArray, IntArray, TrainSample, UpdateResult
-from rl.batching import MiniBatchShare, micro_batches
+from rl.batching import MiniBatchShare
 from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence, collate, resolve_layout
+from rl.layouts import MicroBatch, TokenSequence
 from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
 from rl.learner_checks import check_layout
 from rl.learner_metrics import MetricSums, memory_peak_gib
+from rl.lockstep import LockstepEngine
 from rl.logprobs import LogprobHead
 from rl.models import DTYPES, load_config, load_model
 from rl.moe import Routers, router_metrics
 from rl.objectives import Objective, PolicyObjective, SupervisedObjective, correction_metrics
-from rl.optim import build_optimizer, build_schedule
-from rl.zero3 import backward, inference_config, init_distributed, set_up_process, start_engine, training_config
-
-# What a rank runs when the others still have work: two tokens whose loss weighs nothing.
-_EMPTY = TokenSequence(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
+from rl.zero3 import inference_config, init_distributed, set_up_process, start_engine, training_config
 
 
 class Learner:
@@ -74,13 +71,11 @@ class Learner:
         self.policy_version = 0
         self._config, self._model_config, self._algorithm = config, model, algorithm
         self._temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
-        self._skipped_in_a_row = 0
         self._objective = PolicyObjective(algorithm, fixed_length) if algorithm else None
-        self.engine = self._start_policy(total_optimizer_steps)
-        self._layout = resolve_layout(
-            config.layout, attention=self.module.config._attn_implementation, device=self.device.type
+        self._policy = self._start_policy(total_optimizer_steps)
+        check_layout(
+            self._policy.engine, self._head, self._policy.layout, device=self.device, dtype=DTYPES[model.dtype]
         )
-        check_layout(self.engine, self._head, self._layout, device=self.device, dtype=DTYPES[model.dtype])
         self._reference: tuple[Any, LogprobHead] | None = None
         if algorithm is not None and algorithm.kl.placement != "none":
             self._reference = self._start_reference(algorithm.kl.reference or model.path)
@@ -88,7 +83,7 @@ class Learner:
     @property
     def module(self) -> Any:
         """The transformers model; its parameters are ZeRO-3 partitions."""
-        return self.engine.module
+        return self._policy.module
 
     def annotate(self, sequences: Sequence[TrainSample]) -> Annotations:
         """Log-probabilities of this rank's samples before the update, in their order, at the rollout's temperature.
@@ -102,7 +97,7 @@ class Learner:
         steps = self._config.epochs * self._config.mini_batches
         old = ref = None
         if steps > 1 or self._algorithm.kl.placement == "reward":
-            old = tuple(self._score(self.engine, self._head, tokens, replay=self._config.moe.router_replay))
+            old = tuple(self._score(self._policy.engine, self._head, tokens, replay=self._config.moe.router_replay))
         if self._reference is not None:
             ref = tuple(self._score(*self._reference, tokens))
         coefficient = self._objective.kl.coefficient if self._algorithm.kl.placement == "reward" else None
@@ -111,7 +106,7 @@ class Learner:
     def score_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[FloatArray]:
         """For each (prompt_ids, response_ids): [R] log-probabilities of the response at temperature 1."""
         sequences = [TokenSequence(_int32(prompt), _int32(response)) for prompt, response in pairs]
-        return self._score(self.engine, self._head, sequences, temperature=1.0)
+        return self._score(self._policy.engine, self._head, sequences, temperature=1.0)
 
     def update(self, mini_batches: Sequence[MiniBatchShare]) -> UpdateResult:
         """One optimizer step for each mini-batch, from this rank's shares (see `rl.batching.plan_update`).
@@ -140,16 +135,16 @@ class Learner:
         """Write weights, optimizer, schedule and random state into `directory`, each rank its own shard."""
         state = {
             "policy_version": self.policy_version,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "skipped_in_a_row": self._policy.skipped_in_a_row,
             "kl_coefficient": self._objective.kl.coefficient if self._objective else None,
         }
-        save_checkpoint(self.engine, Path(directory), state)
+        save_checkpoint(self._policy.engine, Path(directory), state)
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Continue from `save_checkpoint`. Raises CheckpointError if it is missing or of another number of ranks."""
-        state = load_checkpoint(self.engine, Path(directory))
+        state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._policy.skipped_in_a_row = state["skipped_in_a_row"]
         if self._objective is not None and state["kl_coefficient"] is not None:
             self._objective.kl.coefficient = state["kl_coefficient"]
 
@@ -162,22 +157,21 @@ class Learner:
         if self._reference is not None:
             self._reference[0].destroy()
             self._reference = None
-        self.engine.destroy()
+        self._policy.engine.destroy()
 
-    def _start_policy(self, total_optimizer_steps: int) -> Any:
+    def _start_policy(self, total_optimizer_steps: int) -> LockstepEngine:
         config, model = self._config, self._model_config
-        hidden_size = load_config(model).hidden_size
-        zero = training_config(config, dtype=model.dtype, hidden_size=hidden_size)
+        zero = training_config(config, dtype=model.dtype, hidden_size=load_config(model).hidden_size)
         policy = load_model(model, zero, device=self.device.type)
         self._head = LogprobHead(policy, config.logprob_chunk_tokens)
         self._routers = _routers(policy, config, self.device)
-        if config.activation_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        return start_engine(
+        return LockstepEngine(
             policy,
-            zero,
-            optimizer=build_optimizer(policy, config.optimizer),
-            schedule=lambda optimizer: build_schedule(optimizer, config.optimizer, total_optimizer_steps),
+            config=config,
+            zero=zero,
+            total_optimizer_steps=total_optimizer_steps,
+            device=self.device,
+            name="learner",
         )
 
     def _start_reference(self, path: str) -> tuple[Any, LogprobHead]:
@@ -189,26 +183,6 @@ class Learner:
         head = LogprobHead(reference, self._config.logprob_chunk_tokens)
         return start_engine(reference, zero), head
 
-    def _groups(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
-        """Micro-batches of this rank, as many as the rank with the most has: ZeRO-3 runs in lockstep. Groups that are
-        empty run `_EMPTY`."""
-        groups = micro_batches(
-            [s.num_positions for s in sequences], self._config.max_tokens_per_microbatch, self._layout
-        )
-        count = torch.tensor(len(groups), device=self.device)
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-        return groups + [[] for _ in range(int(count) - len(groups))]
-
-    def _collate(self, sequences: Sequence[TokenSequence]) -> MicroBatch:
-        return collate(
-            sequences or [_EMPTY],
-            self._layout,
-            model_config=self.module.config,
-            device=self.device,
-            dtype=DTYPES[self._model_config.dtype],
-        )
-
-    @torch.no_grad()
     def _score(
         self,
         engine: Any,
@@ -219,19 +193,18 @@ class Learner:
         replay: bool = False,
     ) -> list[FloatArray]:
         engine.eval()
-        results: list[FloatArray] = [np.empty(0, dtype=np.float32)] * len(sequences)
-        for group in self._groups(sequences):
-            micro = self._collate([sequences[i] for i in group])
+
+        def forward(micro: MicroBatch) -> Tensor:
             routing = self._routers.forward_pass(micro.real, experts=micro.routed_experts) if replay else nullcontext()
             with routing, head.query(micro.positions, micro.targets, temperature=temperature or self._temperature):
-                logprobs = engine(**micro.model_inputs).logits[0]
-            for index, values in zip(group, micro.split(logprobs), strict=False):  # `_EMPTY` belongs to no sample
-                results[index] = values.cpu().numpy()
-        return results
+                logprobs: Tensor = engine(**micro.model_inputs).logits[0]
+            return logprobs
+
+        return self._policy.map_tokens(sequences, forward)
 
     def _run(self, shares: Sequence[MiniBatchShare], objective: Objective) -> UpdateResult:
         start = time.perf_counter()
-        self.engine.train()
+        self._policy.engine.train()
         sums = MetricSums()
         for share in shares:
             self._optimizer_step(share, objective, sums)
@@ -244,38 +217,25 @@ class Learner:
         seconds = metrics.pop("seconds")
         metrics |= correction_metrics(totals) | self._router_metrics()
         metrics["learner/tokens_per_s"] = totals["learner/tokens"] / seconds
-        metrics["learner/skipped_steps"] = totals["learner/skipped_steps"] / self.world_size
+        metrics |= self._policy.skipped_steps(totals)
         return UpdateResult(policy_version=self.policy_version, metrics=metrics, seconds=seconds)
 
     def _optimizer_step(self, share: MiniBatchShare, objective: Objective, sums: MetricSums) -> None:
-        sums.add_sum("learner/skipped_steps", 0.0)
-        if share.num_loss_tokens == 0:
-            return  # nothing to learn on any rank; a step would still move the weights by momentum and decay
-        sequences = [TokenSequence.of(s) for s in share.samples]
-        groups = self._groups(sequences)
-        if not objective.split_invariant and (len(groups) > 1 or self.world_size > 1):
-            raise LearnerError(
-                f"this policy loss looks across sequences and cannot be split, but the mini-batch takes {len(groups)} "
-                f"micro-batches on {self.world_size} ranks; use one rank and a larger "
-                "learner.max_tokens_per_microbatch, or another algorithm.loss"
-            )
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, group in enumerate(groups):
-            self.engine.set_gradient_accumulation_boundary(index == len(groups) - 1)
-            total += self._micro_step([share.samples[i] for i in group], share, objective, sums)
-        sums.add_mean("learner/lr", self.engine.get_lr()[0], 1.0)
-        self.engine.step()
-        if self._step_was_applied(sums):
-            # The ranks' parts add up to the loss, so all of them together weigh one.
-            sums.add_mean("learner/loss", total, 1.0 / self.world_size)
-            sums.add_mean("learner/grad_norm", self.engine.get_global_grad_norm(), 1.0)
+        def micro_step(samples: Sequence[TrainSample], micro: MicroBatch) -> Tensor:
+            return self._micro_step(samples, micro, share, objective, sums)
+
+        self._policy.optimizer_step(share, micro_step, sums, split_invariant=objective.split_invariant)
 
     def _micro_step(
-        self, samples: Sequence[TrainSample], share: MiniBatchShare, objective: Objective, sums: MetricSums
+        self,
+        samples: Sequence[TrainSample],
+        micro: MicroBatch,
+        share: MiniBatchShare,
+        objective: Objective,
+        sums: MetricSums,
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
         moe = self._config.moe
-        micro = self._collate([TokenSequence.of(s) for s in samples])
         if moe.router_replay and samples and micro.routed_experts is None:
             raise LearnerError(
                 "learner.moe.router_replay is set, but the rollouts carry no routed_experts; record them in the "
@@ -290,16 +250,15 @@ class Learner:
             with self._head.query(
                 micro.positions, micro.targets, temperature=self._temperature, entropy_grad=objective.entropy_grad
             ):
-                logprobs, entropy = self.engine(**micro.model_inputs).logits
+                logprobs, entropy = self._policy.engine(**micro.model_inputs).logits
             if samples:
                 loss = objective(logprobs, entropy, samples, micro, share, sums)
                 if moe.aux_loss_coefficient:
                     loss = loss + self._aux_loss(samples, share, sums)
             else:
                 loss = 0.0 * logprobs.sum()
-            # DeepSpeed averages gradients over ranks; the loss is already divided by global counts.
-            backward(self.engine, loss * self.world_size)
-        return loss.detach().double()
+            self._policy.backward(loss)
+        return loss
 
     def _aux_loss(self, samples: Sequence[TrainSample], share: MiniBatchShare, sums: MetricSums) -> Tensor:
         """Every micro-batch's load balancing loss, weighted by its share of the loss tokens."""
@@ -307,21 +266,6 @@ class Learner:
         tokens = sum(s.num_loss_tokens for s in samples)
         sums.add_mean("learner/router_aux_loss", balance.detach() * tokens, tokens)
         return self._config.moe.aux_loss_coefficient * balance * (tokens / share.num_loss_tokens)
-
-    def _step_was_applied(self, sums: MetricSums) -> bool:
-        """DeepSpeed leaves a step out, on all ranks, when the gradient's norm is not finite."""
-        if not self.engine.optimizer.overflow:
-            self._skipped_in_a_row = 0
-            return True
-        self._skipped_in_a_row += 1
-        sums.add_sum("learner/skipped_steps", 1.0)
-        if self._skipped_in_a_row > self._config.max_skipped_steps:
-            raise LearnerError(
-                f"{self._skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite "
-                f"(learner.max_skipped_steps {self._config.max_skipped_steps}); lower learner.optimizer.lr, or resume "
-                "from an earlier checkpoint"
-            )
-        return False
 
     def _router_metrics(self) -> dict[str, float]:
         if not len(self._routers):

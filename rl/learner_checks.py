@@ -1,12 +1,13 @@
-"""What is proven about a loaded model before it is trained: its log-probabilities do not depend on the layout.
+"""What is proven about a loaded model before it is trained: what it says of a token does not depend on the layout.
 
-Two short sequences run alone through the plain model, and together through the layout and the chunked head. That finds
-attention across packed sequences, positions that do not restart, and models that change the logits after their output
-head. Left out: the layouts themselves (`rl.layouts`).
+Two short sequences run alone through the plain model, and together through the layout (and the policy's chunked head).
+That finds attention across packed sequences or to padding, positions that do not restart, and models that change the
+logits after their output head. Left out: the layouts themselves (`rl.layouts`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,51 @@ from torch import Tensor
 
 from rl.batching import Layout
 from rl.errors import LearnerError
-from rl.layouts import TokenSequence, collate
+from rl.layouts import MicroBatch, TokenSequence, collate
 from rl.logprobs import LogprobHead
 
-# Mean |difference| in nats. A leak between sequences moves log-probabilities by 0.1 to 4, rounding by 1e-6 or 0.003.
+# Mean |difference|, in nats or of states of unit size. A leak between sequences moves log-probabilities by 0.1 to 4,
+# rounding by 1e-6 or 0.003.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-@torch.no_grad()
+Forward = Callable[[MicroBatch], Tensor]  # -> [T] or [T, H]
+
+
 def check_layout(engine: Any, head: LogprobHead, layout: Layout, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise LearnerError unless the layout is exact with this model and its attention. A collective.
+    """Raise LearnerError unless the policy's log-probabilities are exact in the layout. A collective."""
+
+    def chunked(micro: MicroBatch) -> Tensor:
+        with head.query(micro.positions, micro.targets, temperature=1.0):
+            logprobs: Tensor = engine(**micro.model_inputs).logits[0]
+        return logprobs
+
+    def plain(micro: MicroBatch) -> Tensor:
+        logits = engine(**micro.model_inputs).logits[0, micro.positions].float()
+        return logits.log_softmax(-1).gather(-1, micro.targets[:, None]).squeeze(-1)
+
+    _compare(engine, layout, chunked, plain, device=device, dtype=dtype)
+
+
+def check_value_layout(engine: Any, layout: Layout, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise LearnerError unless the states that the critic's head reads are exact in the layout. A collective.
+
+    Values cannot tell: a fresh head makes every one of them 0.
+    """
+
+    def states(micro: MicroBatch) -> Tensor:
+        hidden = engine(**micro.model_inputs, output_hidden_states=True).hidden_states[-1]
+        chosen = hidden.flatten(0, 1)[micro.positions].float()
+        return chosen / chosen.square().mean(-1, keepdim=True).sqrt()
+
+    _compare(engine, layout, states, states, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def _compare(
+    engine: Any, layout: Layout, found: Forward, expected: Forward, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """`found` of both sequences in the layout against `expected` of each alone.
 
     Every rank runs the same tokens. Lengths exceed a short sliding window, and differ, so that the buckets are padded.
     """
@@ -38,26 +74,21 @@ def check_layout(engine: Any, head: LogprobHead, layout: Layout, *, device: torc
         )
         for prompt, response in ((5, 19), (3, 12))
     ]
+
+    def batch(chosen: list[TokenSequence], kind: Layout) -> MicroBatch:
+        return collate(chosen, kind, model_config=model.config, device=device, dtype=dtype)
+
     engine.eval()
-    together = collate(sequences, layout, model_config=model.config, device=device, dtype=dtype)
-    with head.query(together.positions, together.targets, temperature=1.0):
-        found = together.split(engine(**together.model_inputs).logits[0])
+    together = batch(sequences, layout)
     differences = [
-        (values - _alone(engine, sequence, device, dtype)).abs().mean()
-        for values, sequence in zip(found, sequences, strict=True)
+        (values - expected(batch([sequence], "bucketed"))).abs().mean()
+        for values, sequence in zip(together.split(found(together)), sequences, strict=True)
     ]
     worst = float(torch.stack(differences).max())
     if not worst <= _TOLERANCE[dtype]:
         raise LearnerError(
             f"the {layout} layout is not exact for {type(model).__name__} with {model.config._attn_implementation} "
-            f"attention: log-probabilities differ from those of one sequence at a time by {worst:.2e} in the mean "
+            f"attention: what it computes of a token differs from the same sequence alone by {worst:.2e} in the mean "
             f"(allowed {_TOLERANCE[dtype]:.0e}). Set learner.layout to bucketed, or model.attention to another one; if "
             "the layout is bucketed already, the model is not supported"
         )
-
-
-def _alone(engine: Any, sequence: TokenSequence, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[R] log-probabilities from the model's own logits of this sequence."""
-    micro = collate([sequence], "bucketed", model_config=engine.module.config, device=device, dtype=dtype)
-    logits = engine(**micro.model_inputs).logits[0, micro.positions].float()
-    return logits.log_softmax(-1).gather(-1, micro.targets[:, None]).squeeze(-1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -64,6 +64,52 @@ def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, 
         The transformers model. Quantised (MXFP4) checkpoints are dequantised to `model.dtype`; they are read whole by
         every rank, because transformers does not dequantise into partitioned parameters.
     """
+    loaded, _ = _load(AutoModelForCausalLM, model, zero_config, device=device, path=path)
+    return loaded
+
+
+def load_value_model(
+    model: ModelConfig, zero_config: dict[str, Any], *, device: str, path: str | None = None
+) -> nn.Module:
+    """A critic: the backbone of a checkpoint with a head of one number a token (`score`, a torch.nn.Linear).
+
+    Arguments are those of `load_model`. A causal language model gets a head of zeros, so that its first values are 0; a
+    reward model or an exported critic keeps its own.
+
+    Raises:
+        LearnerError: the checkpoint lacks more than the head, or the architecture has no token classification form.
+    """
+    import deepspeed
+
+    one_number = {"num_labels": 1, "classifier_dropout": 0.0}
+    loaded, missing = _load(
+        AutoModelForTokenClassification, model, zero_config, device=device, path=path, settings=one_number
+    )
+    head = getattr(loaded, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise LearnerError(f"{type(loaded).__name__} has no linear head named score, so it cannot be a critic")
+    fresh = {"score.weight": head.weight, "score.bias": head.bias}
+    if not missing <= fresh.keys():
+        raise LearnerError(
+            f"{path or model.path!r} lacks weights of {type(loaded).__name__}: {', '.join(sorted(missing)[:5])}"
+        )
+    for name in sorted(missing):
+        with deepspeed.zero.GatheredParameters([fresh[name]], modifier_rank=0):
+            nn.init.zeros_(fresh[name])
+    return loaded
+
+
+def _load(
+    auto_class: Any,
+    model: ModelConfig,
+    zero_config: dict[str, Any],
+    *,
+    device: str,
+    path: str | None,
+    settings: dict[str, Any] | None = None,
+) -> tuple[nn.Module, set[str]]:
+    """(the model, the names of the weights that its checkpoint lacks). `settings` overrule the checkpoint's
+    configuration."""
     config = load_config(model, path)
     attention = choose_attention(model.attention, _model_class(config), device)
     options: dict[str, Any] = {
@@ -71,27 +117,32 @@ def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, 
         "attn_implementation": attention,
         "trust_remote_code": model.trust_remote_code,
         "revision": None if path else model.revision,
+        "output_loading_info": True,
     }
+    if settings:
+        for name, value in settings.items():
+            setattr(config, name, value)
+        options["config"] = config
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         options["quantization_config"] = _dequantize(quantization, path or model.path)
     # transformers partitions what it loads as long as this object lives (it keeps a weak reference).
     zero3 = HfDeepSpeedConfig(zero_config)
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(path or model.path, **options)
-    except (OSError, ValueError, ImportError) as error:
+        loaded, report = auto_class.from_pretrained(path or model.path, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: shapes that do not fit
         raise LearnerError(
             f"cannot load {path or model.path!r} as {model.dtype} with {attention} attention: {error}"
         ) from error
     finally:
         del zero3
-    loaded.config.use_cache = False  # type: ignore[union-attr]
+    loaded.config.use_cache = False
     if quantization is not None:
         # transformers 5.10 keeps the dequantisation among the conversions that it would revert for a checkpoint, and
         # cannot revert it; without them it uses those of the architecture.
-        loaded._weight_conversions = None  # type: ignore[assignment]
+        loaded._weight_conversions = None
         loaded.to(DTYPES[model.dtype])  # what was dequantised is bfloat16 whatever was asked for
-    return loaded
+    return loaded, set(report["missing_keys"])
 
 
 def _model_class(config: Any) -> type:

@@ -93,16 +93,16 @@ class PolicyObjective:
         self, logprobs: Tensor, entropy: Tensor, samples: Sequence[TrainSample], micro: MicroBatch, sums: MetricSums
     ) -> LossInputs:
         device = logprobs.device
-        rollout = _flat(samples, "rollout_logprobs", device)
-        old = _flat(samples, "old_logprobs", device)
-        ref = _flat(samples, "ref_logprobs", device)
+        rollout = flat(samples, "rollout_logprobs", device)
+        old = flat(samples, "old_logprobs", device)
+        ref = flat(samples, "ref_logprobs", device)
         if ref is None and self._algorithm.kl.placement == "loss":
             raise LearnerError("algorithm.kl.placement is loss, but samples carry no ref_logprobs; annotate them first")
         if rollout is None:
             raise LearnerError("samples carry no rollout_logprobs")
         if old is None:
             old = logprobs.detach()  # one optimizer step a batch: the current policy is the old one
-        mask = _loss_mask(samples, device)
+        mask = loss_mask(samples, device)
         _measure_difference(old, rollout, mask, samples, micro, sums)
         weights, _, correction = rollout_weights(
             old, rollout, mask, micro.sequence_index, micro.num_sequences, self._algorithm.rollout_correction
@@ -139,7 +139,7 @@ class SupervisedObjective:
         sums: MetricSums,
     ) -> Tensor:
         del micro
-        mask = _loss_mask(samples, logprobs.device)
+        mask = loss_mask(samples, logprobs.device)
         sums.add_masked_mean("learner/entropy", entropy, mask)
         return torch.where(mask, -logprobs, torch.zeros_like(logprobs)).sum() / share.num_loss_tokens
 
@@ -153,7 +153,7 @@ def correction_metrics(sums: dict[str, float]) -> dict[str, float]:
     return rollout_metrics(mine) if mine else {}
 
 
-def _flat(samples: Sequence[TrainSample], name: str, device: torch.device) -> Tensor | None:
+def flat(samples: Sequence[TrainSample], name: str, device: torch.device) -> Tensor | None:
     """A per-token field of all samples as one [T] tensor; None if no sample has it."""
     values = [getattr(s, name) for s in samples]
     missing = sum(v is None for v in values)
@@ -164,7 +164,8 @@ def _flat(samples: Sequence[TrainSample], name: str, device: torch.device) -> Te
     return torch.from_numpy(np.concatenate(values).astype(np.float32)).to(device)
 
 
-def _loss_mask(samples: Sequence[TrainSample], device: torch.device) -> Tensor:
+def loss_mask(samples: Sequence[TrainSample], device: torch.device) -> Tensor:
+    """[T] bool of all samples."""
     return torch.from_numpy(np.concatenate([s.loss_mask for s in samples])).to(device)
 
 

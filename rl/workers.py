@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rl.actors import end_actors
 from rl.batch import Annotations, FloatArray, ScoredBatch, TrainBatch, TrainSample, UpdateResult, WeightVersion
-from rl.batching import MiniBatchShare, balance, plan_update
-from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig, SyncConfig
+from rl.batching import MiniBatchShare, collect, deal, plan_update
+from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import FledgeError, LearnerError, WeightSyncError
 from rl.weight_sync.api import Transport
 
@@ -49,6 +50,7 @@ class LearnerSpec:
     total_optimizer_steps: int
     temperature: float = 1.0  # of the rollouts, because log-probabilities are taken at it
     fixed_length: int = 1  # tokens, the divisor of the fixed_length aggregation
+    critic: CriticConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class LearnerWorker:
         )
         import torch
 
+        from rl.critic import LearnerWithCritic
         from rl.learner import Learner
         from rl.plugins import load_plugins
 
@@ -97,7 +100,8 @@ class LearnerWorker:
         if spec.device == "cpu":
             threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // self._world_size)
             torch.set_num_threads(threads)
-        self._learner = Learner(
+        learner_class = Learner if spec.critic is None else partial(LearnerWithCritic, critic=spec.critic)
+        self._learner = learner_class(
             spec.learner,
             spec.model,
             spec.algorithm,
@@ -165,6 +169,9 @@ class LearnerWorker:
 
     def export_hf(self, directory: str) -> None:
         self._learner.export_hf(Path(directory))
+
+    def export_critic(self, directory: str) -> None:
+        self._learner.export_critic(Path(directory))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self._learner.close()
@@ -252,7 +259,8 @@ class LearnerGroup:
     def annotate(self, scored: ScoredBatch) -> Annotations:
         """See `rl.controller.Learners`; does no work when the algorithm needs nothing."""
         algorithm = self.spec.algorithm
-        if not self.needs_old_logprobs and (algorithm is None or algorithm.kl.placement == "none"):
+        needs_reference = algorithm is not None and algorithm.kl.placement != "none"
+        if not (self.needs_old_logprobs or needs_reference or self.spec.critic):
             return Annotations()
         samples = [
             TrainSample(
@@ -265,15 +273,16 @@ class LearnerGroup:
             )
             for rollout in scored.batch.rollouts
         ]
-        shares, indices = _deal(samples, len(self.workers))
+        shares, indices = deal(samples, len(self.workers))
         parts = self._get(
             [w.annotate.remote(share) for w, share in zip(self.workers, shares, strict=True)],
             "annotate",
             self.spec.learner.timeout_s,
         )
         return Annotations(
-            old_logprobs=_collect([p.old_logprobs for p in parts], indices, len(samples)),
-            ref_logprobs=_collect([p.ref_logprobs for p in parts], indices, len(samples)),
+            old_logprobs=collect([p.old_logprobs for p in parts], indices, len(samples)),
+            ref_logprobs=collect([p.ref_logprobs for p in parts], indices, len(samples)),
+            values=collect([p.values for p in parts], indices, len(samples)),
             kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
         )
 
@@ -339,6 +348,10 @@ class LearnerGroup:
         """Write a Hugging Face checkpoint."""
         self._all("export_hf", str(directory.resolve()))
 
+    def export_critic(self, directory: Path) -> None:
+        """Write the critic as a Hugging Face checkpoint, for `critic.path` of another run."""
+        self._all("export_critic", str(directory.resolve()))
+
     def shutdown(self) -> None:
         """End every rank. Never raises: it runs while other errors are on their way out."""
         calls: list[Any] = [worker.close.remote() for worker in self.workers]
@@ -372,22 +385,3 @@ class LearnerGroup:
                     raise error.cause from None
                 raise LearnerError(f"learner rank {rank} failed to {what}: {error.cause!r}") from error
         return ray.get(calls)
-
-
-def _deal(samples: list[TrainSample], num_ranks: int) -> tuple[list[list[TrainSample]], list[list[int]]]:
-    """Balanced shares, and for each the samples' places in the whole."""
-    places = {id(sample): place for place, sample in enumerate(samples)}
-    shares = balance(samples, num_ranks)
-    return shares, [[places[id(sample)] for sample in share] for share in shares]
-
-
-def _collect(
-    parts: Sequence[tuple[FloatArray, ...] | None], places: Sequence[Sequence[int]], count: int
-) -> tuple[FloatArray, ...] | None:
-    """Put the ranks' results back in the order of the samples."""
-    whole: dict[int, FloatArray] = {}
-    for part, part_places in zip(parts, places, strict=True):
-        if part is None:
-            return None
-        whole.update(zip(part_places, part, strict=True))
-    return tuple(whole[place] for place in range(count))

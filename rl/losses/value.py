@@ -37,5 +37,5 @@ def value_loss(inputs: ValueInputs, *, clip: float | None = 0.2) -> tuple[Tensor
         raise ConfigError(f"value_loss: clip is {clip}; it must be over 0, or None for no clipping")
     bounded = torch.clamp(inputs.values, inputs.old_values - clip, inputs.old_values + clip)
     clipped = (bounded - inputs.returns).square()
-    metrics["value_clip_frac"] = (clipped > error).to(error.dtype)
+    metrics["clip_frac"] = (clipped > error).to(error.dtype)
     return 0.5 * torch.maximum(error, clipped), metrics

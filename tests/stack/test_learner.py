@@ -26,7 +26,6 @@ from rl.moe import Routers
 pytestmark = pytest.mark.stack
 dense_only = pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 moe_only = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"], indirect=True)
-TIMEOUT_S = 560  # about a minute on two idle cores
 
 
 class Family:
@@ -59,7 +58,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FAMILIES:
         build_tiny_model(name, out_dir / name / "model")
     write_mxfp4(out_dir / "gpt_oss" / "model", out_dir / "gpt_oss" / "mxfp4")
-    run_two_ranks("learner_ranks.py", out_dir, TIMEOUT_S)
+    run_two_ranks("learner_ranks.py", out_dir)
     return out_dir
 
 

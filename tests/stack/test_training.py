@@ -62,7 +62,9 @@ def test_a_verl_file_and_a_trl_function_train_a_model_unchanged(straight_run):
     _, _, rows = straight_run
     for row in rows:
         assert row["reward/plugin_error_count"] == 0
-        assert row["reward/mean"] == pytest.approx(row["reward/compute_score_mean"] + row["reward/reward_short_words_mean"])
+        assert row["reward/mean"] == pytest.approx(
+            row["reward/compute_score_mean"] + row["reward/reward_short_words_mean"]
+        )
     early, late = ([row["reward/mean"] for row in part] for part in (rows[:4], rows[-4:]))
     assert min(late) > max(early)
 

@@ -26,7 +26,7 @@ def out_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two ranks ran every scenario."""
     directory = tmp_path_factory.mktemp("verl")
     build_tiny_model("qwen3", directory / "model")
-    run_two_ranks("verl_ranks.py", directory, 300)
+    run_two_ranks("verl_ranks.py", directory)
     return directory
 
 

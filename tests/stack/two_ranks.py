@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+_TIMEOUT_S = 560  # a minute at most on two idle cores
 
-def run_two_ranks(script: str, out_dir: Path, timeout_s: float, **environment: str) -> None:
+
+def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:
     """Run `python SCRIPT OUT_DIR` (of this folder) twice; fails with the ends of their logs unless both exit with 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -32,7 +34,7 @@ def run_two_ranks(script: str, out_dir: Path, timeout_s: float, **environment: s
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(timeout=timeout_s) for process in processes]
+        codes = [process.wait(timeout=_TIMEOUT_S) for process in processes]
     except subprocess.TimeoutExpired:
         codes = []
     finally:

@@ -70,6 +70,12 @@ def save(tmp_path, config):
         ({"reward": {"functions": [{"name": "format", "options": {"patern": "x"}}]}}, 2, "pattern"),
         ({"algorithm": {"loss": "ppo_clop"}}, 2, "ppo_clip"),
         ({"algorithm": {"advantage": "gae"}}, 2, "needs a critic"),
+        ({"critic": {}}, 2, "algorithm.advantage grpo does not look at a critic's values"),
+        (
+            {"algorithm": {"advantage": "gae"}, "critic": {"path": "./no_such_critic"}},
+            2,
+            "critic.path ./no_such_critic does not exist",
+        ),
         ({"algorithm": {"loss": "gspo", "aggregation": "token_mean"}}, 2, "contradicts algorithm.loss gspo"),
         ({"algorithm": {"loss_options": {"clip_lo": 0.1}}}, 2, "clip_low"),
     ],

@@ -365,6 +365,28 @@ def test_whitening_is_an_option_of_every_estimator() -> None:
     assert tokens.std().item() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_values_go_into_gae_and_come_back_with_returns_in_the_samples() -> None:
+    """Hand-computed: reward 1 on the last of two tokens, gamma 1 and lambda 0.5."""
+    scored = scored_batch([1.0, 0.0, 1.0, 0.0])
+    values = tuple(np.linspace(0.1, 0.4, r.length).astype(np.float32) for r in scored.batch.rollouts)
+    config = AlgorithmConfig(advantage="gae", advantage_options={"gamma": 1.0, "lam": 0.5})
+    annotations = Annotations(values=values)
+    advantages = estimate(scored, annotations, config)
+    batch = build_train_batch(scored, advantages, annotations, policy_version=2, config=config)
+    for sample, rollout, score, own in zip(batch.samples, scored.batch.rollouts, scored.scores, values, strict=True):
+        following = [*own[1:], 0.0]
+        expected, rest = [], 0.0
+        for t in reversed(range(rollout.length)):
+            reward = score.reward if t == rollout.length - 1 else 0.0
+            rest = reward + following[t] - own[t] + 0.5 * rest
+            expected.insert(0, rest)
+        assert sample.values is not None
+        assert sample.returns is not None
+        np.testing.assert_array_equal(sample.values, own)
+        np.testing.assert_allclose(sample.advantages, expected, atol=1e-6)
+        np.testing.assert_allclose(sample.returns, np.array(expected) + own, atol=1e-6)
+
+
 def test_estimator_errors_name_the_key() -> None:
     scored = scored_batch([1.0, 0.0, 1.0, 0.0])
     with pytest.raises(ConfigError, match="does not take epsilonn; it takes epsilon"):

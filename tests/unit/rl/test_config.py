@@ -66,6 +66,9 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("algorithm.dynamic_sampling.rounds=3", "unknown key algorithm.dynamic_sampling.rounds; did you mean max_rou"),
         ("rollout.reject_degenerate.min_tokens=2000", "min_tokens 2000 is over rollout.max_response_tokens 1024"),
         ("data.curriculum.floor=0", "data.curriculum.floor is 0: input should be greater than or equal to 0.01"),
+        ("critic.warmup_steps=100", "critic.warmup_steps 100 leaves no step of total_steps 100 for the policy"),
+        ("critic.clip_range=0", "critic.clip_range is 0: input should be greater than 0"),
+        ("critic.optimiser.lr=1", "unknown key critic.optimiser; did you mean optimizer?"),
         ("no_equals_sign", "override 'no_equals_sign' is not key=value"),
     ],
 )
@@ -84,6 +87,12 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
 def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, ["algorithm.dynamic_sampling={}", override], TrainConfig)
+
+
+def test_a_critic_is_there_only_when_it_is_asked_for(config_file):
+    assert load_config(config_file, [], TrainConfig).critic is None
+    critic = load_config(config_file, ["critic.optimizer.weight_decay=0.1"], TrainConfig).critic
+    assert (critic.optimizer.lr, critic.optimizer.weight_decay, critic.clip_range) == (1e-5, 0.1, 0.2)
 
 
 def test_all_problems_are_reported_at_once(config_file):

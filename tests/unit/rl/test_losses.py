@@ -326,7 +326,7 @@ def test_value_loss_is_the_larger_of_two_squared_errors() -> None:
         bounded = old.item() + max(-0.2, min(0.2, v - old.item()))
         expected = 0.5 * max((v - target.item()) ** 2, (bounded - target.item()) ** 2)
         assert loss[i].item() == pytest.approx(expected, abs=1e-12)
-    assert 0 < metrics["value_clip_frac"].sum() < len(loss)
+    assert 0 < metrics["clip_frac"].sum() < len(loss)
     plain, _ = value_loss(inputs, clip=None)
     assert torch.allclose(plain, 0.5 * (inputs.values - inputs.returns) ** 2)
     aggregate(loss, inputs, "token_mean", num_loss_tokens=9, num_sequences=3, fixed_length=8).backward()

@@ -427,7 +427,7 @@ def test_kl_value_loss_and_controller_equal_verls() -> None:
         0.2,
     )
     assert abs(loss[batch.loss_mask].mean() - expected) < 1e-9
-    assert metrics["value_clip_frac"][batch.loss_mask].mean().item() == pytest.approx(clip_frac.item(), abs=1e-6)
+    assert metrics["clip_frac"][batch.loss_mask].mean().item() == pytest.approx(clip_frac.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
