@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import evaluator_of, fingerprint, open_sinks, start_learners, training_run
 from launch.display import ProgressDisplay
-from launch.preflight import check_checkpoint
+from launch.preflight import check_checkpoint, check_layout
 from rl.checkpoint import LEARNER, CheckpointStore
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config_loading import load_config, to_yaml
@@ -42,6 +42,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
     """`fledge sft`: run to the end, export the model, return the last step's metrics."""
     run_dir = _open_run_dir(config, resume=resume)
     check_checkpoint(config.model.path, "model.path")
+    check_layout(config)
     examples = load_sft_examples(
         config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
     )

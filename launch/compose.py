@@ -17,7 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_algorithm, check_checkpoint
+from launch.preflight import check_algorithm, check_checkpoint, check_layout
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -161,6 +161,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     check_checkpoint(config.model.path, "model.path")
     if config.critic is not None and config.critic.path is not None:
         check_checkpoint(config.critic.path, "critic.path")
+    check_layout(config)
     train_prompts, eval_sets = load_data(config, display)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from launch.environment import cluster_address
 from rl.advantages import advantage_spec
-from rl.config import LearnerConfig, TrainConfig
+from rl.config import LearnerConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
+from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
 from rl.losses.api import check_options
 from rl.losses.contract import check_policy_loss
+from rl.models import attention_of, load_config
 
 
 def check_algorithm(config: TrainConfig) -> None:
@@ -63,6 +68,20 @@ def check_checkpoint(path: str, key: str) -> None:
         raise ConfigError(f"{key} {path} has no config.json, so it is no Hugging Face checkpoint")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ConfigError(f"{key} {path} holds no weights (*.safetensors or *.bin)")
+
+
+def check_layout(config: RunConfig) -> None:
+    """Raise LearnerError where the learner's layout cannot be exact with the model's attention, or the device has no
+    such attention. Which device a cluster that is joined has is known later; there the learner's own check says it."""
+    device = config.device
+    if device == "auto":
+        if cluster_address(config.ray.address) is not None:
+            return
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = load_config(config.model)
+    attention = attention_of(config.model, checkpoint, device)
+    layout = resolve_layout(config.learner.layout, attention=attention, device=device)
+    refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
 
 
 def _accumulates(learner: LearnerConfig, config: TrainConfig) -> bool:

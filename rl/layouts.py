@@ -78,6 +78,15 @@ def resolve_layout(layout: str, *, attention: str, device: str) -> Layout:
     return layout  # type: ignore[return-value]
 
 
+def refuse_inexact_layout(layout: str, *, model_type: str, attention: str) -> None:
+    """Raise LearnerError where sequences that are packed would see each other (`rl.learner_checks` measures)."""
+    if layout == "packed" and model_type in _NEEDS_EXPLICIT_MASKS and attention not in (*FLASH_ATTENTIONS, "eager"):
+        raise LearnerError(
+            f"{model_type} with {attention} attention cannot run packed sequences exactly; set learner.layout to "
+            "bucketed, or model.attention to eager"
+        )
+
+
 def collate(
     sequences: Sequence[TokenSequence],
     layout: Layout,
@@ -96,7 +105,7 @@ def collate(
         dtype: of additive attention masks, where the model needs them; that of its activations.
 
     Raises:
-        LearnerError: a sequence without a prompt or a response, or a packed layout that the model cannot run.
+        LearnerError: a sequence without a prompt or a response, or a packed layout that would not be exact.
     """
     for index, sequence in enumerate(sequences):
         if not len(sequence.prompt_ids) or not len(sequence.response_ids):
@@ -147,12 +156,8 @@ def _packed_inputs(
     position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
     inputs: dict[str, Any] = {"position_ids": position_ids[None], "attention_mask": None}
     attention = model_config._attn_implementation
+    refuse_inexact_layout("packed", model_type=model_config.model_type, attention=attention)
     if model_config.model_type in _NEEDS_EXPLICIT_MASKS and attention not in FLASH_ATTENTIONS:
-        if attention != "eager":
-            raise LearnerError(
-                f"{model_config.model_type} with {attention} attention cannot run packed sequences exactly; set "
-                "learner.layout to bucketed, or model.attention to eager"
-            )
         sequence = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
         inputs["attention_mask"] = _explicit_masks(sequence, model_config, dtype)
     return inputs

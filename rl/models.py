@@ -38,6 +38,14 @@ def choose_attention(requested: str, model_class: type, device: str) -> str:
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
+def attention_of(model: ModelConfig, config: Any, device: str) -> str:
+    """The attention of a model with this transformers configuration. Raises LearnerError where the device has none."""
+    attention = choose_attention(model.attention, _model_class(config), device)
+    if attention.startswith("flash") and device == "cpu":
+        raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager for a CPU")
+    return attention
+
+
 def load_config(model: ModelConfig, path: str | None = None) -> Any:
     """The transformers configuration of the policy, or of `path` in its place. Raises LearnerError if there is none."""
     try:
@@ -111,7 +119,7 @@ def _load(
     """(the model, the names of the weights that its checkpoint lacks). `settings` overrule the checkpoint's
     configuration."""
     config = load_config(model, path)
-    attention = choose_attention(model.attention, _model_class(config), device)
+    attention = attention_of(model, config, device)
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
         "attn_implementation": attention,

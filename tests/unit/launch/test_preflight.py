@@ -1,0 +1,57 @@
+"""A layout or an attention that the learner could not run is refused before any process starts."""
+
+import pytest
+
+from launch.preflight import check_layout
+from launch.tiny_models import build_tiny_model
+from rl.config import LearnerConfig, ModelConfig, RayConfig, RunConfig
+from rl.errors import LearnerError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    return {family: str(build_tiny_model(family, directory / family)) for family in ("qwen3", "gpt_oss")}
+
+
+def run_config(path, *, attention="auto", layout="auto", device="cpu", address=None):
+    return RunConfig(
+        device=device,
+        model=ModelConfig(path=path, attention=attention),
+        learner=LearnerConfig(layout=layout),
+        ray=RayConfig(address=address),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"layout": "packed"}),
+        ("qwen3", {"layout": "packed", "attention": "eager"}),
+        ("gpt_oss", {}),
+        ("gpt_oss", {"layout": "packed"}),
+        ("gpt_oss", {"layout": "bucketed", "attention": "sdpa"}),
+    ],
+)
+def test_layouts_that_are_exact_pass(models, family, settings):
+    check_layout(run_config(models[family], **settings))
+
+
+def test_packing_that_would_leak_is_refused(models):
+    with pytest.raises(
+        LearnerError, match="gpt_oss with sdpa attention cannot run packed .* set learner.layout"
+    ):
+        check_layout(run_config(models["gpt_oss"], layout="packed", attention="sdpa"))
+
+
+def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device in ("cpu", "auto"):
+        with pytest.raises(LearnerError, match=r"model\.attention flash_attention_2 runs on GPUs only"):
+            check_layout(run_config(models["qwen3"], attention="flash_attention_2", device=device))
+
+
+def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
+    check_layout(run_config(models["qwen3"], attention="flash_attention_2", device="auto", address="auto"))
