@@ -367,17 +367,12 @@ class TrainConfig(RunConfig):
     @model_validator(mode="after")
     def _shaping_can_work(self) -> TrainConfig:
         rollout = self.rollout
-        if self.algorithm.dynamic_sampling is not None:
-            if rollout.group_size < 2:
-                raise ValueError(
-                    "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.group_size is 1; "
-                    "set it to 2 or more"
-                )
-            if rollout.temperature == 0:
-                raise ValueError(
-                    "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.temperature 0 makes all "
-                    "responses of a group equal; raise it"
-                )
+        if self.algorithm.dynamic_sampling is not None and (rollout.group_size < 2 or rollout.temperature == 0):
+            raise ValueError(
+                "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.group_size "
+                f"{rollout.group_size} at rollout.temperature {rollout.temperature:g} gives none; set at least 2, and "
+                "a temperature over 0"
+            )
         limits = rollout.reject_degenerate
         if limits is not None and limits.min_tokens > rollout.max_response_tokens:
             raise ValueError(

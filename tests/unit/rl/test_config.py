@@ -80,8 +80,8 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.group_size=1", "rewards differ, but rollout.group_size is 1; set it to 2 or more"),
-        ("rollout.temperature=0", "temperature 0 makes all responses of a group equal; raise it"),
+        ("rollout.group_size=1", "rewards differ, but rollout.group_size 1 at rollout.temperature 1 gives none"),
+        ("rollout.temperature=0", "rollout.temperature 0 gives none; set at least 2, and a temperature over 0"),
     ],
 )
 def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, message):
