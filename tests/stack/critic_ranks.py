@@ -15,18 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from learner_ranks import ADAM, ALGORITHM, PLAIN_STEP, samples
+from learner_ranks import ADAM, PLAIN_STEP, samples
 
 from rl.batch import TrainBatch, TrainSample
 from rl.batching import MiniBatchShare, plan_update
-from rl.config import CriticConfig, CriticOptimizerConfig, LearnerConfig, ModelConfig, OptimizerConfig
+from rl.config import AlgorithmConfig, CriticConfig, CriticOptimizerConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rl.critic import Critic, LearnerWithCritic
 from rl.errors import LearnerError
 from rl.weight_sync.source import Zero3WeightSource
 from rl.zero3 import init_distributed
 
-FAMILIES = ("qwen3", "gpt_oss")
 CLIP = 0.1
+SPLITS: dict[str, dict[str, Any]] = {
+    "one": {"layout": "bucketed"},
+    "many": {"layout": "bucketed", "max_tokens_per_microbatch": 50},
+    "packed": {"layout": "packed", "max_tokens_per_microbatch": 70, "activation_checkpointing": True},
+    "one_sided": {"layout": "bucketed", "max_tokens_per_microbatch": 50},  # rank 1 only keeps in step
+}
+FAMILIES: dict[str, tuple[str, ...]] = {"qwen3": tuple(SPLITS), "gpt_oss": ("packed",)}
+PER_TOKEN = (
+    "response_ids", "loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns",
+)  # fmt: skip
 
 
 def value_samples() -> list[TrainSample]:
@@ -68,33 +77,24 @@ class Scenarios:
     def shares(self, batch: list[TrainSample], steps: int = 1) -> list[MiniBatchShare]:
         return plan_update(TrainBatch.from_samples(tuple(batch)), num_ranks=2, mini_batches=steps, seed=3)[self.rank]
 
-    def splits(self) -> None:
-        """Weights and metrics after one plain step over the whole batch, in different micro-batches."""
+    def splits(self, names: tuple[str, ...]) -> None:
+        """Values, then weights and metrics after one plain step over the whole batch, in different micro-batches."""
         config = CriticConfig(path=str(self.out_dir / "value_model"), optimizer=same(PLAIN_STEP), clip_range=CLIP)
         whole = TrainBatch.from_samples(tuple(value_samples()))
-        mine = whole.samples if self.rank == 0 else ()
-        one_sided = [MiniBatchShare(mine, whole.num_loss_tokens, whole.num_sequences)]
-        for name, share, settings in (
-            ("one", None, {"layout": "bucketed"}),
-            ("many", None, {"layout": "bucketed", "max_tokens_per_microbatch": 50}),
-            ("packed", None, {"layout": "packed", "max_tokens_per_microbatch": 70, "activation_checkpointing": True}),
-            ("one_sided", one_sided, {"layout": "bucketed", "max_tokens_per_microbatch": 50}),
-        ):
-            critic = self.critic(config, **settings)
-            metrics = critic.update(share or self.shares(value_samples()))
+        for name in names:
+            critic = self.critic(config, **SPLITS[name])
+            if name == "one":
+                self.values(critic)
+            mine = whole.samples if self.rank == 0 else ()
+            one_sided = [MiniBatchShare(mine, whole.num_loss_tokens, whole.num_sequences)]
+            metrics = critic.update(one_sided if name == "one_sided" else self.shares(value_samples()))
             self.results[name] = {"weights": self.weights(critic.module), "metrics": metrics}
             critic.close()
 
-    def values(self) -> None:
+    def values(self, critic: Critic) -> None:
         """Values dealt to the ranks and put back together; one response is empty. And an update without values."""
-        critic = self.critic(CriticConfig(path=str(self.out_dir / "value_model")))
         batch = value_samples()
-        nothing = {
-            field.name: None if field.name in ("values", "returns") else getattr(batch[1], field.name)[:0]
-            for field in dataclasses.fields(TrainSample)
-            if field.name not in ("prompt_ids", "routed_experts", "policy_lag")
-        }
-        batch[1] = dataclasses.replace(batch[1], **nothing)
+        batch[1] = dataclasses.replace(batch[1], **{name: getattr(batch[1], name)[:0] for name in PER_TOKEN})
         parts: list[Any] = [None, None]
         torch.distributed.all_gather_object(parts, critic.values(batch[self.rank :: 2]))
         self.results["values"] = [parts[i % 2][i // 2] for i in range(len(batch))]
@@ -102,7 +102,6 @@ class Scenarios:
             critic.update(self.shares(samples()))
         except LearnerError as error:
             self.results["no_values"] = str(error)
-        critic.close()
 
     def regression(self) -> None:
         """A bfloat16 critic with a fresh head and offloaded float32 master weights, towards fixed returns."""
@@ -117,7 +116,7 @@ class Scenarios:
         return LearnerWithCritic(
             LearnerConfig(optimizer=ADAM, mini_batches=2, max_tokens_per_microbatch=4096),
             self.model(),
-            ALGORITHM,
+            AlgorithmConfig(),
             critic=CriticConfig(optimizer=same(ADAM), warmup_steps=1),
             seed=0,
             deterministic=True,
@@ -152,9 +151,8 @@ class Scenarios:
         again.close()
 
     def run(self) -> None:
-        self.splits()
+        self.splits(FAMILIES[self.out_dir.name])
         if self.out_dir.name == "qwen3":
-            self.values()
             self.regression()
             self.resume()
         torch.save(self.results, self.out_dir / f"rank{self.rank}.pt")

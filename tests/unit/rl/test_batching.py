@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.batch import TrainBatch, TrainSample
-from rl.batching import balance, micro_batches, plan_update, sequence_cost, split_into_mini_batches
+from rl.batching import balance, collect, deal, micro_batches, plan_update, sequence_cost, split_into_mini_batches
 from rl.errors import LearnerError
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
@@ -117,6 +117,17 @@ def test_balance_stays_within_grahams_bound_of_the_optimum(lengths: list[int], r
 def test_balance_is_even_where_it_can_be() -> None:
     shares = balance([sample(n) for n in (50, 10, 40, 20, 30, 50)], 2)
     assert [sum(s.num_tokens for s in share) for share in shares] == [100, 100]
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_what_is_dealt_is_collected_in_order(lengths: list[int], ranks: int) -> None:
+    samples = [sample(n) for n in lengths]
+    shares, places = deal(samples, ranks)
+    results = [tuple(s.rollout_logprobs + len(s.response_ids) for s in share) for share in shares]
+    collected = collect(results, places, len(samples))
+    assert collected is not None
+    assert [row.tolist() for row in collected] == [[n - 1.0] * (n - 1) for n in lengths]
+    assert collect([None] * ranks, places, len(samples)) is None
 
 
 def test_mini_batches_differ_by_one_sample_at_most_and_leave_out_what_teaches_nothing() -> None:
