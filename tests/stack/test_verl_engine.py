@@ -65,7 +65,6 @@ def test_train_mini_batch_with_ppo_loss_makes_the_learners_weights(ranks: list[d
         assert float((theirs["weights"][EMBEDDING] - rank["start"][EMBEDDING]).abs().max()) > 1e-3  # it did move
         assert_close(theirs["weights"], ours["weights"])
         for found, expected in zip(theirs["metrics"], ours["metrics"], strict=True):
-            assert found["grad_norm"] == pytest.approx([expected["learner/grad_norm"]] * 2, rel=0.5)
             assert np.mean(found["grad_norm"]) == pytest.approx(expected["learner/grad_norm"], rel=1e-5)
             assert np.mean(found["loss"]) == pytest.approx(expected["learner/loss"], abs=1e-5)
             assert found["lr"] == [1e-3]  # stepped once, after the last mini-batch

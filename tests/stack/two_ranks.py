@@ -26,7 +26,7 @@ def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:
     logs = [out_dir / f"rank{rank}.log" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), str(out_dir)],
+            [sys.executable, str(Path(__file__).parent / script), str(out_dir)],
             env=os.environ | common | environment | {"RANK": str(rank)},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,

@@ -77,9 +77,8 @@ class PlatformCPU(PlatformCUDA):
         max_memory_allocated=lambda: 0,
         max_memory_reserved=lambda: 0,
         empty_cache=lambda: None,
-        synchronize=lambda: None,
         get_device_name=lambda: "CPU",
-        is_available=lambda: True,
+        is_available=lambda: False,
         manual_seed=torch.manual_seed,
     )
 
@@ -254,7 +253,8 @@ class Scenarios:
                 worker.save_checkpoint(str(self.out_dir / "checkpoint"), max_ckpt_to_keep=1)
         result["weights"] = weights(engine.module)
         infinite = ppo_data(self.mine, **settings)
-        infinite["advantages"][0] = torch.inf
+        if self.rank == 0:
+            infinite["advantages"][::2] = torch.inf  # one sample of either mini-batch
         result["skipped"] = tu.get(worker.update_actor(infinite), "metrics")
         result["after_skipped"] = weights(engine.module)
         worker.load_checkpoint(str(self.out_dir / "checkpoint"))
