@@ -21,11 +21,11 @@ from launch.tiny_models import build_tiny_model, describe
 
 TASK = "basic_arithmetic"
 TASK_OPTIONS = {
-    "min_terms": 3,
-    "max_terms": 4,
+    "min_terms": 4,
+    "max_terms": 5,
     "min_digits": 1,
     "max_digits": 1,
-    "operators": ["+", "-"],
+    "operators": ["+"],
     "allow_parentheses": False,
     "allow_negation": False,
 }

@@ -39,9 +39,7 @@ def test_layouts_that_are_exact_pass(models, family, settings):
 
 
 def test_packing_that_would_leak_is_refused(models):
-    with pytest.raises(
-        LearnerError, match="gpt_oss with sdpa attention cannot run packed .* set learner.layout"
-    ):
+    with pytest.raises(LearnerError, match="gpt_oss with sdpa attention cannot run packed .* set learner.layout"):
         check_layout(run_config(models["gpt_oss"], layout="packed", attention="sdpa"))
 
 
