@@ -38,7 +38,7 @@ def ranks(out_dir: Path) -> list[dict[str, Any]]:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
-    assert worst <= TOLERANCE
+    assert worst <= TOLERANCE, worst
 
 
 def test_infer_batch_gives_the_learners_log_probs(ranks: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ TEMPERATURE = 0.8
 BATCH = samples(8)
 MINI_BATCHES = 2
 ALGORITHM = AlgorithmConfig(
-    kl=KLConfig(placement="loss", coefficient=0.1),
+    kl=KLConfig(placement="loss", coefficient=0.1, estimator="k2"),  # verl cuts k3 off at 10, we do not
     entropy_coefficient=0.02,
     loss_options={"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0},
     rollout_correction=RolloutCorrectionConfig(mode="none"),
@@ -62,6 +62,7 @@ OVERRIDES = (
     "actor_rollout_ref.actor.entropy_coeff=0.02",
     "actor_rollout_ref.actor.use_kl_loss=true",
     "actor_rollout_ref.actor.kl_loss_coef=0.1",
+    "actor_rollout_ref.actor.kl_loss_type=k2",
     "actor_rollout_ref.actor.optim.lr=1e-3",
     "actor_rollout_ref.actor.optim.weight_decay=0.1",
     "actor_rollout_ref.actor.optim.clip_grad=0.5",
@@ -296,7 +297,7 @@ class Scenarios:
         worker = TrainingWorker(config)
         worker.reset()
         worker.set_loss_fn(partial(sft_loss, config=None))
-        settings = {"global_batch_size": 8, "update_lr_scheduler": True, "global_token_num": [1]}
+        settings = {"global_batch_size": 8, "update_lr_scheduler": True}
         before = tu.get(worker.infer_batch(sft_data(self.mine, **settings)), "metrics")
         outputs = [tu.get(worker.train_batch(sft_data(self.mine, **settings)), "metrics") for _ in range(2)]
         self.results["sft"] = {
