@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             "object_store_memory": _OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
         }
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         _init(address, options)
     except ConnectionError as error:
@@ -54,6 +57,10 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
             f"{error}; start one with `ray start --head`, or unset it to run on this machine alone"
         ) from error
+    if on_terminate is not None and threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own in this one's place, under Python's feet: it prints a stack trace and kills
+        # the process, and nothing would be ended in order.
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
     finally:

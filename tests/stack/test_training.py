@@ -154,14 +154,15 @@ def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_
 
 
 @pytest.mark.processes
-def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run, tmp_path, number):
     directory, _, _ = straight_run
     config = config_dict(directory, total_steps=1000, run_dir=str(tmp_path / "run"))
     config["checkpoint"] = {"every": 1}
     command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
     command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
     children, agents = command.descendants()
-    command.interrupt()
+    command.process.send_signal(number)
     assert command.wait(timeout_s=90) == 130
     assert "interrupted" in command.output()
     assert "Traceback" not in command.output()

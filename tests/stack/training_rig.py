@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -133,9 +132,6 @@ class Command:
             seen.update(psutil.Process(self.process.pid).children(recursive=True))
             time.sleep(0.3)
         return list(seen)
-
-    def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         self.process.kill()
