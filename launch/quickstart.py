@@ -21,11 +21,11 @@ from launch.tiny_models import build_tiny_model, describe
 
 TASK = "basic_arithmetic"
 TASK_OPTIONS = {
-    "min_terms": 4,
-    "max_terms": 5,
+    "min_terms": 3,
+    "max_terms": 4,
     "min_digits": 1,
     "max_digits": 1,
-    "operators": ["+"],
+    "operators": ["+", "-"],
     "allow_parentheses": False,
     "allow_negation": False,
 }
@@ -72,7 +72,7 @@ def write_examples(path: Path, count: int, *, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--examples", type=int, default=32768)
+    parser.add_argument("--examples", type=int, default=44800)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model = build_tiny_model("qwen3", arguments.out_dir / "base", seed=arguments.seed, **MODEL_SIZE)
