@@ -27,7 +27,7 @@ def translate_model(model: Any, engine: Any) -> ModelConfig:
         raise ConfigError(f"the deepspeed engine has no dtype {engine.dtype!r}; use bfloat16 or float32")
     return ModelConfig(
         path=model.local_path,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         attention=_overrides(model).get("attn_implementation", "auto"),
         trust_remote_code=model.trust_remote_code,
     )
@@ -70,7 +70,7 @@ def _optimizer_config(optimizer: Any) -> OptimizerConfig:
     if warmup is None or warmup <= 0:
         warmup = int(optimizer.lr_warmup_steps_ratio * total_steps(optimizer))
     return OptimizerConfig(
-        name="fused_adamw" if fused and name == "adamw" else name,  # type: ignore[arg-type]
+        name="fused_adamw" if fused and name == "adamw" else name,
         lr=optimizer.lr,
         betas=tuple(optimizer.betas),
         eps=eps,
