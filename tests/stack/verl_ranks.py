@@ -47,7 +47,6 @@ OPTIMIZER = OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.1, max_grad_no
 OVERRIDES = (
     "actor_rollout_ref.model.external_lib=rl.verl_engine",
     "actor_rollout_ref.actor.strategy=deepspeed",
-    "actor_rollout_ref.ref.strategy=deepspeed",
     "actor_rollout_ref.actor.fsdp_config.dtype=float32",
     "actor_rollout_ref.ref.fsdp_config.dtype=float32",
     "+actor_rollout_ref.model.override_config.attn_implementation=eager",
