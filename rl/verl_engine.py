@@ -158,6 +158,7 @@ class DeepSpeedEngine(BaseEngine):
             LearnerError: the batch asks for what this engine does not do.
         """
         _refuse_batch(data)
+        temperature = _temperature(data)
         group = self.get_data_parallel_group()
         num_tokens = data["loss_mask"].sum().to(self._device)
         torch.distributed.all_reduce(num_tokens, group=group)
@@ -168,7 +169,7 @@ class DeepSpeedEngine(BaseEngine):
         for index, micro_batch in enumerate(micro_batches):
             if not forward_only:
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            output = self._micro_step(micro_batch.to(self._device), loss_function, forward_only)
+            output = self._micro_step(micro_batch.to(self._device), temperature, loss_function, forward_only)
             if not keep:
                 del output["model_output"]
             outputs.append(output)
@@ -268,10 +269,12 @@ class DeepSpeedEngine(BaseEngine):
         for group, rate in zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
-    def _micro_step(self, data: Any, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
+    def _micro_step(
+        self, data: Any, temperature: float, loss_function: Callable[..., Any] | None, forward_only: bool
+    ) -> dict[str, Any]:
         """Forward, and backward where there is something to learn, of one micro-batch."""
         with torch.set_grad_enabled(not forward_only):
-            output = self._forward(data, entropy_grad=not forward_only)
+            output = self._forward(data, temperature, entropy_grad=not forward_only)
             loss, metrics = torch.zeros((), device=self._device), {}
             if loss_function is not None:
                 loss, metrics = loss_function(model_output=output, data=data, dp_group=self.get_data_parallel_group())
@@ -279,7 +282,7 @@ class DeepSpeedEngine(BaseEngine):
                 backward(self.engine, loss)
         return {"model_output": detach_tree(output), "loss": loss.detach().item(), "metrics": metrics}
 
-    def _forward(self, data: Any, *, entropy_grad: bool) -> dict[str, Tensor]:
+    def _forward(self, data: Any, temperature: float, *, entropy_grad: bool) -> dict[str, Tensor]:
         """Log-probabilities, and with `calculate_entropy` entropies, of every token but a row's first."""
         input_ids = data["input_ids"]
         offsets = input_ids.offsets()
@@ -293,7 +296,7 @@ class DeepSpeedEngine(BaseEngine):
         )
         wanted = tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False)
         with self._head.query(
-            micro.positions, micro.targets, temperature=_temperature(data), entropy_grad=wanted and entropy_grad
+            micro.positions, micro.targets, temperature=temperature, entropy_grad=wanted and entropy_grad
         ):
             logprobs, entropy = self.engine(**micro.model_inputs).logits
         predicts = torch.ones(int(offsets[-1]), dtype=torch.bool, device=self._device)

@@ -43,16 +43,15 @@ ALGORITHM = AlgorithmConfig(
     loss_options={"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0},
     rollout_correction=RolloutCorrectionConfig(mode="none"),
 )
-OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+OPTIMIZER = OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.1, max_grad_norm=0.5)
 OVERRIDES = (
     "actor_rollout_ref.model.external_lib=rl.verl_engine",
     "actor_rollout_ref.actor.strategy=deepspeed",
-    "actor_rollout_ref.ref.strategy=deepspeed",
     "actor_rollout_ref.actor.fsdp_config.dtype=float32",
     "actor_rollout_ref.ref.fsdp_config.dtype=float32",
     "+actor_rollout_ref.model.override_config.attn_implementation=eager",
     "actor_rollout_ref.rollout.name=vllm",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
@@ -63,7 +62,7 @@ OVERRIDES = (
     "actor_rollout_ref.actor.use_kl_loss=true",
     "actor_rollout_ref.actor.kl_loss_coef=0.1",
     "actor_rollout_ref.actor.kl_loss_type=k2",
-    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "actor_rollout_ref.actor.optim.lr=2e-4",
     "actor_rollout_ref.actor.optim.weight_decay=0.1",
     "actor_rollout_ref.actor.optim.clip_grad=0.5",
     "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
@@ -89,7 +88,7 @@ class PlatformCPU(PlatformCUDA):
 
 def learner(out_dir: Path, algorithm: AlgorithmConfig | None, optimizer: OptimizerConfig) -> Learner:
     return Learner(
-        LearnerConfig(optimizer=optimizer, mini_batches=MINI_BATCHES, max_tokens_per_microbatch=60),
+        LearnerConfig(optimizer=optimizer, mini_batches=MINI_BATCHES, max_tokens_per_microbatch=4096),
         ModelConfig(path=str(out_dir / "model"), dtype="float32", attention="eager"),
         algorithm,
         seed=0,
@@ -291,7 +290,7 @@ class Scenarios:
             engine_config=VerlEngineConfig(
                 strategy="deepspeed", dtype="float32", max_token_len_per_gpu=60, infer_max_token_len_per_gpu=60
             ),
-            optimizer_config=VerlOptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0.5),
+            optimizer_config=VerlOptimizerConfig(lr=2e-4, weight_decay=0.1, clip_grad=0.5),
             checkpoint_config=CheckpointConfig(),
         )
         worker = TrainingWorker(config)
