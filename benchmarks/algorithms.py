@@ -19,6 +19,7 @@ from typing import Any
 from rl.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # this folder holds a rewards.py, the project a package of that name
 RUNS = Path("runs/algorithms")
 # The recipes of docs/algorithms.md. Two optimizer steps a batch, so that clipping has something to do.
 RECIPES: dict[str, dict[str, Any]] = {

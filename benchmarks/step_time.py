@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder holds a rewards.py, the project such a package
+
 PROMPTS, GROUP_SIZE, MAX_TOKENS = 32, 8, 128
 MODEL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "initializer_range": 0.02}
 
