@@ -111,13 +111,14 @@ def main() -> None:
     if not arguments.model.exists():
         parser.error(f"{arguments.model} does not exist; run `make quickstart` first, or name a model")
 
-    from launch.cluster import ray_cluster
     from launch.environment import keep_worker_priority, quiet_frameworks, secure_local_ray
-    from rl.config import RayConfig
 
     quiet_frameworks()
-    secure_local_ray(None)
+    secure_local_ray(None)  # before Ray is imported
     keep_worker_priority()
+    from launch.cluster import ray_cluster
+    from rl.config import RayConfig
+
     with ray_cluster(RayConfig()):
         for name in names:
             train(name, arguments.model, arguments.steps)

@@ -12,7 +12,7 @@ import torch
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
 from rl.config import LearnerConfig, RunConfig, TrainConfig
-from rl.errors import ConfigError
+from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
 from rl.losses.api import check_options
@@ -71,17 +71,20 @@ def check_checkpoint(path: str, key: str) -> None:
 
 
 def check_layout(config: RunConfig) -> None:
-    """Raise LearnerError where the learner's layout cannot be exact with the model's attention, or the device has no
+    """Raise ConfigError where the learner's layout cannot be exact with the model's attention, or the device has no
     such attention. Which device a cluster that is joined has is known later; there the learner's own check says it."""
     device = config.device
     if device == "auto":
         if cluster_address(config.ray.address) is not None:
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = load_config(config.model)
-    attention = attention_of(config.model, checkpoint, device)
-    layout = resolve_layout(config.learner.layout, attention=attention, device=device)
-    refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
+    try:
+        checkpoint = load_config(config.model)
+        attention = attention_of(config.model, checkpoint, device)
+        layout = resolve_layout(config.learner.layout, attention=attention, device=device)
+        refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
+    except LearnerError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _accumulates(learner: LearnerConfig, config: TrainConfig) -> bool:

@@ -5,7 +5,7 @@ import pytest
 from launch.preflight import check_layout
 from launch.tiny_models import build_tiny_model
 from rl.config import LearnerConfig, ModelConfig, RayConfig, RunConfig
-from rl.errors import LearnerError
+from rl.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_layouts_that_are_exact_pass(models, family, settings):
 
 
 def test_packing_that_would_leak_is_refused(models):
-    with pytest.raises(LearnerError, match="gpt_oss with sdpa attention cannot run packed .* set learner.layout"):
+    with pytest.raises(ConfigError, match="gpt_oss with sdpa attention cannot run packed .* set learner.layout"):
         check_layout(run_config(models["gpt_oss"], layout="packed", attention="sdpa"))
 
 
@@ -47,7 +47,7 @@ def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for device in ("cpu", "auto"):
-        with pytest.raises(LearnerError, match=r"model\.attention flash_attention_2 runs on GPUs only"):
+        with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2 runs on GPUs only"):
             check_layout(run_config(models["qwen3"], attention="flash_attention_2", device=device))
 
 
