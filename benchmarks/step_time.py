@@ -80,7 +80,7 @@ def trl_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     lengths: list[int] = []
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -114,23 +114,7 @@ def trl_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any
         processing_class=tokenizer,
         reward_funcs=counted,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in questions()]),
-        args=GRPOConfig(
-            output_dir=str(folder / "trl"),
-            per_device_train_batch_size=64,
-            gradient_accumulation_steps=PROMPTS * GROUP_SIZE // 64,
-            num_generations=GROUP_SIZE,
-            max_completion_length=MAX_TOKENS,
-            max_steps=steps + 1,
-            learning_rate=1e-6,
-            beta=0.0,
-            bf16=dtype == "bfloat16",
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
-        ),
+        args=_trl_arguments(folder, steps, dtype),
         callbacks=[timer],
     )
     trainer.train()
@@ -140,6 +124,28 @@ def trl_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any
         "parts": {"generate+reward": generate, "update": step - generate},
         "length": statistics.mean(lengths),
     }
+
+
+def _trl_arguments(folder: Path, steps: int, dtype: str) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=PROMPTS * GROUP_SIZE // 64,
+        num_generations=GROUP_SIZE,
+        max_completion_length=MAX_TOKENS,
+        max_steps=steps + 1,
+        learning_rate=1e-6,
+        beta=0.0,
+        bf16=dtype == "bfloat16",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
 
 
 def run_side(side: str, model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
-from rl.config import LearnerConfig, RunConfig, TrainConfig
+from rl.config import RunConfig, TrainConfig
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
@@ -49,7 +49,7 @@ def check_algorithm(config: TrainConfig) -> None:
         policy_loss_spec(algorithm.loss),
         algorithm.loss_options,
         algorithm.aggregation,
-        accumulates=_accumulates(config.learner, config),
+        accumulates=_accumulates(config),
     )
 
 
@@ -87,8 +87,9 @@ def check_layout(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _accumulates(learner: LearnerConfig, config: TrainConfig) -> bool:
+def _accumulates(config: TrainConfig) -> bool:
     """Whether a mini-batch may be split: over ranks, or because it may not fit one micro-batch."""
+    learner = config.learner
     samples = config.rollout.prompts_per_step * config.rollout.group_size // learner.mini_batches
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     return learner.num_workers > 1 or samples * longest > learner.max_tokens_per_microbatch
