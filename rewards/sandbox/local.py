@@ -1,7 +1,7 @@
 """The sandbox service of this machine: one zygote, boxes forked from it, slots shared with its other services.
 
-Left out: judging results. A box serves the tasks of one program as long as each leaves nothing behind, then a fresh
-one takes over.
+Left out: judging results. A box serves tasks, of one program after another, as long as each leaves no process behind
+and has not touched the private folder; then a fresh one takes over.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ COMPILE_LIMITS = Limits(
     output_bytes=16 * MIB,
     processes=8,
 )
+_BOX_PROGRAMS = 100  # that one box serves at most
 _COMPILED_KEPT = 16  # compiled programs kept for later calls
 _STDERR_CHARACTERS = 2000
 
@@ -84,6 +85,7 @@ class LocalSandbox(SandboxService):
         self._layers = {"seccomp": "seccomp" not in missing, "landlock": "landlock" not in missing}
         self._lock = threading.Lock()
         self._zygote: Zygote | None = None
+        self._idle: dict[Limits, list[Box]] = {}
         self._compiled: OrderedDict[bytes, int | RunResult] = OrderedDict()
         self._closed = False
         self._start()
@@ -101,7 +103,7 @@ class LocalSandbox(SandboxService):
     def run(self, program: Program, tasks: Iterable[Task], limits: Limits) -> Iterator[RunResult]:
         """See SandboxService. Holds one slot from the first task until the iterator ends or is closed.
 
-        A box is made before its program has a slot and, when it is clean, unmade after, so that the slots' CPUs are
+        A box is made before its program has a slot and, where it must be, unmade after, so that the slots' CPUs are
         spent on programs; give it a few more threads than slots.
         """
         with contextlib.ExitStack() as stack:
@@ -123,6 +125,9 @@ class LocalSandbox(SandboxService):
         """End the zygote and every box. Runs still going raise InfrastructureError."""
         with self._lock:
             self._closed = True
+            idle, self._idle = self._idle, {}
+            for box in (box for boxes in idle.values() for box in boxes):
+                box.end()
             if self._zygote is not None:
                 self._zygote.close()
                 self._zygote = None
@@ -132,7 +137,37 @@ class LocalSandbox(SandboxService):
                     os.close(kept)
 
     def open_box(self, limits: Limits) -> Box:
-        """A fresh box; the zygote is started again, once, if it has died."""
+        """A box with nothing in it: one that others have left as good as new, or a new one."""
+        while (box := self._take_idle(limits)) is not None:
+            if not box.has_ended():
+                return box
+            box.end()
+        return self.make_box(limits)
+
+    def _take_idle(self, limits: Limits) -> Box | None:
+        with self._lock:
+            boxes = self._idle.get(limits)
+            return boxes.pop() if boxes else None
+
+    def give_back(self, box: Box, limits: Limits) -> None:
+        """Keep a box that is as good as new for the next program, or end it."""
+        box.programs += 1
+        with self._lock:
+            kept = self._idle.setdefault(limits, [])
+            # without a process namespace nothing vouches that a program has left no process
+            keep = (
+                self._isolated
+                and not self._closed
+                and box.programs < _BOX_PROGRAMS
+                and len(kept) < 2 * self.concurrency
+            )
+            if keep:
+                kept.append(box)
+        if not keep:
+            box.end()
+
+    def make_box(self, limits: Limits) -> Box:
+        """A new box; the zygote is started again, once, if it has died."""
         settings = {"limits": asdict(limits), **self._layers}
         zygote = self._start()
         try:
@@ -192,6 +227,7 @@ class _ProgramRun:
         self._limits = limits
         self._binary = binary
         self._box: Box | None = None
+        self._clean = True
         self._cpu: int | None = None
 
     def __enter__(self) -> _ProgramRun:
@@ -199,6 +235,9 @@ class _ProgramRun:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._box is not None and self._clean:
+            box, self._box = self._box, None
+            self._sandbox.give_back(box, self._limits)
         self.end()
 
     def pin(self, cpu: int) -> None:
@@ -232,19 +271,22 @@ class _ProgramRun:
     def _attempt(self, message: dict[str, Any], exchange: _Exchange) -> Ending:
         """Run the task; a box that dies by itself gets one successor, so that an accident costs nothing."""
         descriptors = exchange.descriptors + ([self._binary] if self._binary is not None else [])
+        self._clean = False  # until it is known again
         try:
             ending = self._open().run(message, descriptors, self._limits)
         except InfrastructureError:
             self.end()
             exchange.rewind()
-            ending = self._open().run(message, descriptors, self._limits)
+            ending = self._open(new=True).run(message, descriptors, self._limits)
+        self._clean = ending.clean
         if not ending.clean:
             self.end()
         return ending
 
-    def _open(self) -> Box:
+    def _open(self, new: bool = False) -> Box:
         if self._box is None:
-            self._box = self._sandbox.open_box(self._limits)
+            make = self._sandbox.make_box if new else self._sandbox.open_box
+            self._box = make(self._limits)
             if self._cpu is not None:
                 self._box.pin(self._cpu)
             source = _memory_file(self._source)

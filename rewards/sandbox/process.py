@@ -45,7 +45,7 @@ class Ending:
     exit_status: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
-    clean: bool = False  # nothing left behind: the box can serve another task
+    clean: bool = False  # nothing left behind and nothing changed: the box is as good as new
     stopped: str = ""  # "time" or "memory" when the watch ended the box
 
 
@@ -145,6 +145,7 @@ class Box:
         self._channel = channel
         self._handle = handle
         self._private = private  # a folder of the host, only without isolation
+        self.programs = 0  # whose tasks it has served
         info = _read(f"/proc/self/fdinfo/{handle}")
         self._pid = next(int(line.split()[1]) for line in info.splitlines() if line.startswith("Pid:"))
 
@@ -189,11 +190,15 @@ class Box:
                     todo += [int(word) for word in _read(thread / "children").split()]
                 fields = dict(line.split(":", 1) for line in _read(f"/proc/{pid}/status").splitlines())
             except OSError as error:
-                if pid == self._pid and not self._wait_for_end(0.0):
+                if pid == self._pid and not self.has_ended():
                     raise InfrastructureError(f"a sandbox box's memory cannot be watched: {error}") from error
                 continue  # it has ended since we read its number
             total += sum(int(fields.get(key, "0 kB").split()[0]) for key in ("RssAnon", "RssShmem"))
         return total << 10
+
+    def has_ended(self) -> bool:
+        """Whether the box is gone, with everything in it."""
+        return self._wait_for_end(0.0)
 
     def end(self) -> None:
         """End the box and wait until every process in it is gone. Raises InfrastructureError if they do not go."""

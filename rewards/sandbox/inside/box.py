@@ -1,8 +1,9 @@
 """The first process of a box: it locks itself down, then forks one process a task and sweeps up after each.
 
 In its process namespace it is number 1: signals from inside cannot end it, orphans become its children, and when it
-ends the kernel ends everything else in the namespace. Left out: wall-clock and memory supervision, done from outside
-(`rewards.sandbox.process`), and everything that runs in the program's process (`harness`).
+ends the kernel ends everything else in the namespace. It never reads a program: its memory is what every task starts
+from, and a later program could find an earlier one there. Left out: wall-clock and memory supervision, done from
+outside (`rewards.sandbox.process`), and everything that runs in the program's process (`harness`).
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Box:
         self.isolated: bool = settings["isolated"]
         self.private: str = settings["private"]
         self.prelude = prelude
-        self.source = ""
+        self.source = -1  # descriptor of the program's source
         self.ruleset = -1
+        self.untouched: tuple[int, ...] = ()
 
     def lock_down(self, settings: dict[str, Any], proc: int) -> None:
         """Enter the box for good: private file system, no capabilities, no new privileges, system-call filter."""
@@ -53,8 +55,9 @@ class Box:
             signal.signal(signal.SIGTERM, self._terminate)
         os.setsid()
         os.chdir(self.private)
-        os.environ.clear()
-        os.environ.update(ENVIRONMENT, HOME=self.private, TMPDIR=self.private)
+        if not self.isolated:  # all boxes of an isolated zygote have the same one, which it sets for them
+            set_environment(self.private)
+        self.untouched = self._folder_state()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_capabilities()
         if self.isolated:
@@ -78,8 +81,9 @@ class Box:
                 return
             task = json.loads(message)
             if task["kind"] == "source":
-                self.source = read_all(descriptors[0]).decode("utf-8", "surrogatepass")
-                os.close(descriptors[0])
+                if self.source >= 0:
+                    os.close(self.source)
+                self.source = descriptors[0]
                 continue
             child = os.fork()
             if child == 0:
@@ -95,7 +99,7 @@ class Box:
             self.channel.send(json.dumps(answer).encode())
 
     def _sweep(self) -> bool:
-        """End every process the task left. True when it left none, and no file."""
+        """End every process the task left. True when it left none and never changed the private folder."""
         left = False
         while True:
             if self.isolated:
@@ -106,7 +110,12 @@ class Box:
             try:
                 left = os.wait() is not None
             except ChildProcessError:
-                return not left and not any(Path(self.private).iterdir())
+                return not left and self._folder_state() == self.untouched
+
+    def _folder_state(self) -> tuple[int, ...]:
+        """Changes with every file made or removed in the private folder, and with its own mode and attributes."""
+        state = Path(self.private).stat()
+        return state.st_mode, state.st_uid, state.st_gid, state.st_nlink, state.st_mtime_ns, state.st_ctime_ns
 
     def _terminate(self, *_: object) -> None:
         self._sweep()
@@ -119,14 +128,15 @@ class Box:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self.ruleset >= 0:
                 linux.landlock_restrict(self.ruleset)
+            source = read_all(self.source).decode("utf-8", "surrogatepass")
             payload = self._place_descriptors(task["kind"], descriptors)
             self._set_limits()
             if task["kind"] == "script":
-                harness.run_script(self.source)
+                harness.run_script(source)
             elif task["kind"] == "call":
-                harness.run_call(self.source, task["function"], payload, self.prelude, 3)
+                harness.run_call(source, task["function"], payload, self.prelude, 3)
             elif task["kind"] == "evaluate":
-                harness.run_evaluate(self.source, payload, self.prelude, 3)
+                harness.run_evaluate(source, payload, self.prelude, 3)
             elif task["kind"] == "compile":
                 os._exit(self._compile(3))
             else:
@@ -186,6 +196,12 @@ class Box:
                 data = data[os.write(result, data) :]
             binary.unlink()
         return 0 if done.returncode == 0 else 1
+
+
+def set_environment(private: str) -> None:
+    """Replace the process's environment by the one that programs see."""
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT, HOME=private, TMPDIR=private)
 
 
 def read_all(descriptor: int) -> bytes:

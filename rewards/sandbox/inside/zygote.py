@@ -5,6 +5,7 @@ Left out: programs. Nothing untrusted ever runs in this process.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import filesystem, harness, linux, seccomp
-from .box import Box
+from .box import Box, set_environment
 
 NOBODY = 65534
 _OUTER = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
@@ -30,6 +31,8 @@ def main() -> None:
     control = socket.socket(fileno=settings["fd"])
     os.environ.clear()
     prelude = harness.preload()
+    gc.collect()
+    gc.freeze()  # or each program's first collection would write to, and so copy, every page of the heap
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     _be_first_to_die(proc)
     try:
@@ -45,6 +48,7 @@ def main() -> None:
             os.waitpid(child, 0)
             return
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        set_environment(filesystem.PRIVATE)
     if linux.MACHINE in linux.SUPPORTED_MACHINES:
         seccomp.build_filter(linux.MACHINE)  # cached: every box inherits it
     control.send(b'{"ready": true}')

@@ -159,14 +159,60 @@ def test_limits_end_programs(sandbox: LocalSandbox, source: str, change: dict[st
     assert result.status is status, result
 
 
-def test_a_box_is_reused_only_when_nothing_was_left(sandbox: LocalSandbox) -> None:
-    look = "import os\nprint(sorted(os.listdir('.')), os.getpid())\n"
-    clean = [result.stdout for result in run(sandbox, look, *[StdinTask("")] * 3)]
-    assert clean == [b"[] 2\n", b"[] 3\n", b"[] 4\n"]
-    leaves_file = [result.stdout for result in run(sandbox, f"{look}open('f', 'w')", *[StdinTask("")] * 2)]
-    assert leaves_file == [b"[] 2\n", b"[] 2\n"]
-    leaves_process = f"{look}if os.fork() == 0:\n    os.setsid()\n    __import__('time').sleep(60)\n"
-    assert [r.stdout for r in run(sandbox, leaves_process, *[StdinTask("")] * 2)] == [b"[] 2\n", b"[] 2\n"]
+LOOK = "import os\nprint(sorted(os.listdir('.')), os.getpid())\n"
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        "open('f', 'w')",
+        "open('f', 'w').close(); os.remove('f')",
+        "os.chmod('.', 0o755)",
+        "if os.fork() == 0:\n    os.setsid()\n    __import__('time').sleep(60)\n",
+    ],
+)
+def test_a_box_serves_on_only_while_it_is_as_good_as_new(tmp_path: Path, touch: str) -> None:
+    sandbox = LocalSandbox(slots=1, slots_folder=tmp_path)
+    seen = [
+        result.stdout.decode().strip()
+        for program in (LOOK, LOOK, LOOK + touch, LOOK)
+        for result in run(sandbox, program, StdinTask(""), StdinTask(""))
+    ]
+    sandbox.close()
+    assert seen == ["[] 2", "[] 3", "[] 4", "[] 5", "[] 6", "[] 2", "[] 2", "[] 3"]
+
+
+SCAN = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.sbrk.restype = libc.memcpy.restype = ctypes.c_void_p
+read_end, write_end = os.pipe()
+page, found = 4096, set()
+around = [libc.sbrk(0) or 0, id(object()), id("x" * 5000)]
+for address in {a // page + k for a in around for k in range(-4096, 1024)}:
+    if libc.write(write_end, ctypes.c_void_p(address * page), page) == page:  # fails where nothing is; does not crash
+        text = os.read(read_end, page)
+        found |= {name for name in (b"ONE", b"TWO") if b"#secret-" + name in text}
+print(sorted(found))
+"""
+
+
+def test_no_program_finds_an_earlier_one_in_its_memory(tmp_path: Path) -> None:
+    sandbox = LocalSandbox(slots=1, slots_folder=tmp_path)
+    run(sandbox, "#secret-ONE" * 500, StdinTask(""))
+    (second,) = run(sandbox, SCAN + "#secret-TWO" * 500)
+    sandbox.close()
+    assert second.stdout == b"[b'TWO']\n", second.stderr
+
+
+def test_a_box_serves_a_hundred_programs_at_most_and_ends_by_itself_without_harm(tmp_path: Path) -> None:
+    sandbox = LocalSandbox(slots=1, slots_folder=tmp_path)
+    pids = [int(run(sandbox, f"import os\nprint(os.getpid())#{n}")[0].stdout) for n in range(102)]
+    assert pids == [*range(2, 102), 2, 3]
+    ((box,),) = sandbox._idle.values()
+    signal.pidfd_send_signal(box._handle, signal.SIGKILL)
+    assert run(sandbox, LOOK)[0].stdout == b"[] 2\n"
+    sandbox.close()
 
 
 def test_packages_are_shown_by_name_only(tmp_path: Path) -> None:
