@@ -107,9 +107,17 @@ def start_engine(
     optimizer: torch.optim.Optimizer | None = None,
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> Any:
-    """A DeepSpeedEngine over the model; without an optimizer it can only run forward."""
+    """A DeepSpeedEngine over the model; without an optimizer it can only run forward.
+
+    A decoder layer is gathered and released as a whole: DeepSpeed's hooks on each of its modules cost more time than a
+    small layer's arithmetic, and the ranks' experts differ, so a layer in parts could not run in lockstep.
+    """
     import deepspeed
 
+    layers = sorted(getattr(model, "_no_split_modules", None) or ())
+    if layers:
+        zero = config["zero_optimization"] | {"leaf_module": {"classes": layers}}
+        config = config | {"zero_optimization": zero}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
     )
