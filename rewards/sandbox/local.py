@@ -83,7 +83,7 @@ class LocalSandbox(SandboxService):
         if self._isolated and missing:
             raise ConfigError(remedy(", ".join(missing)))
         self._layers = {"seccomp": "seccomp" not in missing, "landlock": "landlock" not in missing}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an abandoned run may be finalised, and give its box back, in any thread
         self._zygote: Zygote | None = None
         self._idle: dict[Limits, list[Box]] = {}
         self._compiled: OrderedDict[bytes, int | RunResult] = OrderedDict()
@@ -125,12 +125,13 @@ class LocalSandbox(SandboxService):
         """End the zygote and every box. Runs still going raise InfrastructureError."""
         with self._lock:
             self._closed = True
+            if self._zygote is not None:
+                self._zygote.close()  # and with it every box
+                self._zygote = None
             idle, self._idle = self._idle, {}
             for box in (box for boxes in idle.values() for box in boxes):
-                box.end()
-            if self._zygote is not None:
-                self._zygote.close()
-                self._zygote = None
+                with contextlib.suppress(InfrastructureError):  # one that does not go must not keep the rest
+                    box.end()
             while self._compiled:
                 _, kept = self._compiled.popitem()
                 if isinstance(kept, int):
@@ -231,7 +232,10 @@ class _ProgramRun:
         self._cpu: int | None = None
 
     def __enter__(self) -> _ProgramRun:
-        self._open()
+        try:
+            self._open()
+        except InfrastructureError:
+            self._open(new=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -287,14 +291,21 @@ class _ProgramRun:
         if self._box is None:
             make = self._sandbox.make_box if new else self._sandbox.open_box
             self._box = make(self._limits)
-            if self._cpu is not None:
-                self._box.pin(self._cpu)
-            source = _memory_file(self._source)
             try:
-                self._box.send({"kind": "source"}, [source])
-            finally:
-                os.close(source)
+                self._hand_over_source(self._box)
+            except BaseException:
+                self.end()
+                raise
         return self._box
+
+    def _hand_over_source(self, box: Box) -> None:
+        if self._cpu is not None:
+            box.pin(self._cpu)
+        source = _memory_file(self._source)
+        try:
+            box.send({"kind": "source"}, [source])
+        finally:
+            os.close(source)
 
     def _result(self, ending: Ending, exchange: _Exchange, wants_value: bool) -> RunResult:
         limit = self._limits.output_bytes

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from . import filesystem, harness, linux, seccomp
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 _COMPILER = ("g++", "-x", "c++", "-O2", "-std=gnu++20", "-pipe", "-o")
 _KEPT = {"script": 3, "call": 4, "evaluate": 4, "compile": 4, "execute": 5}  # descriptors left open, by task
+_CLOCK_REALTIME_COARSE = 5
 _ADDRESS_SLACK = 1 << 30  # thread arenas and libraries reserve address space that they never touch
 
 
@@ -58,6 +60,7 @@ class Box:
         if not self.isolated:  # all boxes of an isolated zygote have the same one, which it sets for them
             set_environment(self.private)
         self.untouched = self._folder_state()
+        _wait_for_next_tick()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_capabilities()
         if self.isolated:
@@ -90,13 +93,17 @@ class Box:
                 self._become_program(task, descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
-            _, status, usage = os.wait4(child, 0)
-            answer = {
-                "status": os.waitstatus_to_exitcode(status),
-                "cpu_s": usage.ru_utime + usage.ru_stime,
-                "clean": self._sweep(),
-            }
-            self.channel.send(json.dumps(answer).encode())
+            self._answer(child)
+
+    def _answer(self, child: int) -> None:
+        """Say how a task ended. Apart from `serve`, whose frame the next program's own frames lie on."""
+        _, status, usage = os.wait4(child, 0)
+        answer = {
+            "status": os.waitstatus_to_exitcode(status),
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "clean": self._sweep(),
+        }
+        self.channel.send(json.dumps(answer).encode())
 
     def _sweep(self) -> bool:
         """End every process the task left. True when it left none and never changed the private folder."""
@@ -113,9 +120,14 @@ class Box:
                 return not left and self._folder_state() == self.untouched
 
     def _folder_state(self) -> tuple[int, ...]:
-        """Changes with every file made or removed in the private folder, and with its own mode and attributes."""
+        """Changes with every file made or removed in the private folder, and with its own mode and attributes. The
+        file system's free space tells of files without a name, which can outlive every process on their way through a
+        socket (SCM_RIGHTS)."""
         state = Path(self.private).stat()
-        return state.st_mode, state.st_uid, state.st_gid, state.st_nlink, state.st_mtime_ns, state.st_ctime_ns
+        owner = (state.st_mode, state.st_uid, state.st_gid)
+        space = os.statvfs(self.private)
+        free = (space.f_bfree, space.f_ffree) if self.isolated else ()  # others write to the host's
+        return *owner, state.st_nlink, state.st_size, state.st_mtime_ns, state.st_ctime_ns, *free
 
     def _terminate(self, *_: object) -> None:
         self._sweep()
@@ -196,6 +208,13 @@ class Box:
                 data = data[os.write(result, data) :]
             binary.unlink()
         return 0 if done.returncode == 0 else 1
+
+
+def _wait_for_next_tick() -> None:
+    """File times move with the kernel's clock tick (until Linux 6.13): what changed within this one would not show."""
+    now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) == now:
+        time.sleep(0.0005)
 
 
 def set_environment(private: str) -> None:

@@ -182,6 +182,47 @@ def test_a_box_serves_on_only_while_it_is_as_good_as_new(tmp_path: Path, touch: 
     assert seen == ["[] 2", "[] 3", "[] 4", "[] 5", "[] 6", "[] 2", "[] 2", "[] 3"]
 
 
+HOARD = """
+import array, os, socket
+left, right = socket.socketpair()
+nameless = os.open(".", os.O_TMPFILE | os.O_RDWR)
+try:
+    while True:
+        os.write(nameless, bytes(1 << 20))
+except OSError:
+    pass
+for end in (left, right):
+    message = array.array("i", [nameless, left.fileno(), right.fileno()])
+    end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, message)])
+"""
+LOOK_BACK = """
+import sys
+frame, seen = sys._getframe(), []
+while frame is not None:
+    seen += [name for name in ("status", "usage", "answer") if name in frame.f_locals]
+    frame = frame.f_back
+print(seen)
+"""
+
+
+def test_a_file_that_outlives_its_processes_ends_the_box(tmp_path: Path) -> None:
+    sandbox = LocalSandbox(slots=1, slots_folder=tmp_path)
+    limits = replace(LIMITS, file_bytes=LIMITS.disk_bytes)
+    (hoard,) = run(sandbox, HOARD, limits=limits)
+    assert hoard.status is RunStatus.OK, hoard.stderr
+    (after,) = run(sandbox, LOOK + "open('f', 'wb').write(bytes(4 << 20))", limits=limits)
+    assert (after.status, after.stdout) == (RunStatus.OK, b"[] 2\n"), after.stderr
+    sandbox.close()
+
+
+def test_no_program_sees_how_an_earlier_one_ended(tmp_path: Path) -> None:
+    sandbox = LocalSandbox(slots=1, slots_folder=tmp_path)
+    run(sandbox, "raise SystemExit(77)")
+    (second,) = run(sandbox, LOOK_BACK)
+    assert second.stdout == b"[]\n", second.stderr
+    sandbox.close()
+
+
 SCAN = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
