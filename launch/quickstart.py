@@ -2,9 +2,9 @@
 
     python -m launch.quickstart OUT_DIR
 
-The examples are of two kinds: two in five work the sum out one term at a time before they answer, the others answer at
-once, which is mostly hopeless for a model this small. So the warm start leaves a model that can reason but often does
-not, and reinforcement learning has something to find out: that reasoning pays. Left out: training.
+The examples are of mixed quality, as collected ones are: not quite half work the sum out one term at a time before they
+answer, the others guess at once, and one guess in seven is right. So the warm start leaves a model that can reason but
+often does not, and reinforcement learning has something to find out: that reasoning pays. Left out: training.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from launch.tiny_models import build_tiny_model, describe
 
 TASK = "basic_arithmetic"
 TASK_OPTIONS = {
-    "min_terms": 3,
-    "max_terms": 4,
+    "min_terms": 4,
+    "max_terms": 5,
     "min_digits": 1,
     "max_digits": 1,
-    "operators": ["+", "-"],
+    "operators": ["+"],
     "allow_parentheses": False,
     "allow_negation": False,
 }
-REASONING_SHARE = 0.4
+REASONING_SHARE = 0.45
+GUESSES_MISS_BY = 3  # at most, to either side
 DATA_SEED = 1000  # far from the seeds of the training and held-out problems in configs/quickstart.yaml
 MODEL_SIZE: dict[str, Any] = {
     "hidden_size": 128,
@@ -41,21 +42,17 @@ MODEL_SIZE: dict[str, Any] = {
 }
 
 
-def worked_example(expression: str, answer: str, *, reason: bool) -> str:
-    """A response in the Qwen3 format.
+def worked_example(expression: str) -> str:
+    """A response in the Qwen3 format that reasons.
 
-    Example: `worked_example("5 - 3 - 6", "-4", reason=True)` is `<think>5-3=2;2-6=-4</think>-4`.
+    Example: `worked_example("5 + 3 + 6 + 1")` is `<think>5+3=8;8+6=14;14+1=15</think>15`.
     """
-    if not reason:
-        return f"<think></think>{answer}"
-    first, *rest = expression.split()
-    total = int(first)
-    steps = []
-    for operator, term in zip(rest[::2], rest[1::2], strict=True):
-        result = total + int(term) if operator == "+" else total - int(term)
-        steps.append(f"{total}{operator}{term}={result}")
-        total = result
-    return f"<think>{';'.join(steps)}</think>{answer}"
+    first, *terms = (int(term) for term in expression.split(" + "))
+    total, steps = first, []
+    for term in terms:
+        steps.append(f"{total}+{term}={total + term}")
+        total += term
+    return f"<think>{';'.join(steps)}</think>{total}"
 
 
 def write_examples(path: Path, count: int, *, seed: int) -> None:
@@ -64,15 +61,18 @@ def write_examples(path: Path, count: int, *, seed: int) -> None:
     problems = reasoning_gym.create_dataset(TASK, size=count, seed=DATA_SEED + seed, **TASK_OPTIONS)
     with path.open("w") as file:
         for problem in problems:
-            reason = bool(rng.random() < REASONING_SHARE)
-            response = worked_example(problem["metadata"]["expression"], problem["answer"], reason=reason)
+            if rng.random() < REASONING_SHARE:
+                response = worked_example(problem["metadata"]["expression"])
+            else:
+                miss = rng.integers(-GUESSES_MISS_BY, GUESSES_MISS_BY, endpoint=True)
+                response = f"<think></think>{int(problem['answer']) + miss}"
             file.write(json.dumps({"prompt": problem["question"], "response": response}) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--examples", type=int, default=44800)
+    parser.add_argument("--examples", type=int, default=32768)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model = build_tiny_model("qwen3", arguments.out_dir / "base", seed=arguments.seed, **MODEL_SIZE)
