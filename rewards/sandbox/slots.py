@@ -11,6 +11,7 @@ import os
 import random
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ class Slots:
 
     def __init__(self, count: int, folder: Path | None = None) -> None:
         self.count = count
+        self._turn = threading.BoundedSemaphore(count)  # threads of this process wait here, and wake at once
         self.folder = folder or Path(tempfile.gettempdir()) / f"fledge-sandbox-{os.getuid()}"
         self.folder.mkdir(mode=0o700, exist_ok=True)
         owner = self.folder.lstat()
@@ -34,21 +36,22 @@ class Slots:
     @contextlib.contextmanager
     def take(self) -> Iterator[int]:
         """Wait for a free slot and hold it; gives its index."""
-        nap = 0.001
-        while True:
-            order = list(range(self.count))
-            random.shuffle(order)
-            for index in order:
-                descriptor = os.open(self.folder / f"slot-{index}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    continue
-                try:
-                    yield index
-                finally:
-                    os.close(descriptor)
-                return
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP_S)
+        with self._turn:
+            nap = 0.001
+            while True:
+                order = list(range(self.count))
+                random.shuffle(order)
+                for index in order:
+                    descriptor = os.open(self.folder / f"slot-{index}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                    try:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        os.close(descriptor)
+                        continue
+                    try:
+                        yield index
+                    finally:
+                        os.close(descriptor)
+                    return
+                time.sleep(nap)
+                nap = min(2 * nap, _LONGEST_NAP_S)
