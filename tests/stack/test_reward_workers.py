@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from rewards.workers import RewardPool, check_error_fraction, status_counts
+from rl.actors import end_actors
 from rl.batch import FinishReason, Prompt, RewardStatus, Rollout, RolloutBatch, Score
 from rl.config import RewardConfig, RewardFunctionConfig
 from rl.errors import RewardError
@@ -129,8 +130,7 @@ def test_errors_aborted_rollouts_and_the_error_limit(pool: RewardPool) -> None:
 
 def test_a_lost_worker_is_replaced_and_its_chunk_scored_elsewhere(pool: RewardPool) -> None:
     before = pool.num_replaced
-    for worker in pool.worker_handles():
-        ray.kill(worker)
+    end_actors(pool.worker_handles())
     scored = pool.score(make_batch("right", "wrong", "right"))
     assert [score.reward for score in scored.scores] == [1.5, 0.0, 1.5]
     assert pool.num_replaced == before + 2
