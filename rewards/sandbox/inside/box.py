@@ -43,6 +43,7 @@ class Box:
         self.source = -1  # descriptor of the program's source
         self.ruleset = -1
         self.untouched: tuple[int, ...] = ()
+        self.resource_limits = self._resource_limits()  # here, not in every program's process
 
     def lock_down(self, settings: dict[str, Any], proc: int) -> None:
         """Enter the box for good: private file system, no capabilities, no new privileges, system-call filter."""
@@ -136,13 +137,15 @@ class Box:
     def _become_program(self, task: dict[str, Any], descriptors: list[int]) -> NoReturn:
         """Never returns: turns the forked process into the program under its limits."""
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if not self.isolated:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self.ruleset >= 0:
                 linux.landlock_restrict(self.ruleset)
             source = read_all(self.source).decode("utf-8", "surrogatepass")
             payload = self._place_descriptors(task["kind"], descriptors)
-            self._set_limits()
+            for which, soft_and_hard in self.resource_limits:
+                resource.setrlimit(which, soft_and_hard)
             if task["kind"] == "script":
                 harness.run_script(source)
             elif task["kind"] == "call":
@@ -173,7 +176,8 @@ class Box:
         os.closerange(_KEPT[kind], 1 << 16)
         return payload
 
-    def _set_limits(self) -> None:
+    def _resource_limits(self) -> list[tuple[int, tuple[int, int]]]:
+        """(resource, (soft, hard)) of a program's process, never above what this process may have itself."""
         limits = self.limits
         cpu = math.ceil(limits["cpu_s"])
         wanted = {
@@ -190,13 +194,15 @@ class Box:
         }
         if self.isolated:  # counted in the box's own user namespace: the first process is one of them
             wanted[resource.RLIMIT_NPROC] = limits["processes"] + 1
+        result = []
         for which, value in wanted.items():
             soft, hard = value if isinstance(value, tuple) else (value, value)
             ceiling = resource.getrlimit(which)[1]
             if ceiling != resource.RLIM_INFINITY:
                 soft = min(soft, ceiling)
                 hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
-            resource.setrlimit(which, (soft, hard))
+            result.append((which, (soft, hard)))
+        return result
 
     def _compile(self, result: int) -> int:
         """Compile the C++ source on standard input; the binary goes to `result`."""
