@@ -62,12 +62,12 @@ def test_infer_batch_gives_the_entropies_of_the_plain_model(ranks: list[dict[str
 def test_train_mini_batch_with_ppo_loss_makes_the_learners_weights(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         ours, theirs = rank["learner"], rank["actor"]
-        assert float((theirs["weights"][EMBEDDING] - rank["start"][EMBEDDING]).abs().max()) > 2e-4  # it did move
+        assert float((theirs["weights"][EMBEDDING] - rank["start"][EMBEDDING]).abs().max()) > 1e-4  # it did move
         assert_close(theirs["weights"], ours["weights"])
         for found, expected in zip(theirs["metrics"], ours["metrics"], strict=True):
             assert np.mean(found["grad_norm"]) == pytest.approx(expected["learner/grad_norm"], rel=1e-5)
             assert np.mean(found["loss"]) == pytest.approx(expected["learner/loss"], abs=1e-5)
-            assert found["lr"] == [2e-4]  # stepped once, after the last mini-batch
+            assert found["lr"] == [1e-4]  # stepped once, after the last mini-batch
 
 
 def test_train_batch_with_sft_loss_makes_the_learners_weights(ranks: list[dict[str, Any]]) -> None:

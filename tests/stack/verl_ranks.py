@@ -43,7 +43,7 @@ ALGORITHM = AlgorithmConfig(
     loss_options={"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0},
     rollout_correction=RolloutCorrectionConfig(mode="none"),
 )
-OPTIMIZER = OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.1, max_grad_norm=0.5)
+OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.1, max_grad_norm=0.5)
 OVERRIDES = (
     "actor_rollout_ref.model.external_lib=rl.verl_engine",
     "actor_rollout_ref.actor.strategy=deepspeed",
@@ -62,7 +62,7 @@ OVERRIDES = (
     "actor_rollout_ref.actor.use_kl_loss=true",
     "actor_rollout_ref.actor.kl_loss_coef=0.1",
     "actor_rollout_ref.actor.kl_loss_type=k2",
-    "actor_rollout_ref.actor.optim.lr=2e-4",
+    "actor_rollout_ref.actor.optim.lr=1e-4",
     "actor_rollout_ref.actor.optim.weight_decay=0.1",
     "actor_rollout_ref.actor.optim.clip_grad=0.5",
     "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
@@ -290,7 +290,7 @@ class Scenarios:
             engine_config=VerlEngineConfig(
                 strategy="deepspeed", dtype="float32", max_token_len_per_gpu=60, infer_max_token_len_per_gpu=60
             ),
-            optimizer_config=VerlOptimizerConfig(lr=2e-4, weight_decay=0.1, clip_grad=0.5),
+            optimizer_config=VerlOptimizerConfig(lr=1e-4, weight_decay=0.1, clip_grad=0.5),
             checkpoint_config=CheckpointConfig(),
         )
         worker = TrainingWorker(config)
