@@ -43,6 +43,11 @@ class RewardWorker:
         return self._process.pid
 
 
+# A chunk's workers; where a node is lost, the next idle worker may have been on it too. A sample that ends its scoring
+# process is no such loss (`rewards.scoring_process`).
+_ATTEMPTS = 3
+
+
 class RewardPool:
     """Reward workers, spread over the cluster.
 
@@ -143,9 +148,9 @@ class RewardPool:
         return ScoredBatch(batch, self._combined.finish(samples, results), time.monotonic() - start)
 
     async def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
-        """On an idle worker; a worker that is lost meanwhile is replaced, and the chunk tried once more elsewhere."""
+        """On an idle worker; a worker that is lost meanwhile is replaced, and the chunk tried again elsewhere."""
         error = ""
-        for _ in range(2):
+        for _ in range(_ATTEMPTS):
             worker = await self._idle.get()
             try:
                 reply = worker.score.remote(list(samples))

