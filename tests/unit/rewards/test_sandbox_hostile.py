@@ -15,6 +15,7 @@ from rewards.api import RewardInput, RewardOutput
 from rewards.code import CodeReward
 from rewards.sandbox.api import Limits, Program, RunResult, SandboxService, Task
 from rewards.sandbox.inside.zygote import NOBODY
+from rewards.sandbox.local import LocalSandbox
 from rewards.sandbox.process import Zygote
 
 DATA = Path(__file__).parents[2] / "data"
@@ -106,7 +107,8 @@ def test_no_hostile_program_scores_and_every_honest_one_does(host: dict[str, str
     guard = CodeReward(score="share", limits=HOSTILE_LIMITS)
     neighbour = CodeReward(limits={"cpu_s": 1.5, "wall_s": 60, "memory_bytes": 256 << 20}, total_s=300)
     guard._service = recorder = Recorder(guard._service)  # type: ignore[assignment]
-    zygotes: list[Zygote] = [recorder.service._zygote, neighbour._service._zygote]  # type: ignore[attr-defined]
+    services: list[LocalSandbox] = [recorder.service, neighbour._service]  # type: ignore[attr-defined, list-item]
+    zygotes: list[Zygote] = [service._zygote for service in services]  # type: ignore[misc]
     with ThreadPoolExecutor(1) as pool:
         scored = pool.submit(lambda: list(neighbour.score_batch([sample(form, source) for _, form, source in honest])))
         outputs = list(guard.score_batch([sample(form, source) for _, form, source in hostile]))
@@ -122,8 +124,10 @@ def test_no_hostile_program_scores_and_every_honest_one_does(host: dict[str, str
         if b"MARKER" in result.stdout or "MARKER-SECRET" in result.stderr
     ]
     assert not leaks, leaks
-    for zygote in zygotes:
-        assert len(descendants(zygote.process.pid)) == 1, "a box is left"
+    for service, zygote in zip(services, zygotes, strict=True):
+        idle = [box for boxes in service._idle.values() for box in boxes]  # nothing in them but their first process
+        assert len(descendants(zygote.process.pid)) == 1 + len(idle), "a box or a program is left"
+        assert not any(box.has_ended() for box in idle)
     for reward in (guard, neighbour):
         reward.close()
     assert all(zygote.process.returncode == 0 for zygote in zygotes)
