@@ -109,8 +109,8 @@ def start_engine(
 ) -> Any:
     """A DeepSpeedEngine over the model; without an optimizer it can only run forward.
 
-    A decoder layer is gathered and released as a whole: DeepSpeed's hooks on each of its modules cost more time than a
-    small layer's arithmetic, and the ranks' experts differ, so a layer in parts could not run in lockstep.
+    A decoder layer is gathered and released as a whole, so that DeepSpeed's hooks run once a layer and not for each of
+    its modules.
     """
     import deepspeed
 

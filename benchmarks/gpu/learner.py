@@ -35,8 +35,6 @@ from rl.weight_sync.source import Zero3WeightSource
 SHAPES = {
     "0.6b": (1024, 3072, 28, 16, True),
     "1.7b": (2048, 6144, 28, 16, True),
-    "4b": (2560, 9728, 36, 32, True),
-    "8b": (4096, 12288, 36, 32, False),
 }
 VOCABULARY = 151936
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bfloat16, NVIDIA's data sheets
@@ -174,10 +172,9 @@ def timed(step: Any) -> float:
 
 def fledge_speed(options: argparse.Namespace, folder: Path, parameters: int) -> None:
     config = LearnerConfig(
-        optimizer=OptimizerConfig(name=options.optimizer, lr=1e-6),
+        optimizer=OptimizerConfig(name="fused_adamw", lr=1e-6),
         max_tokens_per_microbatch=options.microbatch,
         activation_checkpointing=options.checkpointing,
-        offload_optimizer=options.offload,
     )
     learner = start_learner(folder, "bfloat16", "cuda", config)
     batch = samples(options.sequences, options.tokens // 8, options.tokens - options.tokens // 8, VOCABULARY)
@@ -223,9 +220,7 @@ def main() -> None:
     speed.add_argument("--tokens", type=int, default=2048, help="of each sequence")
     speed.add_argument("--sequences", type=int, default=16, help="of a step")
     speed.add_argument("--microbatch", type=int, default=8192, help="tokens")
-    speed.add_argument("--optimizer", default="fused_adamw")
     speed.add_argument("--checkpointing", action="store_true")
-    speed.add_argument("--offload", action="store_true", help="the optimizer's states to CPU memory")
     speed.add_argument("--side", choices=["fledge", "plain"], help="one of them, in a folder that is there")
     speed.add_argument("--folder", type=Path, default=None)
     speed.add_argument("--parameters", type=int, default=0)
@@ -250,7 +245,7 @@ def both_sides(options: argparse.Namespace) -> None:
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}: "
             f"Qwen3-{options.shape} ({parameters:,} parameters), "
             f"{options.sequences} x {options.tokens} tokens a step, {options.microbatch} a micro-batch, "
-            f"checkpointing {options.checkpointing}, offload {options.offload}",
+            f"checkpointing {options.checkpointing}",
             flush=True,
         )
         for side in ("plain", "fledge"):

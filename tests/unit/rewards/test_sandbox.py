@@ -224,9 +224,9 @@ def test_no_program_sees_how_an_earlier_one_ended(tmp_path: Path) -> None:
 
 
 SCAN = """
-import ctypes, os, sys
+import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
-libc.sbrk.restype = libc.memcpy.restype = ctypes.c_void_p
+libc.sbrk.restype = ctypes.c_void_p
 read_end, write_end = os.pipe()
 page, found = 4096, set()
 around = [libc.sbrk(0) or 0, id(object()), id("x" * 5000)]
