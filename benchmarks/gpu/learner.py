@@ -1,7 +1,7 @@
 """The learner alone on one GPU: equal to the CPU, and how fast, beside a plain transformers loop in the same run.
 
     python benchmarks/gpu/learner.py exact
-    python benchmarks/gpu/learner.py speed [--shape 0.6b] [--tokens 2048] [--sequences 16] [--checkpointing]
+    python benchmarks/gpu/learner.py speed [--shape 0.6b] [--microbatch 8192] [--checkpointing]
 
 `exact` runs one update of a tiny model of each family on both devices, in float32 and bfloat16, and compares
 log-probabilities and gradients. `speed` trains a random model of a Qwen3 shape: tokens a second, model FLOP/s and peak
