@@ -78,7 +78,7 @@ def inference_config(*, dtype: str, hidden_size: int, offload: bool) -> dict[str
 
 
 def _zero3_config(*, hidden_size: int, dtype: str, offload_parameters: bool, overlap: bool) -> dict[str, Any]:
-    # Elements. Few large collectives cost a GPU least: 1.69 s a step with 4e6, 1.50 s with 50e6 (Qwen3-0.6B on an H100).
+    # Elements. Few large collectives cost a GPU least: 1.69 s a step with 4e6, 1.50 s with 50e6 (Qwen3-0.6B, H100).
     least = 50_000_000 if torch.cuda.is_available() else 1_000_000
     bucket = min(max(4 * hidden_size * hidden_size, least), 200_000_000)
     zero: dict[str, Any] = {
