@@ -1,6 +1,6 @@
-"""Forward and backward over sequences of long-tailed lengths: buckets and packing against padding a shuffled batch.
+"""Forward and backward over groups of long-tailed responses: every layout against padding a shuffled batch.
 
-    python benchmarks/layouts.py [--sequences 128] [--max-tokens 4096] [--layers 2] [--hidden 128]
+    python benchmarks/layouts.py [--prompt 64] [--group-size 8] [--sequences 128] [--max-tokens 4096] [--hidden 128]
 
 All forms run the same model over the same sequences with the same budget of positions a micro-batch. Left out:
 DeepSpeed, whose share does not depend on the layout.
@@ -15,22 +15,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from rl.batching import Layout, micro_batches
+from rl.batching import Layout, micro_batches, shared_prefix_micro_batches
 from rl.layouts import TokenSequence, collate
 from rl.logprobs import LogprobHead
+from rl.shared_prefix import use_shared_prefixes
 
-PROMPT = 32
 
-
-def long_tailed(count: int, longest: int) -> list[TokenSequence]:
-    """Log-normal response lengths (median an eighth of the longest), as reasoning models have them."""
+def long_tailed(count: int, longest: int, prompt: int, group_size: int) -> list[TokenSequence]:
+    """Log-normal response lengths (median an eighth of the longest), as reasoning models have them; `group_size` of
+    them to a prompt."""
     generator = np.random.default_rng(0)
-    responses = np.clip(generator.lognormal(np.log(longest / 8), 0.9, count), 4, longest - PROMPT).astype(int)
+    responses = np.clip(generator.lognormal(np.log(longest / 8), 0.9, count), 4, longest).astype(int)
+    prompts = generator.integers(0, 128, (-(-count // group_size), prompt)).astype(np.int32)
     return [
-        TokenSequence(
-            generator.integers(0, 128, PROMPT).astype(np.int32), generator.integers(0, 128, n).astype(np.int32)
-        )
-        for n in responses
+        TokenSequence(prompts[i // group_size], generator.integers(0, 128, n).astype(np.int32))
+        for i, n in enumerate(responses)
     ]
 
 
@@ -51,7 +50,7 @@ class Bench:
             num_key_value_heads=max(options.hidden // 128, 1),
             head_dim=64,
         )
-        self.device = options.device
+        self.device, self.attention = options.device, options.attention
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=options.attention)
         self.model.to(options.device)
@@ -63,6 +62,9 @@ class Bench:
         On a CPU the seconds are this process's own, so that other work on the machine does not count.
         """
         clock = time.perf_counter if self.device == "cuda" else time.process_time
+        self.model.set_attn_implementation(self.attention)
+        if layout == "shared_prefix":
+            use_shared_prefixes(self.model)
         positions = 0
         started = clock()
         for group in groups:
@@ -88,7 +90,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--longest", type=int, default=512)
+    parser.add_argument("--longest", type=int, default=512, help="response tokens")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=128)
@@ -97,28 +101,32 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     bench = Bench(options)
-    sequences = long_tailed(options.sequences, options.longest)
+    sequences = long_tailed(options.sequences, options.longest, options.prompt, options.group_size)
     lengths = [s.num_positions for s in sequences]
     forms: dict[str, tuple[list[list[int]], Layout]] = {
         "padded, shuffled": (shuffled(lengths, options.max_tokens), "bucketed"),
         "bucketed": (micro_batches(lengths, options.max_tokens, "bucketed"), "bucketed"),
         "packed": (micro_batches(lengths, options.max_tokens, "packed"), "packed"),
+        "shared_prefix": (
+            shared_prefix_micro_batches(
+                [s.prompt_key for s in sequences], [options.prompt] * len(sequences), lengths, options.max_tokens
+            ),
+            "shared_prefix",
+        ),
     }
     print(
-        f"{options.device}, {bench.dtype}, {options.attention}, {len(sequences)} sequences, {sum(lengths)} tokens, "
-        f"longest {max(lengths)}, {options.max_tokens} positions a micro-batch"
+        f"{options.device}, {bench.dtype}, {options.attention}, {len(sequences)} sequences in groups of "
+        f"{options.group_size}, prompts of {options.prompt}, {sum(lengths)} tokens, longest {max(lengths)}, "
+        f"{options.max_tokens} positions a micro-batch"
     )
     best: dict[str, tuple[float, int]] = {}
     for _ in range(options.repeats):  # in turn, so that a busy machine is unfair to all alike
         for name, (groups, layout) in forms.items():
             best[name] = min(best.get(name, (float("inf"), 0)), bench.run(sequences, groups, layout))
     base = best["padded, shuffled"][0]
-    print(f"{'layout':<18} {'micro-batches':>13} {'positions':>10} {'real':>6} {'seconds':>8} {'speed':>7}")
+    print(f"{'layout':<18} {'micro-batches':>13} {'positions':>10} {'seconds':>8} {'speed':>7}")
     for name, (seconds, positions) in best.items():
-        print(
-            f"{name:<18} {len(forms[name][0]):>13} {positions:>10} {sum(lengths) / positions:>6.0%} {seconds:>8.2f} "
-            f"{base / seconds:>6.2f}x"
-        )
+        print(f"{name:<18} {len(forms[name][0]):>13} {positions:>10} {seconds:>8.2f} {base / seconds:>6.2f}x")
 
 
 if __name__ == "__main__":

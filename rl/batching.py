@@ -15,7 +15,7 @@ import numpy as np
 from rl.batch import FloatArray, TrainBatch, TrainSample
 from rl.errors import LearnerError
 
-Layout = Literal["packed", "bucketed"]
+Layout = Literal["packed", "bucketed", "shared_prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +49,53 @@ def sequence_cost(num_tokens: int, hidden_size: int = 4096) -> float:
     return num_tokens * (1.0 + num_tokens / (6.0 * hidden_size))
 
 
-def balance(samples: Sequence[TrainSample], num_ranks: int, *, hidden_size: int = 4096) -> list[list[TrainSample]]:
+def balance(
+    samples: Sequence[TrainSample], num_ranks: int, *, hidden_size: int = 4096, share_prefixes: bool = False
+) -> list[list[TrainSample]]:
     """Deal samples to ranks so that their costs are about equal: longest first, each to the least loaded rank.
 
     The largest load is at most 4/3 - 1/(3 num_ranks) of the best possible one (Graham 1969). Every rank gets work as
-    long as there are as many samples as ranks.
+    long as there are as many samples as ranks. With `share_prefixes`, samples of one prompt stay together, which costs
+    the prompt once, as far as four pieces for each rank are left to deal.
     """
-    order = sorted(range(len(samples)), key=lambda i: (-samples[i].num_tokens, i))
+    pieces = [[i] for i in range(len(samples))]
+    if share_prefixes:
+        largest = max(1, len(samples) // (4 * num_ranks))
+        pieces = [
+            members[start : start + largest]
+            for members in _by_prompt([s.prompt_ids.tobytes() for s in samples])
+            for start in range(0, len(members), largest)
+        ]
+    costs = [_cost_together([samples[i] for i in piece], hidden_size) for piece in pieces]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index in order:
+    for number in sorted(range(len(pieces)), key=lambda i: (-costs[i], i)):
         load, rank = heapq.heappop(heap)
-        shares[rank].append(index)
-        heapq.heappush(heap, (load + sequence_cost(samples[index].num_tokens, hidden_size), rank))
+        shares[rank] += pieces[number]
+        heapq.heappush(heap, (load + costs[number], rank))
     return [[samples[i] for i in sorted(share)] for share in shares]
 
 
-def deal(samples: Sequence[TrainSample], num_ranks: int) -> tuple[list[list[TrainSample]], list[list[int]]]:
+def _by_prompt(prompts: Sequence[bytes]) -> list[list[int]]:
+    """Indices of equal prompts together, in order of first appearance."""
+    groups: dict[bytes, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    return list(groups.values())
+
+
+def _cost_together(samples: Sequence[TrainSample], hidden_size: int) -> float:
+    """`sequence_cost` of samples that share their prompt."""
+    prompt = sequence_cost(len(samples[0].prompt_ids), hidden_size)
+    return prompt + sum(sequence_cost(s.num_tokens, hidden_size) - prompt for s in samples)
+
+
+def deal(
+    samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: bool = False
+) -> tuple[list[list[TrainSample]], list[list[int]]]:
     """Balanced shares, and for each the samples' places in the whole."""
     places = {id(sample): place for place, sample in enumerate(samples)}
-    shares = balance(samples, num_ranks)
+    shares = balance(samples, num_ranks, share_prefixes=share_prefixes)
     return shares, [[places[id(sample)] for sample in share] for share in shares]
 
 
@@ -85,23 +112,31 @@ def collect(
 
 
 def plan_update(
-    batch: TrainBatch, *, num_ranks: int, mini_batches: int = 1, epochs: int = 1, seed: int = 0, hidden_size: int = 4096
+    batch: TrainBatch,
+    *,
+    num_ranks: int,
+    mini_batches: int = 1,
+    epochs: int = 1,
+    seed: int = 0,
+    hidden_size: int = 4096,
+    share_prefixes: bool = False,
 ) -> list[list[MiniBatchShare]]:
     """The whole update: for each rank its share of every optimizer step, `epochs * mini_batches` of them.
 
-    Each epoch shuffles anew, from `seed` and the epoch's number.
+    Each epoch shuffles anew, from `seed` and the epoch's number. Which samples make a mini-batch does not depend on
+    `share_prefixes`; which rank computes them does.
     """
     plan: list[list[MiniBatchShare]] = [[] for _ in range(num_ranks)]
     for epoch in range(epochs):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         for part in split_into_mini_batches(batch, mini_batches, seed=epoch_seed):
-            shares = balance(part.samples, num_ranks, hidden_size=hidden_size)
+            shares = balance(part.samples, num_ranks, hidden_size=hidden_size, share_prefixes=share_prefixes)
             for rank, samples in enumerate(shares):
                 plan[rank].append(MiniBatchShare(tuple(samples), part.num_loss_tokens, part.num_sequences))
     return plan
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Layout) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Literal["packed", "bucketed"]) -> list[list[int]]:
     """Group sequences so that no group holds more than `max_tokens` positions, padding included.
 
     bucketed: sequences of similar length together; a group of k sequences costs k times its longest one. The groups are
@@ -117,12 +152,47 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Layout) -> li
         LearnerError: a sequence is longer than `max_tokens`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if order and lengths[order[0]] > max_tokens:
-        raise LearnerError(
-            f"a sequence of {lengths[order[0]]} tokens does not fit learner.max_tokens_per_microbatch {max_tokens}; "
-            f"raise it to at least {lengths[order[0]]}"
-        )
+    if order:
+        _check_fits(lengths[order[0]], max_tokens)
     return (_bucket if layout == "bucketed" else _pack)(order, lengths, max_tokens)
+
+
+def shared_prefix_micro_batches(
+    prompts: Sequence[bytes], prompt_lengths: Sequence[int], lengths: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """As packed `micro_batches`, where a group holds each of its distinct prompts once.
+
+    Sequences of one prompt stay together as long as they fit. Example with two sequences of one prompt of 4 positions
+    and one of another: `shared_prefix_micro_batches([b"x", b"y", b"x"], [4, 4, 4], [6, 9, 7], 10)` is `[[0, 2], [1]]`,
+    of 4 + 2 + 3 and 9 positions.
+
+    Raises:
+        LearnerError: a sequence is longer than `max_tokens`.
+    """
+    pieces: list[list[int]] = []
+    sizes: list[int] = []
+    for members in _by_prompt(prompts):
+        prompt, size = prompt_lengths[members[0]], max_tokens + 1
+        for index in members:
+            own = lengths[index] - prompt
+            _check_fits(prompt + own, max_tokens)
+            if size + own > max_tokens:
+                pieces.append([])
+                sizes.append(0)
+                size = prompt
+            pieces[-1].append(index)
+            size += own
+            sizes[-1] = size
+    order = sorted(range(len(pieces)), key=lambda i: (-sizes[i], i))
+    return [[index for piece in group for index in pieces[piece]] for group in _pack(order, sizes, max_tokens)]
+
+
+def _check_fits(length: int, max_tokens: int) -> None:
+    if length > max_tokens:
+        raise LearnerError(
+            f"a sequence of {length} tokens does not fit learner.max_tokens_per_microbatch {max_tokens}; "
+            f"raise it to at least {length}"
+        )
 
 
 def _bucket(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -217,7 +217,7 @@ class LearnerConfig(Section):
     epochs: PositiveInt = 1
     mini_batches: PositiveInt = Field(1, description="optimizer steps an epoch over one batch of rollouts")
     max_tokens_per_microbatch: PositiveInt = 16384
-    layout: Literal["auto", "packed", "bucketed"] = "auto"
+    layout: Literal["auto", "packed", "bucketed", "shared_prefix"] = "auto"
     logprob_chunk_tokens: PositiveInt = 2048
     activation_checkpointing: bool = False
     offload_optimizer: bool = False

@@ -1,6 +1,7 @@
-"""Micro-batches as tensors: padded rows of similar length ("bucketed"), or one row of packed sequences ("packed").
+"""Micro-batches as tensors: padded rows of similar length ("bucketed"), or one row of packed sequences ("packed"),
+where equal prompts may be shared ("shared_prefix").
 
-Both are exact: a sequence gets the log-probabilities that it gets alone. Left out: which samples go together
+All are exact: a sequence gets the log-probabilities that it gets alone. Left out: which samples go together
 (`rl.batching`) and the forward pass (`rl.learner`).
 
 A model reads every token but a sequence's last one, which nothing is predicted from: a sequence of P prompt and R
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from torch import Tensor
 from rl.batch import IntArray, TrainSample
 from rl.batching import Layout
 from rl.errors import LearnerError
+from rl.shared_prefix import Places, refuse_other_attention, shared_prefixes
 
 FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
 # These leave position_ids out of their attention mask, so packed sequences need explicit masks.
@@ -45,6 +47,11 @@ class TokenSequence:
     def num_positions(self) -> int:
         """n = P + R - 1."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for equal prompts."""
+        return self.prompt_ids.tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +77,13 @@ class MicroBatch:
 
 def resolve_layout(layout: str, *, attention: str, device: str) -> Layout:
     """The layout that `learner.layout` means: `auto` packs where attention has a variable-length kernel (without one,
-    packing pays for the whole masked square), and else makes buckets."""
+    packing pays for the whole masked square), shares prompts on a CPU with sdpa, and else makes buckets."""
     if layout == "auto":
-        return "packed" if device == "cuda" and attention in FLASH_ATTENTIONS else "bucketed"
-    if layout not in ("packed", "bucketed"):
-        raise LearnerError(f"unknown layout {layout!r}; use auto, packed or bucketed")
+        if device == "cuda":
+            return "packed" if attention in FLASH_ATTENTIONS else "bucketed"
+        return "shared_prefix" if attention == "sdpa" else "bucketed"
+    if layout not in get_args(Layout):
+        raise LearnerError(f"unknown layout {layout!r}; use auto or one of {', '.join(get_args(Layout))}")
     return layout  # type: ignore[return-value]
 
 
@@ -85,6 +94,8 @@ def refuse_inexact_layout(layout: str, *, model_type: str, attention: str) -> No
             f"{model_type} with {attention} attention cannot run packed sequences exactly; set learner.layout to "
             "bucketed, or model.attention to eager"
         )
+    if layout == "shared_prefix":
+        refuse_other_attention(model_type, attention)
 
 
 def collate(
@@ -99,7 +110,7 @@ def collate(
 
     Args:
         sequences: S >= 1, each with at least one prompt and one response token.
-        layout: bucketed gives [S, max n], packed gives [1, sum n].
+        layout: bucketed gives [S, max n], packed gives [1, sum n], shared_prefix the same with equal prompts once.
         model_config: the transformers configuration of the model.
         device: where the tensors go.
         dtype: of additive attention masks, where the model needs them; that of its activations.
@@ -113,54 +124,75 @@ def collate(
                 f"sequence {index} has {len(sequence.prompt_ids)} prompt and {len(sequence.response_ids)} response "
                 "tokens; the learner needs at least one of each"
             )
-    lengths = np.array([s.num_positions for s in sequences])
-    if layout == "bucketed":
-        rows, width = len(sequences), int(lengths.max())
-        starts = np.arange(rows) * width
-    else:
-        rows, width = 1, int(lengths.sum())
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    places, rows, width = _places(sequences, layout)
     input_ids = np.zeros(rows * width, dtype=np.int64)
     real = np.zeros(rows * width, dtype=bool)
-    for start, length, sequence in zip(starts, lengths, sequences, strict=True):
-        span = slice(start, start + length)
-        input_ids[span] = np.concatenate([sequence.prompt_ids, sequence.response_ids])[:-1]
-        real[span] = True
+    for place, sequence in zip(places, sequences, strict=True):
+        input_ids[place] = np.concatenate([sequence.prompt_ids, sequence.response_ids])[:-1]
+        real[place] = True
     responses = [len(s.response_ids) for s in sequences]
-    positions = [np.arange(s + n - r, s + n) for s, n, r in zip(starts, lengths, responses, strict=True)]
 
     def tensor(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     inputs: dict[str, Any] = {"input_ids": tensor(input_ids.reshape(rows, width)), "use_cache": False}
     if layout == "packed":
-        inputs |= _packed_inputs(lengths, model_config, device, dtype)
+        inputs["position_ids"] = tensor(_position_ids(places, width))[None]
+        inputs["attention_mask"] = _packed_mask([len(place) for place in places], model_config, device, dtype)
+    elif layout == "shared_prefix":
+        inputs["position_ids"] = tensor(_position_ids(places, width))[None]
+        inputs["shared_prefixes"] = shared_prefixes(places, tensor)
     # Bucketed rows are padded on the right and need neither mask nor positions: attention is causal, so a real token
     # never sees the padding behind it.
     return MicroBatch(
         model_inputs=inputs,
-        positions=tensor(np.concatenate(positions)),
+        positions=tensor(np.concatenate([place[-r:] for place, r in zip(places, responses, strict=True)])),
         targets=tensor(np.concatenate([s.response_ids for s in sequences]).astype(np.int64)),
         sequence_index=tensor(np.repeat(np.arange(len(sequences)), responses)),
         lengths=tuple(responses),
         real=tensor(real),
-        routed_experts=_routed_experts(sequences, starts, rows * width, tensor),
+        routed_experts=_routed_experts(sequences, places, rows * width, tensor),
     )
 
 
-def _packed_inputs(
-    lengths: npt.NDArray[Any], model_config: Any, device: torch.device | str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Positions that restart, from which transformers builds block-diagonal attention (and only without a mask and a
-    cache); explicit masks for the models that do not look at them."""
-    position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-    inputs: dict[str, Any] = {"position_ids": position_ids[None], "attention_mask": None}
+def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[Places], int, int]:
+    """(S x [n] where a sequence's tokens lie in B x L flattened, B, L)."""
+    lengths = [s.num_positions for s in sequences]
+    if layout == "bucketed":
+        width = max(lengths)
+        return [row * width + np.arange(n) for row, n in enumerate(lengths)], len(lengths), width
+    places: list[Places] = []
+    prompts: dict[bytes, Places] = {}
+    end = 0
+    for sequence, length in zip(sequences, lengths, strict=True):
+        prompt = prompts.get(sequence.prompt_key) if layout == "shared_prefix" else None
+        known = 0 if prompt is None else len(prompt)
+        own = np.arange(end, end + length - known)
+        end += len(own)
+        places.append(own if prompt is None else np.concatenate([prompt, own]))
+        prompts.setdefault(sequence.prompt_key, places[-1][: len(sequence.prompt_ids)])
+    return places, 1, end
+
+
+def _position_ids(places: Sequence[Places], width: int) -> Places:
+    """[L]: each token's place in its sequence."""
+    position_ids = np.zeros(width, dtype=np.int64)
+    for place in places:
+        position_ids[place] = np.arange(len(place))
+    return position_ids
+
+
+def _packed_mask(
+    lengths: Sequence[int], model_config: Any, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor] | None:
+    """None: from positions that restart, transformers builds block-diagonal attention (and only without a mask and a
+    cache). Explicit masks for the models that do not look at them."""
     attention = model_config._attn_implementation
     refuse_inexact_layout("packed", model_type=model_config.model_type, attention=attention)
-    if model_config.model_type in _NEEDS_EXPLICIT_MASKS and attention not in FLASH_ATTENTIONS:
-        sequence = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
-        inputs["attention_mask"] = _explicit_masks(sequence, model_config, dtype)
-    return inputs
+    if model_config.model_type not in _NEEDS_EXPLICIT_MASKS or attention in FLASH_ATTENTIONS:
+        return None
+    sequence = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+    return _explicit_masks(sequence, model_config, dtype)
 
 
 def _explicit_masks(sequence: Tensor, model_config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -179,7 +211,7 @@ def _explicit_masks(sequence: Tensor, model_config: Any, dtype: torch.dtype) -> 
 
 def _routed_experts(
     sequences: Sequence[TokenSequence],
-    starts: npt.NDArray[Any],
+    places: Sequence[Places],
     size: int,
     tensor: Callable[[npt.NDArray[Any]], Tensor],
 ) -> Tensor | None:
@@ -193,11 +225,11 @@ def _routed_experts(
         )
     layers, top_k = recorded[0].shape[1:]
     experts = np.tile(np.arange(top_k, dtype=np.int64), (size, layers, 1))
-    for start, sequence, routed in zip(starts, sequences, recorded, strict=True):
+    for place, sequence, routed in zip(places, sequences, recorded, strict=True):
         if routed.shape != (sequence.num_positions, layers, top_k):
             raise LearnerError(
                 f"routed_experts has shape {routed.shape}; this sequence needs "
                 f"{(sequence.num_positions, layers, top_k)} (prompt + response - 1, layers, experts a token)"
             )
-        experts[start : start + len(routed)] = routed
+        experts[place] = routed  # of a shared prompt those of its last sequence; rounding may have parted them
     return tensor(experts)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.batch import Annotations, FloatArray, IntArray, TrainSample, UpdateResult
-from rl.batching import MiniBatchShare
+from rl.batching import Layout, MiniBatchShare
 from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rl.errors import LearnerError
 from rl.layouts import MicroBatch, TokenSequence
@@ -30,6 +30,7 @@ from rl.logprobs import LogprobHead
 from rl.models import DTYPES, load_config, load_model
 from rl.moe import Routers, router_metrics
 from rl.objectives import Objective, PolicyObjective, SupervisedObjective, correction_metrics
+from rl.shared_prefix import use_shared_prefixes
 from rl.zero3 import inference_config, init_distributed, set_up_process, start_engine, training_config
 
 
@@ -84,6 +85,11 @@ class Learner:
     def module(self) -> Any:
         """The transformers model; its parameters are ZeRO-3 partitions."""
         return self._policy.module
+
+    @property
+    def layout(self) -> Layout:
+        """Of its micro-batches."""
+        return self._policy.layout
 
     def annotate(self, sequences: Sequence[TrainSample]) -> Annotations:
         """Log-probabilities of this rank's samples before the update, in their order, at the rollout's temperature.
@@ -180,6 +186,8 @@ class Learner:
         zero = inference_config(dtype=model.dtype, hidden_size=hidden_size, offload=self._config.offload_reference)
         reference = load_model(model, zero, device=self.device.type, path=path)
         reference.requires_grad_(False).eval()
+        if self.layout == "shared_prefix":
+            use_shared_prefixes(reference)
         head = LogprobHead(reference, self._config.logprob_chunk_tokens)
         return start_engine(reference, zero), head
 

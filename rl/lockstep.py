@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from rl.batch import FloatArray, TrainSample
-from rl.batching import MiniBatchShare, micro_batches
+from rl.batching import MiniBatchShare, micro_batches, shared_prefix_micro_batches
 from rl.config import LearnerConfig
 from rl.errors import LearnerError
 from rl.layouts import MicroBatch, TokenSequence, collate, resolve_layout
 from rl.learner_metrics import MetricSums
 from rl.optim import build_optimizer, build_schedule
+from rl.shared_prefix import use_shared_prefixes
 from rl.zero3 import backward, start_engine
 
 # What a rank runs when the others still have work: two tokens whose loss weighs nothing.
@@ -56,6 +57,8 @@ class LockstepEngine:
         self.dtype = next(model.parameters()).dtype
         model_config: Any = model.config
         self.layout = resolve_layout(config.layout, attention=model_config._attn_implementation, device=device.type)
+        if self.layout == "shared_prefix":
+            use_shared_prefixes(model)
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.engine = start_engine(
@@ -142,7 +145,13 @@ class LockstepEngine:
     def _groups(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
         """Micro-batches of this rank, as many as the rank with the most has: ZeRO-3 runs in lockstep. Groups that are
         empty run `_EMPTY`."""
-        groups = micro_batches([s.num_positions for s in sequences], self.config.max_tokens_per_microbatch, self.layout)
+        lengths, max_tokens = [s.num_positions for s in sequences], self.config.max_tokens_per_microbatch
+        if self.layout == "shared_prefix":
+            groups = shared_prefix_micro_batches(
+                [s.prompt_key for s in sequences], [len(s.prompt_ids) for s in sequences], lengths, max_tokens
+            )
+        else:
+            groups = micro_batches(lengths, max_tokens, self.layout)
         count = torch.tensor(len(groups), device=self.device)
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
         return groups + [[] for _ in range(int(count) - len(groups))]

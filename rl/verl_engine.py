@@ -32,6 +32,7 @@ from rl.learner_checks import check_layout
 from rl.logprobs import LogprobHead
 from rl.models import DTYPES, load_config, load_model
 from rl.optim import build_optimizer, build_schedule
+from rl.shared_prefix import use_shared_prefixes
 from rl.verl_config import learner_config, refuse_settings, total_steps, translate_model
 from rl.weight_sync.source import Zero3WeightSource
 from rl.zero3 import backward, inference_config, init_distributed, set_up_process, start_engine, training_config
@@ -91,6 +92,12 @@ class DeepSpeedEngine(BaseEngine):
             zero = training_config(config, dtype=model.dtype, hidden_size=hidden_size)
         policy = load_model(model, zero, device=self._device.type)
         self._head = LogprobHead(policy, config.logprob_chunk_tokens)
+        model_config: Any = policy.config
+        self._layout = resolve_layout(
+            config.layout, attention=model_config._attn_implementation, device=self._device.type
+        )
+        if self._layout == "shared_prefix":
+            use_shared_prefixes(policy)
         if verl.forward_only:
             policy.requires_grad_(False)
             self.engine = start_engine(policy, zero)
@@ -101,9 +108,6 @@ class DeepSpeedEngine(BaseEngine):
             self.engine = start_engine(policy, zero, optimizer=self.optimizer)
             # Not DeepSpeed's to step: verl steps it once a batch of rollouts, however many optimizer steps that takes.
             self.lr_scheduler = build_schedule(self.optimizer, config.optimizer, total_steps(self.optimizer_config))
-        self._layout = resolve_layout(
-            config.layout, attention=self.module.config._attn_implementation, device=self._device.type
-        )
         check_layout(self.engine, self._head, self._layout, device=self._device, dtype=DTYPES[model.dtype])
 
     @property

@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rl.actors import end_actors
 from rl.batch import Annotations, FloatArray, ScoredBatch, TrainBatch, TrainSample, UpdateResult, WeightVersion
-from rl.batching import MiniBatchShare, collect, deal, plan_update
+from rl.batching import Layout, MiniBatchShare, collect, deal, plan_update
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import FledgeError, LearnerError, WeightSyncError
 from rl.weight_sync.api import Transport
@@ -79,8 +79,8 @@ class LearnerWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, spec: LearnerSpec, address: tuple[str, int]) -> None:
-        """Join the process group and load the model."""
+    def start(self, spec: LearnerSpec, address: tuple[str, int]) -> Layout:
+        """Join the process group and load the model; the layout of its micro-batches."""
         os.environ.update(
             RANK=str(self._rank),
             WORLD_SIZE=str(self._world_size),
@@ -112,6 +112,7 @@ class LearnerWorker:
             temperature=spec.temperature,
             fixed_length=spec.fixed_length,
         )
+        return self._learner.layout
 
     def annotate(self, samples: Sequence[TrainSample]) -> Annotations:
         return self._learner.annotate(list(samples))
@@ -228,6 +229,7 @@ class LearnerGroup:
     sync: SyncSpec | None = None
     receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
     policy_version: int = 0
+    share_prefixes: bool = False  # whether a prompt costs a rank once, however many of its samples the rank has
 
     @classmethod
     def start(
@@ -242,10 +244,11 @@ class LearnerGroup:
         group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
         try:
             address = group._get([group.workers[0].address.remote()], "find a port", _START_TIMEOUT_S)[0]
-            group._all("start", spec, address, timeout_s=_START_TIMEOUT_S)
+            layouts = group._all("start", spec, address, timeout_s=_START_TIMEOUT_S)
         except BaseException:
             group.shutdown()
             raise
+        group.share_prefixes = layouts[0] == "shared_prefix"
         return group
 
     @property
@@ -273,7 +276,7 @@ class LearnerGroup:
             )
             for rollout in scored.batch.rollouts
         ]
-        shares, indices = deal(samples, len(self.workers))
+        shares, indices = deal(samples, len(self.workers), share_prefixes=self.share_prefixes)
         parts = self._get(
             [w.annotate.remote(share) for w, share in zip(self.workers, shares, strict=True)],
             "annotate",
@@ -301,6 +304,7 @@ class LearnerGroup:
             mini_batches=learner.mini_batches,
             epochs=learner.epochs,
             seed=self.spec.seed + self.policy_version,
+            share_prefixes=self.share_prefixes,
         )
         results: list[UpdateResult] = self._get(
             [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)],

@@ -30,6 +30,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "one": {"layout": "bucketed"},
     "many": {"layout": "bucketed", "max_tokens_per_microbatch": 50},
     "packed": {"layout": "packed", "max_tokens_per_microbatch": 70, "activation_checkpointing": True},
+    "shared": {"layout": "shared_prefix", "max_tokens_per_microbatch": 70},
     "one_sided": {"layout": "bucketed", "max_tokens_per_microbatch": 50},  # rank 1 only keeps in step
 }
 FAMILIES: dict[str, tuple[str, ...]] = {"qwen3": tuple(SPLITS), "gpt_oss": ("packed",)}

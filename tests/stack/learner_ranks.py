@@ -45,15 +45,21 @@ ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine
 
 
 def samples(count: int = 7, *, layers: int | None = None) -> list[TrainSample]:
-    """Ragged samples with every field that a loss reads; the old and reference log-probabilities are made up."""
+    """Ragged samples with every field that a loss reads; the old and reference log-probabilities are made up.
+
+    From the fourth on, every second one has the prompt of the third before it.
+    """
     generator = np.random.default_rng(5)
 
     def noise(size: int, scale: float) -> Any:
         return (scale * generator.standard_normal(size)).astype(np.float32)
 
-    result = []
-    for _ in range(count):
-        prompt, response = int(generator.integers(1, 9)), int(generator.integers(2, 40))
+    result: list[TrainSample] = []
+    for index in range(count):
+        prompt_ids = generator.integers(0, 250, int(generator.integers(1, 9))).astype(np.int32)
+        if index >= 3 and index % 2:
+            prompt_ids = result[index - 3].prompt_ids
+        prompt, response = len(prompt_ids), int(generator.integers(2, 40))
         old = (-5.5 + noise(response, 0.5)).astype(np.float32)
         mask = generator.random(response) < 0.9
         mask[0] = True
@@ -62,7 +68,7 @@ def samples(count: int = 7, *, layers: int | None = None) -> list[TrainSample]:
             routed = np.argsort(generator.random((prompt + response - 1, layers, 4)), axis=-1)[..., :2].astype(np.int16)
         result.append(
             TrainSample(
-                prompt_ids=generator.integers(0, 250, prompt).astype(np.int32),
+                prompt_ids=prompt_ids,
                 response_ids=generator.integers(0, 250, response).astype(np.int32),
                 loss_mask=mask,
                 advantages=noise(response, 1.0),
@@ -110,7 +116,13 @@ class Scenarios:
 
     @staticmethod
     def update(learner: Learner, batch: list[TrainSample], *, steps: int = 1) -> UpdateResult:
-        plan = plan_update(TrainBatch.from_samples(tuple(batch)), num_ranks=2, mini_batches=steps, seed=3)
+        plan = plan_update(
+            TrainBatch.from_samples(tuple(batch)),
+            num_ranks=2,
+            mini_batches=steps,
+            seed=3,
+            share_prefixes=learner.layout == "shared_prefix",
+        )
         return learner.update(plan[learner.rank])
 
     def step(self, name: str, **config: Any) -> None:
@@ -125,6 +137,8 @@ class Scenarios:
         self.step("one", layout="bucketed")
         self.step("many", layout="bucketed", max_tokens_per_microbatch=50)
         self.step("packed", layout="packed", max_tokens_per_microbatch=70, activation_checkpointing=True)
+        if self.family != "gpt_oss":
+            self.step("shared", layout="shared_prefix", max_tokens_per_microbatch=70, activation_checkpointing=True)
 
     def one_sided(self) -> None:
         """All work on rank 0; rank 1 only keeps in step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.batch import TrainBatch, TrainSample
-from rl.batching import balance, collect, deal, micro_batches, plan_update, sequence_cost, split_into_mini_batches
+from rl.batching import (
+    balance,
+    collect,
+    deal,
+    micro_batches,
+    plan_update,
+    sequence_cost,
+    shared_prefix_micro_batches,
+    split_into_mini_batches,
+)
 from rl.errors import LearnerError
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
@@ -99,6 +109,51 @@ def test_balance_deals_everything_to_all_ranks(lengths: list[int], ranks: int) -
     shares = balance(samples, ranks)
     assert sorted(id(s) for share in shares for s in share) == sorted(id(s) for s in samples)
     assert all(shares) == (len(samples) >= ranks)
+
+
+GROUPS = st.lists(st.tuples(st.integers(0, 4), st.integers(2, 30)), min_size=1, max_size=30)  # prompt, tokens after it
+
+
+def siblings(made_of: list[tuple[int, int]]) -> list[TrainSample]:
+    """Samples by the number of their prompt, which is 10 tokens long, and the length of their response."""
+    return [replace(sample(1 + n), prompt_ids=np.full(10, prompt, dtype=np.int32)) for prompt, n in made_of]
+
+
+@given(GROUPS, st.integers(1, 6))
+def test_balance_keeps_equal_prompts_together_and_still_gives_every_rank_work(
+    made_of: list[tuple[int, int]], ranks: int
+) -> None:
+    samples = siblings(made_of)
+    shares = balance(samples, ranks, share_prefixes=True)
+    assert sorted(id(s) for share in shares for s in share) == sorted(id(s) for s in samples)
+    assert all(shares) == (len(samples) >= ranks)
+
+
+def test_balance_cuts_a_group_only_where_ranks_would_idle() -> None:
+    """32 groups of 8 go to 2 ranks whole; one group of 8 goes to 2 ranks in halves."""
+    shares = balance(siblings([(i // 8, 5 + i % 3) for i in range(256)]), 2, share_prefixes=True)
+    prompts = [{int(s.prompt_ids[0]) for s in share} for share in shares]
+    assert not prompts[0] & prompts[1]
+    assert [len(share) for share in balance(siblings([(0, 5)] * 8), 2, share_prefixes=True)] == [4, 4]
+
+
+@given(GROUPS, st.integers(40, 120))
+def test_shared_micro_batches_hold_everything_once_within_the_budget(
+    made_of: list[tuple[int, int]], budget: int
+) -> None:
+    samples = siblings(made_of)
+    prompts = [s.prompt_ids.tobytes() for s in samples]
+    groups = shared_prefix_micro_batches(prompts, [10] * len(samples), [s.num_tokens - 1 for s in samples], budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(samples)))
+    sizes = [10 * len({prompts[i] for i in group}) + sum(samples[i].num_tokens - 11 for i in group) for group in groups]
+    assert max(sizes) <= budget
+
+
+def test_shared_micro_batches_count_a_prompt_once() -> None:
+    assert shared_prefix_micro_batches([b"x", b"y", b"x"], [4, 4, 4], [6, 9, 7], 10) == [[0, 2], [1]]
+    assert shared_prefix_micro_batches([b"x", b"y", b"x"], [4, 4, 4], [6, 9, 7], 18) == [[0, 2, 1]]
+    with pytest.raises(LearnerError, match=r"sequence of 9 tokens .* raise it to at least 9"):
+        shared_prefix_micro_batches([b"x", b"y"], [4, 4], [6, 9], 8)
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=7), st.integers(1, 3))

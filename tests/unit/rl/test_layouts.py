@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from launch.tiny_models import FAMILIES, Family, build_tiny_model
 from rl.batching import Layout
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence, collate, resolve_layout
+from rl.layouts import MicroBatch, TokenSequence, collate, refuse_inexact_layout, resolve_layout
 from rl.learner_checks import check_layout
 from rl.logprobs import LogprobHead
 from rl.models import choose_attention
 from rl.moe import Routers
+from rl.shared_prefix import ATTENTION, use_shared_prefixes
 
 LENGTHS = ((5, 30), (3, 20), (9, 2), (1, 41), (4, 1))  # prompt and response; longer than the sliding window of 16
 RUNS: list[tuple[Family, str, Layout]] = [
     (family, attention, layout)
     for family in FAMILIES
     for attention in (("eager",) if family == "gpt_oss" else ("eager", "sdpa"))
-    for layout in ("bucketed", "packed")
+    for layout in get_args(Layout)
+    if layout != "shared_prefix" or attention == "sdpa"
 ]
 
 
@@ -56,8 +60,11 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load
 
 
-def sequences(experts: tuple[int, int] | None = None) -> list[TokenSequence]:
-    """Random sequences; with `experts` (layers, experts in all) each also has two random experts a token and layer."""
+def sequences(experts: tuple[int, int] | None = None, *, siblings: bool = False) -> list[TokenSequence]:
+    """Random sequences; with `experts` (layers, experts in all) each also has two random experts a token and layer.
+
+    With `siblings`, each of them is there three times with the same prompt, in turns, and responses of other lengths.
+    """
     generator = np.random.default_rng(1)
     result = []
     for prompt, response in LENGTHS:
@@ -72,6 +79,11 @@ def sequences(experts: tuple[int, int] | None = None) -> list[TokenSequence]:
                 routed,
             )
         )
+    if siblings:
+        for sequence in (*result, *result):
+            length = int(generator.integers(1, 25))
+            response = generator.integers(0, 250, length).astype(np.int32)
+            result.append(TokenSequence(sequence.prompt_ids.copy(), response))
     return result
 
 
@@ -92,10 +104,81 @@ def alone(model: Any, sequence: TokenSequence) -> Tensor:
 @pytest.mark.parametrize(("family", "attention", "layout"), RUNS)
 def test_a_layout_is_exact(load: Any, family: Family, attention: str, layout: Layout) -> None:
     model = load(family, attention)
-    expected = [alone(model, s) for s in sequences()]
-    micro = collate(sequences(), layout, model_config=model.config, device="cpu")
+    chosen = sequences(siblings=True)
+    expected = [alone(model, s) for s in chosen]
+    micro = collate(chosen, layout, model_config=model.config, device="cpu")
+    if layout == "shared_prefix":
+        use_shared_prefixes(model)
     for found, reference in zip(run(model, LogprobHead(model, 16), micro), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_shared_prompts_have_the_gradients_of_sequences_alone(load: Any, family: Family, window: int | None) -> None:
+    """Also with a sliding window that is shorter than most sequences."""
+    model = load(family, "sdpa")
+    if window is not None:
+        _slide(model, window)
+    chosen = sequences(siblings=True)
+
+    def gradients() -> dict[str, Tensor]:
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    weights = [torch.cos(torch.arange(len(s.response_ids), dtype=torch.float32) + i) for i, s in enumerate(chosen)]
+    for sequence, weight in zip(chosen, weights, strict=True):
+        (alone.__wrapped__(model, sequence) * weight).sum().backward()  # type: ignore[attr-defined]
+    expected = gradients()
+    use_shared_prefixes(model)
+    micro = collate(chosen, "shared_prefix", model_config=model.config, device="cpu")
+    with LogprobHead(model, 16).query(micro.positions, micro.targets, temperature=1.0):
+        logprobs = model(**micro.model_inputs).logits[0]
+        (logprobs * torch.cat(weights)).sum().backward()
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        torch.testing.assert_close(found[name], reference, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert float(expected["model.embed_tokens.weight"].abs().max()) > 0.1
+
+
+def _slide(model: Any, window: int) -> None:
+    """Every layer of a Qwen3 model sees the last `window` tokens only."""
+    model.config.sliding_window = window
+    model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+    model.model.has_sliding_layers = True
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
+        layer.attention_type = "sliding_attention"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=9))
+def test_a_shared_row_holds_each_prompt_once_and_every_token_in_its_place(made_of: list[tuple[int, int]]) -> None:
+    prompts = [np.arange(10 * p, 10 * p + 2 + p, dtype=np.int32) for p in range(4)]
+    chosen = [
+        TokenSequence(prompts[p], np.arange(100 * i + 50, 100 * i + 50 + r, dtype=np.int32))
+        for i, (p, r) in enumerate(made_of)
+    ]
+    config = SimpleNamespace(model_type="qwen3", _attn_implementation="sdpa")
+    micro = collate(chosen, "shared_prefix", model_config=config, device="cpu")
+    row, positions = micro.model_inputs["input_ids"][0], micro.model_inputs["position_ids"][0]
+    used = {p for p, _ in made_of}
+    assert len(row) == sum(len(prompts[p]) for p in used) + sum(r - 1 for _, r in made_of)
+    assert micro.real.all()
+    for sequence, places in zip(chosen, micro.split(micro.positions), strict=True):
+        whole = [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]
+        for step, place in enumerate(places.tolist()):
+            length = len(sequence.prompt_ids) + step
+            assert (int(row[place]), int(positions[place])) == (whole[length - 1], length - 1)
+    # Attention finds every sequence whole, and its results find back to the row.
+    shared = micro.model_inputs["shared_prefixes"]
+    rows = [row[places].tolist() for table in shared.tables for places in table]
+    for sequence in chosen:
+        whole = [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()][:-1]
+        assert any(found[: len(whole)] == whole for found in rows)
+    assert torch.equal(torch.cat([table.flatten() for table in shared.tables])[shared.results], torch.arange(len(row)))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -127,7 +210,7 @@ def test_recorded_experts_are_used_again_bit_for_bit(load: Any, family: Family, 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_from_samples_follow_their_tokens_into_every_layout(load: Any, family: Family) -> None:
-    model = load(family)
+    model = load(family, "eager" if family == "gpt_oss" else "sdpa")
     routers, head = Routers(model, "cpu"), LogprobHead(model, 16)
     samples = sequences(experts=(2, 4))
 
@@ -137,7 +220,9 @@ def test_experts_from_samples_follow_their_tokens_into_every_layout(load: Any, f
             return run(model, head, micro)
 
     expected = [replay([s], "bucketed")[0] for s in samples]
-    for layout in ("bucketed", "packed"):
+    for layout in get_args(Layout)[: 2 if family == "gpt_oss" else 3]:
+        if layout == "shared_prefix":
+            use_shared_prefixes(model)
         for found, reference in zip(replay(samples, layout), expected, strict=True):
             torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
 
@@ -166,12 +251,15 @@ def test_the_leak_test_passes_exact_layouts_and_refuses_a_leaking_one(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check(family: Family, layout: Layout) -> None:
-        model = load(family)
+        model = load(family, "sdpa" if layout == "shared_prefix" else "eager")
+        if layout == "shared_prefix":
+            use_shared_prefixes(model)
         engine = _Engine(model)
         check_layout(engine, LogprobHead(model, 16), layout, device=torch.device("cpu"), dtype=torch.float32)
 
     for layout in ("bucketed", "packed"):
         check("gpt_oss", layout)
+    check("qwen3_moe", "shared_prefix")
     monkeypatch.setattr("rl.layouts._NEEDS_EXPLICIT_MASKS", ())  # what GPT-OSS does by itself: sequences see each other
     with pytest.raises(LearnerError, match="packed layout is not exact for GptOssForCausalLM with eager attention"):
         check("gpt_oss", "packed")
@@ -205,6 +293,17 @@ def test_a_model_that_cannot_pack_exactly_is_refused() -> None:
         collate(sequences(), "packed", model_config=config, device="cpu")
 
 
+def test_prompts_are_shared_with_sdpa_only(load: Any) -> None:
+    with pytest.raises(LearnerError, match="gpt_oss runs with eager; set learner.layout to bucketed or packed"):
+        use_shared_prefixes(load("gpt_oss"))
+    model = load("gpt_oss")
+    model.config._attn_implementation = ATTENTION
+    with pytest.raises(LearnerError, match="attention with s_aux cannot share prompts"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(LearnerError, match="gpt_oss runs with eager; set learner.layout to bucketed or packed"):
+        refuse_inexact_layout("shared_prefix", model_type="gpt_oss", attention="eager")
+
+
 def test_sequences_without_prompt_or_response_are_refused() -> None:
     empty = np.empty(0, dtype=np.int32)
     config = SimpleNamespace(model_type="qwen3", _attn_implementation="sdpa")
@@ -226,10 +325,11 @@ def test_experts_of_the_wrong_shape_or_of_some_samples_only_are_refused() -> Non
         collate([good, short], "packed", model_config=config, device="cpu")
 
 
-def test_auto_packs_only_with_a_variable_length_kernel() -> None:
+def test_auto_packs_only_with_a_variable_length_kernel_and_shares_prompts_on_a_cpu() -> None:
     assert resolve_layout("auto", attention="flash_attention_2", device="cuda") == "packed"
     assert resolve_layout("auto", attention="sdpa", device="cuda") == "bucketed"
-    assert resolve_layout("auto", attention="sdpa", device="cpu") == "bucketed"
+    assert resolve_layout("auto", attention="sdpa", device="cpu") == "shared_prefix"
+    assert resolve_layout("auto", attention="eager", device="cpu") == "bucketed"
     assert resolve_layout("packed", attention="sdpa", device="cpu") == "packed"
     with pytest.raises(LearnerError, match="unknown layout"):
         resolve_layout("padded", attention="sdpa", device="cpu")

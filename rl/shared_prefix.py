@@ -1,0 +1,167 @@
+"""Attention in which sequences with equal prompts share them, so that a group's prompt is computed once.
+
+A micro-batch is one row: each distinct prompt, then what follows it in each of its sequences, side by side. Everything
+but attention looks at tokens one by one and needs to know nothing of that. Attention gathers each sequence whole, in
+tables of similar length, and is plain causal attention over them; of a shared prompt one sequence's result is used.
+Log-probabilities and gradients are those of the sequences alone, because a causal prompt never sees what follows it.
+Sharing attention over the prompt too ("Prefix Grouper", arXiv 2506.05433) would need masks, which cost fused kernels
+more than they save until prompts are far longer than responses.
+
+Left out: which sequences go together (`rl.batching`) and the row's tensors (`rl.layouts`). Attention sinks have no form
+here, so GPT-OSS cannot use it.
+
+Shape legend: L tokens of the row, s sequences of a table, n positions of its longest one, H heads (K of keys and
+values), D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from rl.errors import LearnerError
+
+ATTENTION = "fledge_shared_prefix"  # the name under which transformers knows `attention`
+_SHORTEST = 0.8  # of a table's longest sequence; attention pays at most 1 / 0.8^2 for padding
+
+Places = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefixes:
+    """Where the sequences of a row lie in it."""
+
+    tables: tuple[Tensor, ...]  # of [s, n] int64 places in the row; behind a sequence's end 0, which nothing reads
+    results: Tensor  # [L] int64: a token's place among those of all tables, one after the other
+
+
+def shared_prefixes(sequences: Sequence[Places], tensor: Callable[[npt.NDArray[Any]], Tensor]) -> SharedPrefixes:
+    """From the places of each sequence's tokens in the row, whatever part of them sequences have in common.
+
+    Args:
+        sequences: [n] places of each, in the order of its tokens.
+        tensor: puts an array on the device.
+    """
+    results = np.zeros(max(int(places.max()) for places in sequences) + 1, dtype=np.int64)
+    tables: list[Places] = []
+    start = 0
+    for members in _similar([len(places) for places in sequences]):
+        table = np.zeros((len(members), len(sequences[members[0]])), dtype=np.int64)
+        for row, index in zip(table, members, strict=True):
+            places = sequences[index]
+            row[: len(places)] = places
+            results[places] = start + np.arange(len(places))
+            start += len(row)
+        tables.append(table)
+    return SharedPrefixes(tuple(tensor(table) for table in tables), tensor(results))
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in tables of similar length, each longest first."""
+    tables: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not tables or lengths[index] < _SHORTEST * lengths[tables[-1][0]]:
+            tables.append([])
+        tables[-1].append(index)
+    return tables
+
+
+def attention(  # noqa: PLR0913 - transformers' interface
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, L, D].
+        key: [B, K, L, D].
+        value: [B, K, L, D].
+        attention_mask: None; transformers makes none for an attention that it does not know.
+        scaling: of the scores.
+        dropout: of the attention weights.
+        sliding_window: a token sees itself and the window - 1 tokens before it.
+        shared_prefixes: of a row (B is 1); without it, rows are plain sequences, padded on the right.
+        others: what transformers passes besides.
+
+    Returns:
+        ([B, L, H, D], None).
+
+    Raises:
+        LearnerError: the model wants scores of another form.
+    """
+    del module, attention_mask
+    unknown = [name for name in ("s_aux", "softcap") if others.get(name) is not None]
+    if unknown:
+        raise LearnerError(f"attention with {unknown[0]} cannot share prompts; set learner.layout to bucketed")
+    groups = query.shape[1] // key.shape[1]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = _window_mask(query.shape[2], sliding_window, query.device)
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            repeat_kv(key, groups),
+            repeat_kv(value, groups),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+        ).transpose(1, 2)
+
+    if shared_prefixes is None:
+        return attend(query, key, value).contiguous(), None
+    results = [
+        attend(_take(query, table), _take(key, table), _take(value, table)).flatten(0, 1).flatten(1)
+        for table in shared_prefixes.tables
+    ]
+    chosen = torch.cat(results).index_select(0, shared_prefixes.results)  # [L, H D]
+    return chosen.view(1, len(chosen), query.shape[1], query.shape[3]), None
+
+
+def use_shared_prefixes(model: Any) -> None:
+    """Let a model with sdpa attention take `shared_prefixes` among its inputs. Raises LearnerError for another one."""
+    refuse_other_attention(model.config.model_type, model.config._attn_implementation)
+    AttentionInterface.register(ATTENTION, attention)
+    model.set_attn_implementation(ATTENTION)
+
+
+def refuse_other_attention(model_type: str, attention: str) -> None:
+    """Raise LearnerError where prompts cannot be shared."""
+    if attention not in ("sdpa", ATTENTION):
+        raise LearnerError(
+            f"prompts can be shared with sdpa attention only, and {model_type} runs with {attention}; set "
+            "learner.layout to bucketed or packed, or model.attention to sdpa where the model has it"
+        )
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[1, 1, length, length], True where a query may look; None where nothing but causality limits it."""
+    if window is None or length <= window:
+        return None
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _take(values: Tensor, table: Tensor) -> Tensor:
+    """[1, heads, L, D] at [s, n] -> [s, heads, n, D]."""
+    tokens = values[0].transpose(0, 1)  # [L, heads, D]
+    chosen = tokens.flatten(1).index_select(0, table.flatten())
+    return chosen.view(*table.shape, *tokens.shape[1:]).transpose(1, 2)
