@@ -53,10 +53,10 @@ def fledge_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, 
                 "group_size": GROUP_SIZE,
                 "max_response_tokens": MAX_TOKENS,
                 "kv_cache_gib": 1.0,
-                "enforce_eager": True,
+                "num_workers": 2,
             },
             "reward": {"functions": [{"name": f"{Path(__file__).resolve()}:reward"}], "num_workers": 1},
-            "learner": {"num_workers": 2, "max_tokens_per_microbatch": 2048, "optimizer": {"lr": 1e-6}},
+            "learner": {"num_workers": 2, "max_tokens_per_microbatch": 4096, "optimizer": {"lr": 1e-6}},
         }
     )
 

@@ -87,6 +87,7 @@ class RolloutConfig(Section):
 
     num_workers: PositiveInt = 1
     tensor_parallel_size: PositiveInt = 1
+    threads_per_worker: PositiveInt | None = Field(None, description="CPU threads; None: an even share of the cores")
     prompts_per_step: PositiveInt = 32
     group_size: PositiveInt = 8
     max_response_tokens: PositiveInt = 1024

@@ -4,8 +4,7 @@ A micro-batch is one row: each distinct prompt, then what follows it in each of 
 but attention looks at tokens one by one and needs to know nothing of that. Attention gathers each sequence whole, in
 tables of similar length, and is plain causal attention over them; of a shared prompt one sequence's result is used.
 Log-probabilities and gradients are those of the sequences alone, because a causal prompt never sees what follows it.
-Sharing attention over the prompt too ("Prefix Grouper", arXiv 2506.05433) would need masks, which cost fused kernels
-more than they save until prompts are far longer than responses.
+Attention over the prompt is not shared ("Prefix Grouper", arXiv 2506.05433, does), which would take masks.
 
 Left out: which sequences go together (`rl.batching`) and the row's tensors (`rl.layouts`). Attention sinks have no form
 here, so GPT-OSS cannot use it.

@@ -20,6 +20,7 @@ _CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would tak
 # The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
 # process with its 15 s import, and keeps one core from the worker.
 _ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_CPU_BLOCK_TOKENS = 32  # vLLM's 128 are more than a short prompt has, and only whole blocks of it are shared
 _CPU_BATCHED_TOKENS = 8192  # tokens a step; at least the model's length, because prompts are not cut
 _NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
 
@@ -69,7 +70,11 @@ def engine_args(
         # unfinished prompt is taken back through the generator's offset, which CPU generators do not have (vLLM 0.31,
         # `GPUModelRunner._bookkeeping_sync`). Whole prompts need no taking back.
         longest = options["max_model_len"] or _model_length(model)
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest)}
+        options |= {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest),
+            "block_size": _CPU_BLOCK_TOKENS,
+        }
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
@@ -90,6 +95,12 @@ def _model_length(model: ModelConfig) -> int:
 
 def set_environment(rollout: RolloutConfig) -> None:
     """What vLLM reads from the environment, in this process and in the ones that it starts."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Ray leaves an actor one thread, and so would the engine core, which inherits that, have one.
+        engines = rollout.num_workers * rollout.tensor_parallel_size
+        os.environ["OMP_NUM_THREADS"] = str(rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // engines))
     process_tie.own(os.environ)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))

@@ -1,6 +1,7 @@
 """How engines are configured on a CPU, and that what works around vLLM is still needed. Starts no engine."""
 
 import inspect
+import os
 
 import pytest
 import torch
@@ -41,6 +42,24 @@ def test_a_seeded_request_still_cannot_take_back_a_draw_on_a_cpu():
 def test_deterministic_engines_cache_no_prefix(model):
     assert arguments(model).enable_prefix_caching is True
     assert arguments(model, deterministic=True).enable_prefix_caching is False
+
+
+def test_prompts_of_a_few_dozen_tokens_share_their_first_blocks_on_a_cpu(model):
+    assert arguments(model).block_size == 32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="threads are counted on CPUs only")
+@pytest.mark.parametrize(
+    ("config", "threads"),
+    [({}, 12), ({"num_workers": 5}, 2), ({"num_workers": 20}, 1), ({"num_workers": 2, "threads_per_worker": 3}, 3)],
+)
+def test_engines_share_the_cores_whatever_ray_left_the_actor(monkeypatch, config, threads):
+    from rollout.vllm_options import set_environment
+
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    set_environment(RolloutConfig(**config))
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_engine_options_have_the_last_word(model):
