@@ -56,7 +56,12 @@ def fledge_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, 
                 "num_workers": 2,
             },
             "reward": {"functions": [{"name": f"{Path(__file__).resolve()}:reward"}], "num_workers": 1},
-            "learner": {"num_workers": 2, "max_tokens_per_microbatch": 4096, "optimizer": {"lr": 1e-6}},
+            "learner": {
+                "num_workers": 2,
+                "max_tokens_per_microbatch": 2048,
+                "persistence_threshold": 1 << 20,
+                "optimizer": {"lr": 1e-6},
+            },
         }
     )
 

@@ -61,6 +61,8 @@ def training_config(config: LearnerConfig, *, dtype: str, hidden_size: int) -> d
     result = _zero3_config(
         hidden_size=hidden_size, dtype=dtype, offload_parameters=config.offload_parameters, overlap=True
     )
+    if config.persistence_threshold is not None:
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = config.persistence_threshold
     if config.offload_optimizer:
         result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return result | {
