@@ -1,8 +1,8 @@
 """What is proven about a loaded model before it is trained: what it says of a token does not depend on the layout.
 
-Two short sequences run alone through the plain model, and together through the layout (and the policy's chunked head).
-That finds attention across packed sequences or to padding, positions that do not restart, and models that change the
-logits after their output head. Left out: the layouts themselves (`rl.layouts`).
+Short sequences, two of them with one prompt, run alone through the plain model, and together through the layout (and
+the policy's chunked head). That finds attention across sequences or to padding, positions that do not restart, and
+models that change the logits after their output head. Left out: the layouts themselves (`rl.layouts`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl.batch import IntArray
 from rl.batching import Layout
 from rl.errors import LearnerError
 from rl.layouts import MicroBatch, TokenSequence, collate
@@ -60,20 +61,19 @@ def check_value_layout(engine: Any, layout: Layout, *, device: torch.device, dty
 def _compare(
     engine: Any, layout: Layout, found: Forward, expected: Forward, *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """`found` of both sequences in the layout against `expected` of each alone.
+    """`found` of all sequences in the layout against `expected` of each alone.
 
     Every rank runs the same tokens. Lengths exceed a short sliding window, and differ, so that the buckets are padded.
     """
     model = engine.module
     generator = np.random.default_rng(0)
     vocabulary = min(model.config.vocab_size, 4096)
-    sequences = [
-        TokenSequence(
-            generator.integers(0, vocabulary, prompt).astype(np.int32),
-            generator.integers(0, vocabulary, response).astype(np.int32),
-        )
-        for prompt, response in ((5, 19), (3, 12))
-    ]
+
+    def tokens(count: int) -> IntArray:
+        return generator.integers(0, vocabulary, count).astype(np.int32)
+
+    sequences = [TokenSequence(tokens(prompt), tokens(response)) for prompt, response in ((5, 19), (3, 12))]
+    sequences.append(TokenSequence(sequences[0].prompt_ids, tokens(23)))
 
     def batch(chosen: list[TokenSequence], kind: Layout) -> MicroBatch:
         return collate(chosen, kind, model_config=model.config, device=device, dtype=dtype)
