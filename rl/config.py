@@ -221,9 +221,7 @@ class LearnerConfig(Section):
     layout: Literal["auto", "packed", "bucketed", "shared_prefix"] = "auto"
     logprob_chunk_tokens: PositiveInt = 2048
     activation_checkpointing: bool = False
-    persistence_threshold: NonNegativeInt | None = Field(
-        None, description="elements; smaller parameters stay whole on every rank; None: 10 x hidden size"
-    )
+    persistence_threshold: NonNegativeInt | None = Field(None, description="elements; see docs/learner.md")
     offload_optimizer: bool = False
     offload_parameters: bool = False
     offload_reference: bool = Field(True, description="keep the KL reference in CPU memory between its forward passes")

@@ -136,11 +136,11 @@ def collate(
         return torch.from_numpy(array).to(device)
 
     inputs: dict[str, Any] = {"input_ids": tensor(input_ids.reshape(rows, width)), "use_cache": False}
-    if layout == "packed":
+    if layout != "bucketed":
         inputs["position_ids"] = tensor(_position_ids(places, width))[None]
+    if layout == "packed":
         inputs["attention_mask"] = _packed_mask([len(place) for place in places], model_config, device, dtype)
     elif layout == "shared_prefix":
-        inputs["position_ids"] = tensor(_position_ids(places, width))[None]
         inputs["shared_prefixes"] = shared_prefixes(places, tensor)
     # Bucketed rows are padded on the right and need neither mask nor positions: attention is causal, so a real token
     # never sees the padding behind it.
