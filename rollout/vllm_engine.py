@@ -73,7 +73,7 @@ class VLLMEngine:
 
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
-        set_environment(self._rollout)
+        set_environment(self._model, self._rollout)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:

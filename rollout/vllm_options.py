@@ -93,7 +93,7 @@ def _model_length(model: ModelConfig) -> int:
     return int(config.max_position_embeddings)
 
 
-def set_environment(rollout: RolloutConfig) -> None:
+def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:
     """What vLLM reads from the environment, in this process and in the ones that it starts."""
     import torch
 
@@ -105,6 +105,8 @@ def set_environment(rollout: RolloutConfig) -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if model.dtype == "float32":
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its matrix products are TF32 otherwise, off by 1e-3
     if rollout.enforce_eager:
         # vLLM compiles small helpers of its sampler even so, which needs a C++ compiler and takes a minute on a CPU.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

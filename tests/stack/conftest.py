@@ -8,6 +8,15 @@ from collections.abc import Iterator
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def no_command_left() -> Iterator[None]:
+    """A `fledge` that a failed test has left running would take the cores from all that follow."""
+    yield
+    from training_rig import Command
+
+    Command.end_all()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local cluster of 4 logical CPUs, whatever the machine has; ended with the session."""

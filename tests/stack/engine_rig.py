@@ -24,6 +24,18 @@ from rollout.vllm_engine import VLLMEngine
 T = TypeVar("T")
 PROMPT, TOKENS = 8, 48
 
+ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
+ENDS = ("embed_tokens", "lm_head")  # one and the same in the tied model
+GROUPS = {  # family -> parts of parameter names, which together name every parameter
+    "qwen3": ("embed_tokens", *NORMS, *ATTENTION, "q_norm", "k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "qwen3_moe": (*ENDS, *NORMS, *ATTENTION, "q_norm", "k_norm", "mlp.gate.weight", "gate_up_proj", "down_proj"),
+    "gpt_oss": (
+        *(*ENDS, *NORMS, *ATTENTION, "q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "sinks"),
+        *("router.weight", "router.bias", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+    ),
+}
+
 
 class EngineRig:
     """Blocking access to an engine whose event loop runs on a thread of its own."""
@@ -49,6 +61,7 @@ class EngineRig:
             max_model_len=512,
         )
         self.run(self.engine.start(), timeout_s=500)
+        self.dtype_name = dtype
         self.dtype = getattr(torch, dtype)
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype, attn_implementation="eager")
         self.model = model.to(device).eval()

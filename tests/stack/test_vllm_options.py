@@ -58,7 +58,7 @@ def test_engines_share_the_cores_whatever_ray_left_the_actor(monkeypatch, config
 
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    set_environment(RolloutConfig(**config))
+    set_environment(ModelConfig(path="unused"), RolloutConfig(**config))
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from engine_rig import PROMPT, EngineRig, LoopClient
+from engine_rig import GROUPS, PROMPT, EngineRig, LoopClient
 
 from launch.tiny_models import FAMILIES
 from rl.batch import FinishReason
@@ -31,17 +31,6 @@ pytestmark = pytest.mark.stack
 EXACT = 1e-4  # float32, two implementations
 VISIBLE = 1e-3  # what a skipped update must exceed, so that the tests can fail
 
-ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
-NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
-ENDS = ("embed_tokens", "lm_head")  # one and the same in the tied model
-GROUPS = {
-    "qwen3": ("embed_tokens", *NORMS, *ATTENTION, "q_norm", "k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "qwen3_moe": (*ENDS, *NORMS, *ATTENTION, "q_norm", "k_norm", "mlp.gate.weight", "gate_up_proj", "down_proj"),
-    "gpt_oss": (
-        *(*ENDS, *NORMS, *ATTENTION, "q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "sinks"),
-        *("router.weight", "router.bias", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
-    ),
-}
 # family -> mend -> (what is switched off to see its fault, the parameters that then stay stale). Without the mend of
 # GPT-OSS's experts nothing packs them again, so the mend that takes their packed form away must not run either.
 MENDS = {

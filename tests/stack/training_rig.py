@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import yaml
@@ -88,7 +88,9 @@ def finish(run: TrainingRun, run_dir: Path) -> dict[str, Any]:
 
 
 class Command:
-    """`fledge ...` in a process group of its own."""
+    """`fledge ...` in a process group of its own, which `end_all` ends when its test has failed to."""
+
+    _started: ClassVar[list[Command]] = []
 
     def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
         self.log = directory / "command.log"
@@ -101,6 +103,20 @@ class Command:
                 env=env | environment,
                 start_new_session=True,
             )
+        self._started.append(self)
+
+    @classmethod
+    def end_all(cls, grace_s: float = 60.0) -> None:
+        """In order first, and by violence what is then still there."""
+        while cls._started:
+            process = cls._started.pop().process
+            if process.poll() is None:
+                descendants = psutil.Process(process.pid).children(recursive=True)
+                process.terminate()
+                _, alive = psutil.wait_procs([psutil.Process(process.pid), *descendants], timeout=grace_s)
+                for left in alive:
+                    left.kill()
+                process.wait()
 
     def wait(self, timeout_s: float = 400.0) -> int:
         return self.process.wait(timeout=timeout_s)
