@@ -106,7 +106,7 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if model.dtype == "float32":
-        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its matrix products are TF32 otherwise, off by 1e-3
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # Triton would multiply in TF32, which has 10 bits
     if rollout.enforce_eager:
         # vLLM compiles small helpers of its sampler even so, which needs a C++ compiler and takes a minute on a CPU.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
