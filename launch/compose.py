@@ -30,7 +30,7 @@ from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
 from rl.probe import AgreementBounds, WeightProbe
-from rl.prompts import CurriculumSource, PromptSource, load_prompts, load_tokenizer
+from rl.prompts import CurriculumSource, PromptSource, drop_held_out, load_prompts, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
@@ -307,7 +307,22 @@ def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> t
             raise ConfigError(f"data.eval has two datasets named {loaded.name}; give one of them another name")
         eval_sets.append(EvalSet(loaded.name, loaded.prompts))
     rewards.close()
+    if not config.data.keep_held_out:
+        prompts = _held_out_dropped(prompts, eval_sets, display)
     return prompts, eval_sets
+
+
+def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], display: Display) -> tuple[Prompt, ...]:
+    """What is measured on must not have been trained on; saying so beats finding out."""
+    kept = drop_held_out(prompts, (prompt for held_out in eval_sets for prompt in held_out.prompts))
+    if prompts and not kept:
+        raise ConfigError(
+            f"all {len(prompts)} prompts of data.train are in data.eval too, so none is left to train on; use other "
+            "prompts for one of them, or set data.keep_held_out=true to train on them all the same"
+        )
+    if dropped := len(prompts) - len(kept):
+        display.message(f"training data: {dropped} prompts dropped that are in data.eval too (data.keep_held_out)")
+    return kept
 
 
 def _describe(what: str, loaded: Any) -> str:

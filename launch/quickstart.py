@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 import reasoning_gym
 
 from launch.tiny_models import build_tiny_model, describe
+from rl.config import TrainConfig
+from rl.config_loading import load_config
 
 TASK = "basic_arithmetic"
 TASK_OPTIONS = {
@@ -31,7 +34,10 @@ TASK_OPTIONS = {
 }
 REASONING_SHARE = 0.45
 GUESSES_MISS_BY = 3  # at most, to either side
-DATA_SEED = 1000  # far from the seeds of the training and held-out problems in configs/quickstart.yaml
+# Problem i of a generated task comes of its seed + i: the ranges of two seeds, and those of training and held-out
+# problems in configs/quickstart.yaml, must be further apart than their sizes.
+SEED_STRIDE = 1_000_000
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 MODEL_SIZE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -55,12 +61,24 @@ def worked_example(expression: str) -> str:
     return f"<think>{';'.join(steps)}</think>{total}"
 
 
+def held_out_questions() -> set[str]:
+    """What configs/quickstart.yaml evaluates on; small sums repeat, so no choice of seeds alone keeps it apart."""
+    config = load_config(CONFIG, [], TrainConfig)
+    return {
+        problem["question"]
+        for dataset in config.data.eval
+        for problem in reasoning_gym.create_dataset(TASK, size=dataset.size, seed=dataset.seed, **dataset.options)
+    }
+
+
 def write_examples(path: Path, count: int, *, seed: int) -> None:
-    """Write `count` worked examples as JSONL rows with `prompt` and `response`."""
+    """Write `count` worked examples, none of a held-out problem, as JSONL rows with `prompt` and `response`."""
     rng = np.random.default_rng(seed)
-    problems = reasoning_gym.create_dataset(TASK, size=count, seed=DATA_SEED + seed, **TASK_OPTIONS)
+    held_out = held_out_questions()
+    problems = reasoning_gym.create_dataset(TASK, size=2 * count, seed=(1 + seed) * SEED_STRIDE, **TASK_OPTIONS)
+    unseen = (problem for problem in problems if problem["question"] not in held_out)
     with path.open("w") as file:
-        for problem in problems:
+        for problem in islice(unseen, count):
             if rng.random() < REASONING_SHARE:
                 response = worked_example(problem["metadata"]["expression"])
             else:

@@ -72,6 +72,7 @@ class DataConfig(Section):
     shuffle: bool = True
     curriculum: CurriculumConfig | None = Field(None, description="None: every prompt once an epoch")
     max_prompt_tokens: PositiveInt = 1024
+    keep_held_out: bool = Field(False, description="train also on prompts that are in eval; they are dropped otherwise")
 
 
 class RejectDegenerateConfig(Section):

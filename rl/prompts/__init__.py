@@ -5,7 +5,7 @@ transformers, reasoning_gym) are imported by the functions that need them, so im
 """
 
 from rl.prompts.curriculum import CurriculumSource
-from rl.prompts.load import PromptSet, load_prompts
+from rl.prompts.load import PromptSet, drop_held_out, load_prompts
 from rl.prompts.sft import SftExample, SftSet, load_sft_examples
 from rl.prompts.source import PromptSource
 from rl.prompts.template import ChatTemplate, load_tokenizer
@@ -17,6 +17,7 @@ __all__ = [
     "PromptSource",
     "SftExample",
     "SftSet",
+    "drop_held_out",
     "load_prompts",
     "load_sft_examples",
     "load_tokenizer",

@@ -5,7 +5,7 @@ Left out: where rows come from (`rl.prompts.rows`), supervised examples (`rl.pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -73,6 +73,12 @@ def load_prompts(
             f"(the longest has {longest} tokens with its chat template); raise data.max_prompt_tokens"
         )
     return PromptSet(name=name, prompts=tuple(prompts), num_dropped_too_long=num_rows - len(prompts))
+
+
+def drop_held_out(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> tuple[Prompt, ...]:
+    """The prompts, in order, whose tokens are not those of one in `held_out`."""
+    known = {prompt.token_ids for prompt in held_out}
+    return tuple(prompt for prompt in prompts if prompt.token_ids not in known)
 
 
 def _tokenize(

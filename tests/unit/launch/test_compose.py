@@ -1,8 +1,14 @@
 """What the composition root builds from the sections on data shaping."""
 
-from launch.compose import shape_data
+import json
+
+import pytest
+
+from launch.compose import load_data, shape_data
+from launch.tiny_models import build_tokenizer
 from rl.batch import Prompt
 from rl.config import TrainConfig
+from rl.errors import ConfigError
 from rl.prompts import CurriculumSource, PromptSource
 
 PROMPTS = tuple(Prompt(f"train:{i}", (i,), f"question {i}") for i in range(3))
@@ -39,3 +45,30 @@ def test_every_section_reaches_its_part_and_the_curriculum_is_shared():
     assert source.state_dict()["pass_rates"] == {"train:0": 0.5}
     assert new_groups().curriculum.weight("train:0") == 1.0
     assert groups.curriculum.config.floor == 0.2
+
+
+class Messages(list):
+    def message(self, text):
+        self.append(text)
+
+    def step(self, step, metrics): ...
+
+
+def test_prompts_of_the_evaluation_are_not_trained_on(tmp_path):
+    def rows(name, numbers):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"prompt": f"{i}+1", "ground_truth": str(i + 1)}) + "\n" for i in numbers))
+        return str(path)
+
+    build_tokenizer("qwen3").save_pretrained(tmp_path)
+    model = {"path": str(tmp_path)}
+    data = {"train": {"path": rows("train.jsonl", range(8))}, "eval": [{"path": rows("test.jsonl", [3, 5, 9])}]}
+    said = Messages()
+    prompts, (held_out,) = load_data(config(model=model, data=data), said)
+    assert [p.text for p in prompts] == [f"{i}+1" for i in (0, 1, 2, 4, 6, 7)]
+    assert [p.text for p in held_out.prompts] == ["3+1", "5+1", "9+1"]
+    assert "2 prompts dropped that are in data.eval too" in said[-1]
+    prompts, _ = load_data(config(model=model, data=data | {"keep_held_out": True}), said)
+    assert len(prompts) == 8
+    with pytest.raises(ConfigError, match=r"all 8 prompts of data.train are in data.eval too.*data.keep_held_out=true"):
+        load_data(config(model=model, data=data | {"eval": [{**data["train"], "name": "same"}]}), said)

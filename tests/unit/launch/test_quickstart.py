@@ -6,7 +6,15 @@ import json
 import re
 from pathlib import Path
 
-from launch.quickstart import GUESSES_MISS_BY, REASONING_SHARE, TASK, TASK_OPTIONS, worked_example, write_examples
+from launch.quickstart import (
+    GUESSES_MISS_BY,
+    REASONING_SHARE,
+    TASK,
+    TASK_OPTIONS,
+    held_out_questions,
+    worked_example,
+    write_examples,
+)
 from rl.config import TrainConfig
 from rl.config_loading import load_config
 
@@ -36,6 +44,22 @@ def test_examples_reason_rightly_or_guess_nearby(tmp_path: Path) -> None:
 
 def test_the_config_trains_and_evaluates_on_the_same_task() -> None:
     config = load_config(ROOT / "configs" / "quickstart.yaml", [], TrainConfig)
-    for dataset in (config.data.train, *config.data.eval):
+    (held_out,) = config.data.eval
+    for dataset in (config.data.train, held_out):
         assert dataset.path == f"reasoning_gym:{TASK}"
         assert dataset.options == TASK_OPTIONS
+    assert abs(held_out.seed - config.data.train.seed) > config.data.train.size
+
+
+def test_no_worked_example_is_of_a_held_out_problem(tmp_path: Path) -> None:
+    held_out = held_out_questions()
+    assert len(held_out) > 100
+    questions = []
+    for seed in (0, 1):
+        write_examples(tmp_path / "examples.jsonl", 4000, seed=seed)
+        rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+        assert len(rows) == 4000
+        questions.append([row["prompt"] for row in rows])
+    assert not held_out & {question for drawn in questions for question in drawn}
+    assert questions[0][:3] != questions[1][:3]
+    assert questions[0][1:4] != questions[1][:3]  # not the same draws, shifted by one
