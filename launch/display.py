@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SHOWN = (  # metric, label, format
@@ -21,6 +22,15 @@ _SHOWN = (  # metric, label, format
 )
 
 
+class _BarOverMetrics(Progress):
+    """The bar on a line of its own: beside the metrics, a terminal of 80 columns would have room for neither."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            yield Columns(task.fields["metrics"], padding=(0, 2))
+
+
 class ProgressDisplay:
     """Implements `rl.run.Display`. Use it as a context manager."""
 
@@ -32,11 +42,10 @@ class ProgressDisplay:
         self._first_step: int | None = None
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = _BarOverMetrics(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[metrics]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -46,7 +55,7 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, metrics="")
+            self._task = self._bar.add_task(self._title, total=self._total, metrics=())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,11 +70,12 @@ class ProgressDisplay:
         """Show a finished step (counted from 1)."""
         if self._first_step is None:
             self._first_step = step - 1
-        text = "  ".join(f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics)
+        shown = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, metrics=text)
+            self._bar.update(self._task, completed=step, metrics=shown)
         else:
-            self.message(f"{self._title} step {step}/{self._total}  {text}  left {self._time_left(step)}")
+            line = "  ".join((f"{self._title} step {step}/{self._total}", *shown, f"left {self._time_left(step)}"))
+            self.message(line)
 
     def _time_left(self, step: int) -> str:
         done = step - (self._first_step or 0)

@@ -1,0 +1,44 @@
+"""The live display is whole at the width of an ordinary terminal, and plain lines go elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from launch.display import ProgressDisplay
+
+METRICS = {
+    "reward/mean": 0.93751,
+    "learner/loss": -0.01234,
+    "rollout/length_mean": 812.3,
+    "rollout/tokens_per_s": 16923.0,
+    "learner/tokens_per_s": 51890.0,
+    "learner/grad_norm": 0.0912,
+    "rollout/logprob_diff_max": 5.7e-06,
+    "time/step_s": 81.72,
+}
+SHOWN = ("reward 0.938", "loss -0.0123", "tok/s 16,923", "tok/s 51,890", "grad 0.09", "diff 5.7e-06", "s/step 81.7")
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_terminal_shows_step_metrics_and_time_left(width):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None)
+    with ProgressDisplay("a-run-of-some-name", 30, console) as display:
+        display.step(5, METRICS)
+        display.message("evaluation step_000005: held_out/avg@4 0.5")
+    text = out.getvalue()
+    for shown in ("a-run-of-some-name", "5/30", "left", "evaluation step_000005", *SHOWN):
+        assert shown in text
+    assert "…" not in text
+
+
+def test_without_a_terminal_every_step_is_one_line():
+    out = io.StringIO()
+    with ProgressDisplay("run", 30, Console(file=out, width=80, soft_wrap=True)) as display:
+        display.step(5, METRICS)
+        display.step(6, METRICS)
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("run step 5/30  reward 0.938")
+    assert all(shown in second for shown in ("step 6/30", *SHOWN))
+    assert "left 0:" in second
