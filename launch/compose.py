@@ -191,6 +191,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             make_batch(config.algorithm, learners),
             new_groups=new_groups,
             group_size=config.rollout.group_size,
+            report=display.message,
         )
         bounds = agreement_bounds(config)
         yield TrainingRun(

@@ -98,6 +98,10 @@ class RewardPool:
         """
         return await asyncio.wrap_future(self._submit(self._score(batch)))
 
+    def metrics(self) -> dict[str, float]:
+        """Of the workers, so far in this run."""
+        return {"reward/worker_restarts": float(self.num_replaced)}
+
     def worker_handles(self) -> tuple[Any, ...]:
         """The actors that are alive now."""
         return tuple(self._workers)
@@ -190,12 +194,6 @@ def check_error_fraction(scores: Sequence[Score], limit: float) -> None:
         f"{len(failed)} of {len(tried)} samples could not be scored, more than reward.max_error_fraction {limit:g} "
         f"allows; the commonest error ({count} of {len(failed)}) is {status}: {error}"
     )
-
-
-def status_counts(scores: Sequence[Score]) -> dict[str, float]:
-    """Samples of each status, as metrics: `reward/ok_count`, `reward/timeout_count` and so on, zeros included."""
-    counts = collections.Counter(score.status for score in scores)
-    return {f"reward/{status.value}_count": float(counts[status]) for status in RewardStatus}
 
 
 def _reward_input(batch: RolloutBatch, rollout: Rollout) -> RewardInput:

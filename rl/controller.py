@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rl.batch import (
     Annotations,
@@ -31,6 +31,8 @@ from rl.batch import (
 from rl.errors import RolloutError, WeightSyncError
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
+
+T = TypeVar("T")
 
 
 class PromptSource(Protocol):
@@ -60,12 +62,20 @@ class RolloutPool(Protocol):
         """Start a worker in place of every lost one; returns how many. Raises RolloutError when that cannot help."""
         ...
 
+    def metrics(self) -> Mapping[str, float]:
+        """Of the workers themselves, under their metric names."""
+        ...
+
 
 class RewardPool(Protocol):
     """The reward workers."""
 
     def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
         """`earlier` holds the step's scores so far: too many failures are a share of the whole step."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """Of the workers themselves, under their metric names."""
         ...
 
 
@@ -115,6 +125,7 @@ class StepResult:
     update: UpdateResult
     weights: WeightVersion
     shaping: Mapping[str, float] = field(default_factory=dict)  # metrics of how the step's groups were chosen
+    workers: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollout and reward workers themselves
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall-clock seconds, and "step" for the whole
 
 
@@ -131,7 +142,9 @@ class Controller:
         *,
         new_groups: Callable[[], StepGroups],
         group_size: int,
+        report: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """`report` is told of every rollout worker that was lost and replaced, and why."""
         self.prompt_source = prompt_source
         self.rollout_pool = rollout_pool
         self.reward_pool = reward_pool
@@ -139,14 +152,35 @@ class Controller:
         self.build_train_batch = build_train_batch
         self.new_groups = new_groups
         self.group_size = group_size
+        self.report = report
         self.policy_version: int | None = None  # of the weights that the rollout workers serve
 
     def sync_weights(self) -> WeightVersion:
         """Send the learners' weights to the rollout workers and serve them."""
+        return self.surviving_losses(self._sync)
+
+    def _sync(self) -> WeightVersion:
         version = self.learners.publish_weights()
         self.rollout_pool.load_weights(version)
         self.policy_version = version.policy_version
         return version
+
+    def surviving_losses(self, call: Callable[[], T]) -> T:
+        """What `call` returns. When it fails and rollout workers are lost, they are replaced and given the weights, and
+        it is called again; a failure for another reason is raised."""
+        synced = True
+        while True:
+            try:
+                if not synced:
+                    self._sync()
+                    synced = True
+                return call()
+            except (RolloutError, WeightSyncError) as error:
+                replaced = self.rollout_pool.replace_lost_workers()
+                if not replaced:
+                    raise  # every worker answers, so trying again would fail again
+                self.report(f"{replaced} rollout worker(s) lost and replaced: {error}")
+                synced = call == self._sync  # which does it itself
 
     def step(self, step: int) -> StepResult:
         """One on-policy step. `step` counts from 0; the rollouts come from policy version `step`."""
@@ -159,7 +193,8 @@ class Controller:
         clock.lap("update")
         weights = self.sync_weights()
         clock.lap("sync")
-        return StepResult(step, scored, batch, update, weights, shaping, clock.seconds())
+        workers = {**self.rollout_pool.metrics(), **self.reward_pool.metrics()}
+        return StepResult(step, scored, batch, update, weights, shaping, workers, clock.seconds())
 
     def _sample(self, step: int, clock: _Clock) -> tuple[ScoredBatch, Mapping[str, float]]:
         """Generate and score until the step has its groups; all rounds come from the same weights."""
@@ -176,20 +211,14 @@ class Controller:
         return groups.take()
 
     def _generate(self, prompts: Sequence[Prompt], step: int, first_prompt: int) -> RolloutBatch:
-        """Generate; when a worker is lost, replace it, give it the weights and generate again (same seeds, so the same
-        samples)."""
-        while True:
-            try:
-                rollouts = self.rollout_pool.generate(
-                    prompts, group_size=self.group_size, step=step, first_prompt=first_prompt
-                )
-            except RolloutError:
-                if not self.rollout_pool.replace_lost_workers():
-                    raise  # every worker answers, so trying again would fail again
-                self.sync_weights()
-                continue
-            self._refuse_stale(rollouts)
-            return rollouts
+        """Generate; again, with the same seeds and so the same samples, when a worker is lost."""
+        rollouts = self.surviving_losses(
+            lambda: self.rollout_pool.generate(
+                prompts, group_size=self.group_size, step=step, first_prompt=first_prompt
+            )
+        )
+        self._refuse_stale(rollouts)
+        return rollouts
 
     def _refuse_stale(self, rollouts: RolloutBatch) -> None:
         stale = [r for r in rollouts.rollouts if r.policy_version != self.policy_version]

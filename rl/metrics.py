@@ -1,6 +1,6 @@
 """Step metrics, and the sinks that keep them: metrics.jsonl, TensorBoard, W&B. Names are `stage/quantity_stat`.
 
-Left out: the terminal display (`launch.progress`) and the report page (`launch.report`).
+Left out: the terminal display (`launch.display`) and the report page (`launch.report`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def step_metrics(result: StepResult) -> dict[str, float]:
     metrics = {
         **score_metrics(result.scored),
         **result.shaping,
+        **result.workers,
         **result.update.metrics,
         "policy/version": float(result.update.policy_version),
         "sync/seconds": result.seconds.get("sync", result.weights.seconds),

@@ -104,12 +104,7 @@ class TrainingRun:
         metrics = step_metrics(result)
         self._check_agreement(metrics)
         if self.probe.due():
-            metrics |= self.probe.check(
-                self.probe.pairs(result.scored.batch),
-                self.controller.rollout_pool,
-                self.controller.learners,
-                policy_version=result.weights.policy_version,
-            )
+            metrics |= self.controller.surviving_losses(lambda: self._probe(result))
         self.next_step += 1
         done, last = self.next_step, self.next_step == plan.total_steps
         self._write_samples(result)
@@ -120,6 +115,14 @@ class TrainingRun:
         if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
             self._save()
         return metrics
+
+    def _probe(self, result: StepResult) -> dict[str, float]:
+        return self.probe.check(
+            self.probe.pairs(result.scored.batch),
+            self.controller.rollout_pool,
+            self.controller.learners,
+            policy_version=result.weights.policy_version,
+        )
 
     def _check_agreement(self, metrics: Mapping[str, float]) -> None:
         """On-policy rollouts must have the learner's own log-probabilities; the comparison costs nothing."""
@@ -140,9 +143,10 @@ class TrainingRun:
             write_samples(path, result.scored, limit=plan.samples_per_step)
 
     def _evaluate(self, label: str) -> dict[str, float]:
-        if self.evaluator is None:
+        evaluator = self.evaluator
+        if evaluator is None:
             return {}
-        metrics = self.evaluator.evaluate(self.plan.run_dir / "samples", label)
+        metrics = self.controller.surviving_losses(lambda: evaluator.evaluate(self.plan.run_dir / "samples", label))
         self.display.message(
             f"evaluation {label}: "
             + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k)

@@ -16,7 +16,7 @@ import numpy as np
 
 from rl.batch import FinishReason, FloatArray
 from rl.config import ModelConfig, RolloutConfig
-from rl.errors import RolloutError
+from rl.errors import RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
 from rollout.vllm_options import engine_args, sampling_params, set_environment
 
@@ -241,12 +241,12 @@ class VLLMEngine:
 
         Requests that were in flight go on: the tokens they have are kept, with the log-probabilities and the first
         policy version they were drawn under; the keys and values of those tokens are computed again under the new
-        weights, so no stale cache is ever attended to. Raises RolloutError when the engine holds another version.
+        weights, so no stale cache is ever attended to. Raises WeightSyncError when the engine holds another version.
         """
         with self._engine_errors():
             held = await self._engine().get_weight_version()
-            if self._updating and held != str(policy_version):
-                raise RolloutError(
+            if held != str(policy_version):  # an engine that was never sent any holds "default"
+                raise WeightSyncError(
                     f"rollout engine {self._index} was told to serve policy version {policy_version}, but the last "
                     f"update it finished is {held!r}"
                 )
@@ -272,6 +272,11 @@ class VLLMEngine:
                     f"rollout engine {self._index} has made no progress for {self._health_timeout_s:g} s: its process "
                     "is stopped, or a step hangs"
                 ) from error
+
+    async def memory_peak_gib(self) -> float:
+        """Of the worker that has held the most."""
+        with self._engine_errors():
+            return max(await self._engine().collective_rpc("fledge_memory_peak_gib"))
 
     async def shutdown(self) -> None:
         """End the engine and every process under it; a second call does nothing."""

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_consumer, packed_nccl_broadcast_consumer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rl.learner_metrics import memory_peak_gib
 from rl.weight_sync.buckets import open_bucket
 from rl.weight_sync.digest import digest_tensor
 from rollout.reload_mends import ALL_MENDS, ReloadMends, restore_unfinished_layers
@@ -45,6 +46,9 @@ class WorkerExtension:
         worker: Any = self
         worker.weight_transfer_engine.abandon_update()
         worker._weight_update_active = False  # vLLM's own mark
+
+    def fledge_memory_peak_gib(self) -> float:
+        return memory_peak_gib()
 
     def fledge_set_mends(self, names: list[str]) -> None:
         """Use only these mends from now on; the tests that watch upstream switch one off at a time."""

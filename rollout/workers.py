@@ -22,6 +22,8 @@ from rl.config import RolloutConfig
 from rl.errors import FledgeError, RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParameters
 
+_HEALTH_TIMEOUT_S = 90.0  # over the engine's own limit (`VLLMEngine`, 60 s), which a long step may need
+
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
 DecodeResponse = Callable[[Sequence[int], Sequence[int]], tuple[str, str]]  # (prompt_ids, token_ids) -> (text, answer)
 EngineParts = tuple[RolloutEngine, DecodeResponse]
@@ -113,8 +115,10 @@ class RolloutWorker:
     async def finish_weight_update(self, policy_version: int) -> dict[str, int]:
         return await self._engine.finish_weight_update(policy_version)
 
-    async def activate(self, policy_version: int) -> None:
+    async def activate(self, policy_version: int) -> float:
+        """Returns the engine's memory peak, for the metrics."""
         await self._engine.activate(policy_version)
+        return await self._engine.memory_peak_gib()
 
     async def check_health(self) -> None:
         await self._engine.check_health()
@@ -155,6 +159,7 @@ class RolloutPool:
         self._seed = seed
         self._deterministic = deterministic
         self._restarts = 0
+        self._memory_peak_gib = 0.0
         self.workers: list[ActorHandle] = [start_worker(index) for index in range(config.num_workers)]
         self.nodes: list[str] = self._wait(
             [worker.start.remote() for worker in self.workers], config.start_timeout_s, "start its engine"
@@ -187,11 +192,16 @@ class RolloutPool:
 
     def _generate_fixed(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Round-robin, everything at once: which engine draws a sample, and beside which, never changes."""
-        calls = [
+        calls: list[Any] = [
             worker.generate.remote(groups[index :: len(self.workers)], parameters)
             for index, worker in enumerate(self.workers)
         ]
-        return [group for part in self._wait(calls, self._config.timeout_s, "generate") for group in part]
+        try:
+            return [group for part in self._wait(calls, self._config.timeout_s, "generate") for group in part]
+        except RolloutError:
+            for call in calls:  # what survivors still make would share their batches with what is asked next
+                ray.cancel(call)
+            raise
 
     def _generate_balanced(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Each group goes to the worker with the fewest samples in flight, longest prompts first; a worker holds at
@@ -242,13 +252,21 @@ class RolloutPool:
     def load_weights(self, version: WeightVersion) -> None:
         """Serve the weights that the learner has just sent; see `rl.controller.RolloutPool`."""
         calls = [worker.activate.remote(version.policy_version) for worker in self.workers]
-        self._wait(calls, self._config.timeout_s, f"activate policy version {version.policy_version}")
+        peaks = self._wait(calls, self._config.timeout_s, f"activate policy version {version.policy_version}")
+        self._memory_peak_gib = max(peaks)
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[FloatArray]]:
         """[worker][pair] -> [R]; see `rl.controller.RolloutPool`."""
         return self._wait(
             [worker.score_logprobs.remote(pairs) for worker in self.workers], self._config.timeout_s, "score the probe"
         )
+
+    def metrics(self) -> dict[str, float]:
+        """Of the workers: lost and replaced so far in this run, and the most memory that one has held."""
+        return {
+            "rollout/worker_restarts": float(self._restarts),
+            "rollout/memory_peak_gib": self._memory_peak_gib,
+        }
 
     # Failures
 
@@ -277,7 +295,7 @@ class RolloutPool:
 
     def _answers(self, index: int) -> bool:
         try:
-            ray.get(self.workers[index].check_health.remote(), timeout=30.0)
+            ray.get(self.workers[index].check_health.remote(), timeout=_HEALTH_TIMEOUT_S)
         except (RayError, FledgeError):
             return False
         return True

@@ -1,5 +1,6 @@
 """The whole loop on the real stack: exact sync for every family, determinism, resume, interruption, a Ray job."""
 
+import asyncio
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config
@@ -80,8 +82,8 @@ SHAPED = {
 PLAIN = {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1}}, "curriculum": None, "reject_degenerate": None}
 
 
-@pytest.mark.parametrize(("family", "shaping"), [("qwen3_moe", PLAIN), ("gpt_oss", SHAPED)])
-def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, shaping, tmp_path, ray_cluster):
+@pytest.mark.parametrize(("family", "shaping"), [("qwen3", PLAIN), ("qwen3_moe", PLAIN), ("gpt_oss", SHAPED)])
+def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shaping, tmp_path, ray_cluster):
     config = config_dict(tmp_path, family, total_steps=4, algorithm=shaping["algorithm"])
     config["data"]["curriculum"] = shaping["curriculum"]
     config["rollout"]["reject_degenerate"] = shaping["reject_degenerate"]
@@ -101,12 +103,20 @@ def test_mixture_models_agree_and_a_skipped_sync_stops_the_run(family, shaping, 
             # The KL begins at 0, under the target, and is over it after one step.
             assert coefficients[1] < coefficients[0] == 0.1
             assert loop.learners.annotate(result.scored).kl_coefficient > coefficients[1]
-        # A worker that says it serves the new version, but was never sent it.
         loop.learners = SkipsOneSync(loop.learners)
-        loop.step(2)
-        run.next_step = 3
+        with pytest.raises(WeightSyncError, match=r"told to serve policy version 3, but .* finished is '2'"):
+            loop.step(2)
+        # A worker that even says it was sent the new version.
+        ray.get([worker.__ray_call__.remote(claim_version, "3") for worker in loop.rollout_pool.workers])
+        loop.rollout_pool.load_weights(WeightVersion(3, {}, 0))
+        loop.policy_version = run.next_step = 3
         with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
             run._step([])
+
+
+def claim_version(worker, version):
+    core = worker._engine._engine().engine_core
+    worker.claim = asyncio.get_running_loop().create_task(core.set_weight_version_async(version))
 
 
 class SkipsOneSync:

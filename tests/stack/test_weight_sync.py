@@ -146,9 +146,11 @@ def test_lost_bucket_is_named(qwen3: EngineRig) -> None:
     client.intercept = lambda info: None if "model.norm.weight" in info["names"] else info
     with pytest.raises(WeightSyncError, match=r"version 78 .*engine 0 \(missing: .*model\.norm\.weight"):
         WeightSender(qwen3.source(), "shm", client, bucket_bytes=1 << 16).send(78)
-    with pytest.raises(RolloutError, match="was told to serve policy version 77"):
+    with pytest.raises(WeightSyncError, match="was told to serve policy version 77"):
         qwen3.run(qwen3.engine.activate(77))
     qwen3.sync()
+    with pytest.raises(WeightSyncError, match=rf"version {qwen3.version + 1}, but .* finished is '{qwen3.version}'"):
+        qwen3.run(qwen3.engine.activate(qwen3.version + 1))  # nothing was sent at all
 
 
 def test_update_that_was_cut_short_can_be_started_again(rig: EngineRig) -> None:

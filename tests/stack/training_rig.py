@@ -97,7 +97,8 @@ class Command:
         env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *arguments],
+                # A shell's background jobs, and so their children, ignore Ctrl-C; `env` makes them heed it again.
+                ["env", "--default-signal=INT", sys.executable, "-m", "launch.cli", *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env | environment,

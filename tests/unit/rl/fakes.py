@@ -90,6 +90,9 @@ class FakeRolloutPool:
         self.replaced += replaced
         return replaced
 
+    def metrics(self) -> dict[str, float]:
+        return {"rollout/worker_restarts": float(self.replaced)}
+
 
 @dataclass
 class FakeRewardPool:
@@ -105,6 +108,9 @@ class FakeRewardPool:
             for r in rollouts.rollouts
         ]
         return ScoredBatch(rollouts, tuple(Score(reward, {"exact": reward}) for reward in rewards))
+
+    def metrics(self) -> dict[str, float]:
+        return {"reward/worker_restarts": 0.0}
 
 
 @dataclass

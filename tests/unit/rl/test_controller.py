@@ -5,6 +5,7 @@ from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeR
 
 from rl.config import DynamicSamplingConfig
 from rl.errors import RolloutError, WeightSyncError
+from rl.metrics import step_metrics
 
 
 def test_a_step_generates_with_the_synced_version_and_ends_with_a_sync():
@@ -38,6 +39,43 @@ def test_a_lost_worker_is_replaced_synced_and_the_step_generated_again():
     assert pool.replaced == 1
     assert pool.calls == ["load 0", "generate 0", "load 0", "generate 0", "load 1"]
     assert len(result.scored.scores) == 4
+
+
+def test_a_worker_that_is_lost_while_weights_are_sent_is_replaced_and_told_of():
+    class DiesInSync(FakeLearners):
+        def publish_weights(self):
+            if self.version == 1 and not pool.replaced:
+                pool.lost = 1
+                raise WeightSyncError("rollout worker 0 died during update_weights")
+            return super().publish_weights()
+
+    pool, said = FakeRolloutPool(), []
+    loop = controller(pool, DiesInSync())
+    loop.report = said.append
+    loop.sync_weights()
+    result = loop.step(0)
+    assert pool.calls == ["load 0", "generate 0", "load 1"]
+    assert said == ["1 rollout worker(s) lost and replaced: rollout worker 0 died during update_weights"]
+    assert result.workers == {"rollout/worker_restarts": 1.0, "reward/worker_restarts": 0.0}
+    assert step_metrics(result)["rollout/worker_restarts"] == 1.0
+
+
+def test_what_runs_beside_the_steps_survives_a_loss_too():
+    pool = FakeRolloutPool()
+    loop = controller(pool)
+    loop.sync_weights()
+    answers = []
+
+    def evaluate():
+        answers.append(pool.served)
+        if len(answers) == 1:
+            pool.lost, pool.served = 1, -1
+            raise RolloutError("rollout worker 0 died")
+        return pool.served
+
+    assert loop.surviving_losses(evaluate) == 0
+    assert answers == [0, 0]
+    assert pool.calls == ["load 0", "load 0"]
 
 
 def test_a_failure_that_replacing_does_not_mend_is_raised():
