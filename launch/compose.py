@@ -47,6 +47,7 @@ def build_engine(
     max_model_len: int,
     seed: int,
     deterministic: bool,
+    trained: bool,
 ) -> tuple[RolloutEngine, DecodeResponse]:
     """The parts of one rollout worker; runs inside its process."""
     from rollout.chat import AnswerExtractor
@@ -61,14 +62,15 @@ def build_engine(
         seed=seed,
         deterministic=deterministic,
         index=index,
+        trained=trained,
     )
     return engine, extractor.extract
 
 
 def start_rollout_pool(
-    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], deterministic: bool
+    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], deterministic: bool, trained: bool
 ) -> RolloutPool:
-    """Start the rollout workers and wait for their engines."""
+    """Start the rollout workers and wait for their engines. `trained`: a learner will send them their weights."""
     worker_class: Any = ray.remote(RolloutWorker)
     eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
@@ -83,6 +85,7 @@ def start_rollout_pool(
             max_model_len=max_model_len,
             seed=config.seed,
             deterministic=deterministic,
+            trained=trained,
         )
         return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(index, build)
 
@@ -172,7 +175,11 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
         placement = place_train_workers(config, device=device)
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
-            config, transport=transport, actor_options=placement.rollouts, deterministic=config.deterministic
+            config,
+            transport=transport,
+            actor_options=placement.rollouts,
+            deterministic=config.deterministic,
+            trained=True,
         )
         stack.callback(rollouts.shutdown)
         learners = start_learners(
@@ -225,6 +232,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
             transport=resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=False),
             actor_options=placement.rollouts,
             deterministic=config.deterministic,
+            trained=False,
         )
         stack.callback(rollouts.shutdown)
         yield Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)

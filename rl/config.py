@@ -105,7 +105,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
-    timeout_s: PositiveFloat = Field(1800.0, description="for one generate call; a worker that no longer answers then is replaced")
+    timeout_s: PositiveFloat = Field(1800.0, description="for one generate call")
     start_timeout_s: PositiveFloat = 900.0
     max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs as is")

@@ -43,6 +43,7 @@ class VLLMEngine:
         deterministic: bool = False,
         index: int = 0,
         policy_version: int = 0,
+        trained: bool = False,
         health_timeout_s: float = 60.0,
     ) -> None:
         """
@@ -55,6 +56,7 @@ class VLLMEngine:
             deterministic: requests of one `generate` call enter the scheduler together; no prefix is cached.
             index: of this engine among all, for messages and for its place in the NCCL group.
             policy_version: of the checkpoint.
+            trained: a learner sends every weight before anything is generated.
             health_timeout_s: how long the workers may take to answer `check_health`; must exceed the longest step.
         """
         self._model = model
@@ -65,6 +67,7 @@ class VLLMEngine:
         self._deterministic = deterministic
         self._index = index
         self._policy_version = policy_version
+        self._trained = trained
         self._health_timeout_s = health_timeout_s
         self._llm: AsyncLLM | None = None
         self._request_numbers = itertools.count()
@@ -85,6 +88,7 @@ class VLLMEngine:
                 max_model_len=self._max_model_len,
                 seed=self._seed,
                 deterministic=self._deterministic,
+                trained=self._trained,
             )
             self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         except Exception as error:

@@ -13,6 +13,7 @@ from rollout import process_tie
 from rollout.engine import SamplingParameters
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams
 
@@ -33,8 +34,12 @@ def engine_args(
     max_model_len: int | None,
     seed: int,
     deterministic: bool,
+    trained: bool = False,
 ) -> AsyncEngineArgs:
     """vLLM's arguments; `rollout.engine_options` has the last word.
+
+    With `trained`, a learner sends every weight before anything is generated, dequantised: so the engine of a quantised
+    checkpoint (MXFP4) is built without quantisation, and loads none of its tensors.
 
     In deterministic mode no prefix is cached: whether one is found depends on what ran before and on whether its blocks
     were free when the cache was emptied, and a prompt that is computed in part has other last bits.
@@ -75,7 +80,16 @@ def engine_args(
             "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest),
             "block_size": _CPU_BLOCK_TOKENS,
         }
+    if trained and getattr(_checkpoint_config(model), "quantization_config", None) is not None:
+        options |= {"hf_overrides": without_quantization, "load_format": "dummy"}
     return AsyncEngineArgs(**(options | rollout.engine_options))
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The checkpoint's configuration as of one that is not quantised; vLLM calls it in each of its processes."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _room_to_score(model: ModelConfig, max_model_len: int) -> int:
@@ -85,12 +99,16 @@ def _room_to_score(model: ModelConfig, max_model_len: int) -> int:
 
 def _model_length(model: ModelConfig) -> int:
     """The longest sequence that the checkpoint's configuration admits."""
+    return int(_checkpoint_config(model).get_text_config().max_position_embeddings)
+
+
+def _checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    ).get_text_config()
-    return int(config.max_position_embeddings)
+    )
+    return config
 
 
 def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:

@@ -82,6 +82,8 @@ class VerifiedReceiver(WeightTransferEngine):
             self._mends.before_load([name for name, _ in batch])
             cast(Any, self.model).load_weights(batch)
             self._mends.after_load([name for name, _ in batch])
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the next chunk of a layer may be loaded on another stream
 
     def finish_weight_update(self) -> None:
         assert self._mends is not None, "finish outside an update"

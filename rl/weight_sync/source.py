@@ -66,6 +66,7 @@ class Zero3WeightSource:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for group in self._groups():
+            self._wait_for_gpu()  # copies of the last group may still be read, on a stream that the allocator ignores
             yield from self._gather(group)
 
     def _groups(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
@@ -88,11 +89,18 @@ class Zero3WeightSource:
             if not self._keeps:
                 return []
             # Checkpoint pieces can be views of the gathered storage, which goes when the gather ends: copy them now.
-            return [
+            copies = [
                 (checkpoint_name, tensor.clone(memory_format=torch.contiguous_format))
                 for name, parameter in group
                 for checkpoint_name, tensor in self._to_checkpoint(name, parameter.data)
             ]
+        self._wait_for_gpu()
+        return copies
+
+    def _wait_for_gpu(self) -> None:
+        """vLLM's NCCL sender takes turns between two streams, and pulls tensors on one that it reads on the other."""
+        if self._parameters[0][1].is_cuda:
+            torch.cuda.synchronize()
 
     def _to_checkpoint(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """One parameter in memory -> its checkpoint tensors, in the wire dtype."""

@@ -48,17 +48,20 @@ class EngineRig:
         transport: Transport = "shm",
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
+        engine_checkpoint: Callable[[Path], Path] | None = None,
     ) -> None:
+        """`engine_checkpoint` makes another checkpoint of the model's, for the engine to start from."""
         self.family = family
         # Qwen3's small models share one matrix between embedding and head, the others do not.
         self.path = build_tiny_model(family, directory, tie_word_embeddings=family == "qwen3")
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.engine = VLLMEngine(
-            ModelConfig(path=str(self.path), dtype=dtype),
+            ModelConfig(path=str(engine_checkpoint(self.path) if engine_checkpoint else self.path), dtype=dtype),
             RolloutConfig(kv_cache_gib=0.25, enforce_eager=True),
             transport=transport,
             max_model_len=512,
+            trained=engine_checkpoint is not None,
         )
         self.run(self.engine.start(), timeout_s=500)
         self.dtype_name = dtype

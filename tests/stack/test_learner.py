@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from learner_ranks import ALGORITHM, TEMPERATURE, samples
-from safetensors.torch import load_file, save_file
+from mxfp4 import write_mxfp4
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from two_ranks import run_two_ranks
@@ -253,25 +253,6 @@ def test_supervised_steps_learn_in_bfloat16_with_offloaded_master_weights(family
     assert family.results["sft"]["dtype"] == "torch.bfloat16"
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
-
-
-def write_mxfp4(source: Path, target: Path) -> None:
-    """A copy of a GPT-OSS checkpoint whose experts are random MXFP4 blocks."""
-    shutil.copytree(source, target)
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in load_file(target / "model.safetensors").items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, inputs, outputs = tensor.shape
-            shape = (experts, outputs, inputs // 32)
-            tensors[name + "_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-            tensors[name + "_scales"] = torch.randint(118, 123, shape, generator=generator, dtype=torch.uint8)
-        else:
-            tensors[name] = tensor.bfloat16()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (target / "config.json").write_text(json.dumps(config))
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:

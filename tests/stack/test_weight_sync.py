@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from engine_rig import GROUPS, PROMPT, EngineRig, LoopClient
+from mxfp4 import write_mxfp4
 
 from launch.tiny_models import FAMILIES
 from rl.batch import FinishReason
@@ -239,3 +240,17 @@ def wait_until(condition: Any, timeout_s: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+
+
+def test_an_engine_of_a_quantised_checkpoint_takes_what_was_trained(tmp_path: Path) -> None:
+    def quantized(path: Path) -> Path:
+        write_mxfp4(path, tmp_path / "mxfp4")
+        return tmp_path / "mxfp4"
+
+    rig = EngineRig("gpt_oss", tmp_path / "model", engine_checkpoint=quantized)
+    try:
+        assert rig.difference() > VISIBLE
+        rig.sync()
+        assert rig.difference() < EXACT
+    finally:
+        rig.close()
