@@ -28,7 +28,7 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
     run_dir = _open_run_dir(config, resume=resume)
     with ProgressDisplay(config.name, config.total_steps) as display, training_run(config, display) as run:
         if resume and not run.restore():
-            display.message(f"no checkpoint in {run_dir / 'checkpoints'}; starting from the beginning")
+            display.message(_no_checkpoint(run_dir))
         metrics = run.execute()
         run.controller.learners.export_hf(run_dir / MODEL)  # type: ignore[attr-defined]
         display.message(f"model {run_dir / MODEL}")
@@ -77,8 +77,8 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             fingerprint=fingerprint(config),
             display=display,
         )
-        if resume:
-            run.restore()
+        if resume and not run.restore():
+            display.message(_no_checkpoint(run_dir))
         metrics = run.execute(lambda done_steps: open_sinks(config, run_dir, done_steps))
         learners.export_hf(run_dir / MODEL)
         display.message(f"model {run_dir / MODEL}")
@@ -88,7 +88,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
 def evaluate(config: TrainConfig) -> dict[str, float]:
     """`fledge eval`: score the model of the config on its evaluation data; samples and metrics go to run_dir."""
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make_run_dir(run_dir)
     with ProgressDisplay(config.name, 1) as display, evaluator_of(config, display) as evaluator:
         metrics = evaluator.evaluate(run_dir / "samples", "final")
     (run_dir / "eval.json").write_text(json.dumps({"model": config.model.path, **metrics}, indent=1) + "\n")
@@ -114,17 +114,32 @@ def _is_train_config(path: Path) -> bool:
     return any(line.startswith("rollout:") for line in path.read_text().splitlines())
 
 
+def _no_checkpoint(run_dir: Path) -> str:
+    return f"no checkpoint in {run_dir / 'checkpoints'}; starting from the beginning"
+
+
 def _open_run_dir(config: RunConfig, *, resume: bool) -> Path:
     """Create the run directory and write the resolved configuration.
 
     Raises:
-        ConfigError: it holds another run already, and this is no resume; nothing is overwritten.
+        ConfigError: it cannot be written, or holds another run already and this is no resume; nothing is overwritten.
+        CheckpointError: what is to be resumed belongs to another configuration; the run's own is still there.
     """
     run_dir = Path(config.run_dir)
     if (run_dir / METRICS_FILE).exists() and not resume:
         raise ConfigError(
             f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume:
+        CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).resume(fingerprint(config))
+    _make_run_dir(run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return run_dir
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "samples").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error

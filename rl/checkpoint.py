@@ -43,6 +43,11 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / LEARNER).mkdir(parents=True)
         write_learner(temporary / LEARNER)
+        if not any((temporary / LEARNER).iterdir()):
+            raise CheckpointError(
+                f"the learners wrote nothing that can be seen in {temporary / LEARNER}: run_dir must be on a file "
+                "system that every node shares"
+            )
         with (temporary / _STATE).open("w") as file:
             json.dump({"step": step, **state}, file, indent=1)
             file.flush()
@@ -56,15 +61,14 @@ class CheckpointStore:
         return final
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. Folders that a killed run left half-written are removed."""
-        if self.directory.is_dir():
-            for leftover in self.directory.glob(".writing_*"):
-                shutil.rmtree(leftover)
+        """The newest complete checkpoint, or None. Changes nothing: the run may be alive, and writing the next one."""
         complete = self._complete()
         return complete[-1] if complete else None
 
     def resume(self, fingerprint: str) -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint and its state; None when there is none.
+        """The newest complete checkpoint and its state, for the run that goes on from it; None when there is none.
+
+        Folders that a killed run left half-written are removed.
 
         Raises:
             CheckpointError: it cannot be read, or its "fingerprint" is another one.
@@ -78,6 +82,8 @@ class CheckpointStore:
                 f"{path} was written under another configuration (seed, model, data, batch or learner changed); "
                 "resume with the run's own config.yaml, or choose another run_dir"
             )
+        for leftover in self.directory.glob(".writing_*"):
+            shutil.rmtree(leftover)
         return path, state
 
     def _complete(self) -> list[Path]:

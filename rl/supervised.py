@@ -81,7 +81,8 @@ class SupervisedRun:
                 for sink in sinks:
                     sink.write(self.next_step, metrics)
                 self._display.step(self.next_step, metrics)
-                if self._checkpoint_every and self.next_step % self._checkpoint_every == 0:
+                last = self.next_step == self.total_steps
+                if last or (self._checkpoint_every and self.next_step % self._checkpoint_every == 0):
                     self._save()
             return metrics
         finally:

@@ -11,6 +11,8 @@ import yaml
 from launch import cli
 from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
+from rl.checkpoint import CheckpointStore
+from rl.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,22 @@ def test_a_run_directory_is_not_overwritten(fledge, tmp_path, config):
     exit_code, said = fledge("train", save(tmp_path, config))
     assert (exit_code, "already holds a run; add --resume" in said) == (2, True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == row
+
+
+def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tmp_path, config):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
+    store.save(1, {"fingerprint": "of another"}, lambda folder: (folder / "w").write_text("1"))
+    (tmp_path / "run" / "config.yaml").write_text("seed: 7\n")
+    exit_code, said = fledge("train", save(tmp_path, config), "--resume")
+    assert (exit_code, "resume with the run's own config.yaml" in said) == (CheckpointError.exit_code, True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 7\n"
+
+
+def test_a_run_directory_that_cannot_be(fledge, tmp_path, config):
+    (tmp_path / "file").write_text("")
+    for command in ("train", "eval"):
+        exit_code, said = fledge(command, save(tmp_path, config), f"run_dir={tmp_path}/file/run")
+        assert (exit_code, "cannot be written" in said) == (2, True)
 
 
 def test_export_and_report_of_something_else(fledge, tmp_path):

@@ -171,19 +171,29 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         store.save(2, {}, dies)
     assert store.latest().name == "step_000001"
+    assert (tmp_path / ".writing_000002").is_dir()  # whoever only looks must not take it from a run that is alive
+    assert store.resume("f")[0].name == "step_000001"
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_a_checkpoint_that_the_learners_wrote_elsewhere_is_none(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"fingerprint": "f"}, lambda folder: (folder / "w").write_text("1"))
+    with pytest.raises(CheckpointError, match="must be on a file system that every node shares"):
+        store.save(2, {"fingerprint": "f"}, lambda folder: None)
+    assert store.latest().name == "step_000001"
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2, 3, 10):
-        store.save(step, {"value": step}, lambda folder: None)
+        store.save(step, {"value": step}, lambda folder: (folder / "w").write_text("1"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000003", "step_000010"]
     assert read_state(store.latest())["value"] == 10
 
 
 def test_a_damaged_state_says_what_to_do(tmp_path):
-    path = CheckpointStore(tmp_path, keep=1).save(1, {}, lambda folder: None)
+    path = CheckpointStore(tmp_path, keep=1).save(1, {}, lambda folder: (folder / "w").write_text("1"))
     (path / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="remove the folder to resume from the one before"):
         read_state(path)

@@ -1,0 +1,77 @@
+"""A supervised run's checkpoints: every so many steps, at the end, and resumed from."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from rl.batch import UpdateResult
+from rl.checkpoint import CheckpointStore
+from rl.prompts import SftExample
+from rl.supervised import SupervisedRun
+
+TOKENS = np.arange(3, dtype=np.int32)
+EXAMPLES = [SftExample(TOKENS, TOKENS + i) for i in range(7)]
+
+
+class Silent:
+    def message(self, text): ...
+    def step(self, step, metrics): ...
+
+
+@dataclass
+class Learners:
+    """Remember what they were given."""
+
+    seen: list = field(default_factory=list)
+
+    def sft_step(self, batch):
+        self.seen.append([int(sample.response_ids[0]) for sample in batch.samples])
+        return UpdateResult(len(self.seen), {"learner/loss": 1.0})
+
+    def save_checkpoint(self, directory):
+        (directory / "seen").write_text(str(len(self.seen)))
+
+    def load_checkpoint(self, directory):
+        self.seen = [None] * int((directory / "seen").read_text())
+
+
+def run_in(directory, learners, every):
+    return SupervisedRun(
+        EXAMPLES,
+        learners,
+        epochs=2,
+        batch_size=3,
+        seed=1,
+        checkpoints=CheckpointStore(directory, keep=5),
+        checkpoint_every=every,
+        fingerprint="f",
+        display=Silent(),
+    )
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (2, [2, 4, 6])])
+def test_the_last_step_is_always_saved(tmp_path, every, steps):
+    run_in(tmp_path, Learners(), every).execute(lambda done: [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{step:06d}" for step in steps]
+
+
+def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
+    straight, cut, resumed = Learners(), Learners(), Learners()
+    run_in(tmp_path / "straight", straight, 0).execute(lambda done: [])
+    assert sorted(i for batch in straight.seen[:3] for i in batch) == list(range(7))
+    assert straight.seen[:3] != straight.seen[3:]
+
+    class Sink:
+        def write(self, step, metrics):
+            if step == 5:
+                raise KeyboardInterrupt
+
+        def close(self): ...
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "cut", cut, 2).execute(lambda done: [Sink()])
+    again = run_in(tmp_path / "cut", resumed, 2)
+    assert again.restore()
+    again.execute(lambda done: [])
+    assert resumed.seen[4:] == straight.seen[4:]
