@@ -112,7 +112,10 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
         )
     width = config.rollout.tensor_parallel_size
     if config.ray.colocate:
-        bundles = [{"CPU": 2.0, "GPU": 1.0} for _ in range(learners)]
+        shared = {
+            key: extra_learner.get(key, 0.0) + extra_rollout.get(key, 0.0) for key in extra_learner | extra_rollout
+        }
+        bundles = [{"CPU": 2.0, "GPU": 1.0, **shared} for _ in range(learners)]
         group = _reserve(bundles)
         return Placement(
             tuple(_in_bundle(group, i, num_gpus=0.5, resources=extra_learner) for i in range(learners)),
@@ -127,6 +130,15 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
         tuple(_in_bundle(group, learners + i, num_gpus=width, resources=extra_rollout) for i in range(rollouts)),
         group,
     )
+
+
+def place_rollouts(config: TrainConfig, *, device: str) -> Placement:
+    """Reserve what the rollout workers of an evaluation need; it has no learner."""
+    count, width, extra = config.rollout.num_workers, config.rollout.tensor_parallel_size, config.ray.rollout_resources
+    if device == "cpu":
+        return Placement((), tuple({"num_cpus": _CPUS_PER_WORKER, "resources": extra} for _ in range(count)))
+    group = _reserve([{"CPU": 1.0, "GPU": float(width), **extra} for _ in range(count)])
+    return Placement((), tuple(_in_bundle(group, i, num_gpus=width, resources=extra) for i in range(count)), group)
 
 
 def place_learners(count: int, config: RayConfig, *, device: str) -> Placement:

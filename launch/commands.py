@@ -11,7 +11,7 @@ from launch.compose import evaluator_of, fingerprint, open_sinks, start_learners
 from launch.display import ProgressDisplay
 from launch.preflight import check_checkpoint, check_layout
 from rl.checkpoint import LEARNER, CheckpointStore
-from rl.config import RunConfig, SftConfig, TrainConfig
+from rl.config import SftConfig, TrainConfig
 from rl.config_loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
 from rl.metrics import METRICS_FILE
@@ -118,7 +118,7 @@ def _no_checkpoint(run_dir: Path) -> str:
     return f"no checkpoint in {run_dir / 'checkpoints'}; starting from the beginning"
 
 
-def _open_run_dir(config: RunConfig, *, resume: bool) -> Path:
+def _open_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Path:
     """Create the run directory and write the resolved configuration.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from launch.cluster import place_train_workers, ray_cluster, resolve_device
+from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
 from launch.preflight import check_algorithm, check_checkpoint, check_layout
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
@@ -74,13 +74,17 @@ def start_rollout_pool(
     worker_class: Any = ray.remote(RolloutWorker)
     eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
+    rollout = config.rollout
+    if trained and config.learner.moe.router_replay:
+        options = {"enable_return_routed_experts": True, **rollout.engine_options}
+        rollout = rollout.model_copy(update={"engine_options": options})
 
     def start_worker(index: int) -> ActorHandle:
         build = functools.partial(
             build_engine,
             index,
             config.model,
-            config.rollout,
+            rollout,
             transport=transport,
             max_model_len=max_model_len,
             seed=config.seed,
@@ -225,7 +229,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
         device = resolve_device(config.device)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
-        placement = place_train_workers(config, device=device)
+        placement = place_rollouts(config, device=device)
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
             config,

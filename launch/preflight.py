@@ -78,6 +78,11 @@ def check_layout(config: RunConfig) -> None:
         if cluster_address(config.ray.address) is not None:
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and config.learner.moe.router_replay:
+        raise ConfigError(
+            "learner.moe.router_replay is true, but this machine has no GPU, and vLLM records the experts of its "
+            "rollouts on GPUs only; set it to false"
+        )
     try:
         checkpoint = load_config(config.model)
         attention = attention_of(config.model, checkpoint, device)

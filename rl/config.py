@@ -15,6 +15,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -130,6 +131,12 @@ class RewardConfig(Section):
     batch_size: PositiveInt = Field(64, description="samples sent to a worker at a time")
     max_error_fraction: Fraction = Field(0.5, description="end the run when more samples of a step fail to be scored")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardConfig:
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"clip {list(self.clip)} leaves no room; its first number must be under its second")
+        return self
+
 
 class KLConfig(Section):
     """Divergence from the frozen reference."""
@@ -191,7 +198,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "fused_adamw", "cpu_adam", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
@@ -361,10 +368,38 @@ class TrainConfig(RunConfig):
                 f"critic.warmup_steps {self.critic.warmup_steps} leaves no step of total_steps {self.total_steps} for "
                 "the policy; lower it"
             )
-        if self.evaluation.every and not self.data.eval:
-            raise ValueError("evaluation.every is set but data.eval is empty; add a dataset or set every to 0")
+        if (self.evaluation.every or self.evaluation.at_start) and not self.data.eval:
+            key = "every" if self.evaluation.every else "at_start"
+            raise ValueError(
+                f"evaluation.{key} is set but data.eval is empty; add a dataset, or leave evaluation.{key} out"
+            )
         if self.deterministic and self.rollout.temperature > 0 and self.model.dtype != "float32":
             raise ValueError("deterministic needs model.dtype float32 (bit-exact runs are a CPU float32 promise)")
+        return self
+
+    @model_validator(mode="after")
+    def _devices_can_work(self) -> TrainConfig:
+        rollout, learner = self.rollout, self.learner
+        if self.device == "cpu" and self.sync.transport in ("nccl", "ipc"):
+            raise ValueError(
+                f"sync.transport {self.sync.transport} needs GPUs, but device is cpu; set it to auto or shm"
+            )
+        if self.device == "cpu" and learner.moe.router_replay:
+            raise ValueError("learner.moe.router_replay needs vLLM's record of experts, which it keeps on GPUs only")
+        if not self.ray.colocate:
+            return self
+        if rollout.tensor_parallel_size > 1 or rollout.num_workers > learner.num_workers:
+            raise ValueError(
+                "ray.colocate puts one rollout worker beside a learner on its GPU, but rollout.num_workers is "
+                f"{rollout.num_workers} with tensor_parallel_size {rollout.tensor_parallel_size}, and "
+                f"learner.num_workers {learner.num_workers}; use at most as many rollout workers, each of size 1"
+            )
+        if rollout.kv_cache_gib is None and "gpu_memory_utilization" not in rollout.model_fields_set:
+            raise ValueError(
+                "ray.colocate lets the engine take rollout.gpu_memory_utilization "
+                f"{rollout.gpu_memory_utilization:g} of the GPU before the learner loads; set it to the engine's "
+                "share, or set rollout.kv_cache_gib"
+            )
         return self
 
     @model_validator(mode="after")
@@ -399,3 +434,13 @@ class SftConfig(RunConfig):
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 32
     data: SftDataConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftConfig:
+        for key in ("epochs", "mini_batches"):
+            if getattr(self.learner, key) != 1:
+                raise ValueError(
+                    f"learner.{key} is {getattr(self.learner, key)}, but a supervised step is one update of its batch; "
+                    "leave it out, and set epochs (at the top level) and batch_size"
+                )
+        return self

@@ -29,17 +29,26 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
         ConfigError: file missing or unreadable, unknown key (with the nearest name), wrong type or range, or settings
             that contradict each other. All problems are in one message.
     """
-    composed = _compose(Path(path), ())
+    merged = _compose(Path(path), ())
     for item in overrides:
-        key, separator, _ = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {item!r} is not key=value, for example learner.optimizer.lr=1e-6")
+        merged = _overridden(merged, item)
     try:
-        merged = OmegaConf.merge(composed, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
     return validate(plain, schema, source=str(path))
+
+
+def _overridden(config: DictConfig, override: str) -> DictConfig:
+    """The configuration with one `key=value` applied. Raises ConfigError naming the override."""
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not key=value, for example learner.optimizer.lr=1e-6")
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def validate(plain: Any, schema: type[Root], source: str) -> Root:

@@ -97,7 +97,7 @@ class LearnerWorker:
         self._spec = spec
         if spec.algorithm is not None:
             load_plugins(spec.algorithm.plugins)
-        if spec.device == "cpu":
+        if spec.device == "cpu" or spec.learner.offload_optimizer:  # Ray leaves an actor one thread
             threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // self._world_size)
             torch.set_num_threads(threads)
         learner_class = Learner if spec.critic is None else partial(LearnerWithCritic, critic=spec.critic)

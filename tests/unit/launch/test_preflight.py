@@ -53,3 +53,11 @@ def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
 
 def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
     check_layout(run_config(models["qwen3"], attention="flash_attention_2", device="auto", address="auto"))
+
+
+def test_router_replay_is_refused_where_nothing_records_the_experts(models):
+    config = run_config(models["qwen3"])
+    replaying = config.model_copy(update={"learner": LearnerConfig(moe={"router_replay": True})})
+    with pytest.raises(ConfigError, match="router_replay is true, but this machine has no GPU"):
+        check_layout(replaying)
+    check_layout(replaying.model_copy(update={"device": "cuda"}))

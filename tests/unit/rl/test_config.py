@@ -58,7 +58,12 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("learner.num_workers=300", "a mini-batch of 256 samples cannot feed learner.num_workers 300"),
         ("learner.max_tokens_per_microbatch=100", "under the longest sequence.*= 2048; raise it to at least 2048"),
         ("evaluation.pass_at=[8]", r"evaluation: pass_at holds \[8\] but samples_per_prompt is 1"),
-        ("evaluation.every=5", "data.eval is empty; add a dataset or set every to 0"),
+        ("evaluation.every=5", "evaluation.every is set but data.eval is empty; add a dataset, or leave"),
+        ("evaluation.at_start=true", "evaluation.at_start is set but data.eval is empty"),
+        ("reward.clip=[1,0]", r"reward: clip \[1.0, 0.0\] leaves no room"),
+        ("learner.optimizer.betas=[0.9,1.0]", "learner.optimizer.betas.1 is 1.0: input should be less than 1"),
+        ("rollout.stop=[a", r"override 'rollout.stop=\[a' cannot be read"),
+        ("name=${oc.env:FLEDGE_NOT_SET}", "name: .*Environment variable 'FLEDGE_NOT_SET' not found"),
         ("algorithm.kl.placement=loss", "kl.placement is loss but kl.coefficient is 0"),
         ("deterministic=true", "deterministic needs model.dtype float32"),
         ("algorithm.kl.adaptive_target=0.1", "kl.adaptive_target is set but kl.placement is none"),
@@ -87,6 +92,38 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
 def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, ["algorithm.dynamic_sampling={}", override], TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["device=cpu", "sync.transport=nccl"], "sync.transport nccl needs GPUs, but device is cpu; set it to auto"),
+        (["device=cpu", "learner.moe.router_replay=true"], "router_replay needs vLLM's record of experts"),
+        (["ray.colocate=true", "rollout.num_workers=3"], "num_workers is 3 with tensor_parallel_size 1, and .* 1; use"),
+        (["ray.colocate=true", "rollout.tensor_parallel_size=2"], "with tensor_parallel_size 2"),
+        (["ray.colocate=true"], "take rollout.gpu_memory_utilization 0.85 of the GPU before the learner loads"),
+    ],
+)
+def test_devices_that_cannot_work_together_are_refused(config_file, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, overrides, TrainConfig)
+
+
+@pytest.mark.parametrize("share", ["rollout.gpu_memory_utilization=0.85", "rollout.kv_cache_gib=2"])
+def test_a_shared_gpu_needs_the_engines_share_in_so_many_words(config_file, tmp_path, share):
+    config = load_config(config_file, ["ray.colocate=true", share], TrainConfig)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load_config(resolved, [], TrainConfig) == config
+
+
+@pytest.mark.parametrize("key", ["epochs", "mini_batches"])
+def test_supervised_runs_refuse_what_they_would_ignore(tmp_path, key):
+    path = tmp_path / "sft.yaml"
+    path.write_text("model: {path: some/model}\ndata: {train: {path: rows.jsonl}}\n")
+    assert load_config(path, ["epochs=3"], SftConfig).epochs == 3
+    with pytest.raises(ConfigError, match=rf"learner.{key} is 2, but a supervised step is one update"):
+        load_config(path, [f"learner.{key}=2"], SftConfig)
 
 
 def test_a_critic_is_there_only_when_it_is_asked_for(config_file):
