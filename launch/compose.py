@@ -30,7 +30,7 @@ from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
 from rl.probe import AgreementBounds, WeightProbe
-from rl.prompts import CurriculumSource, PromptSource, drop_held_out, load_prompts, load_tokenizer
+from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, drop_held_out, load_prompts, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
@@ -94,12 +94,14 @@ def start_rollout_pool(
         return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(index, build)
 
     evaluation = config.evaluation
+    template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template_options)
+    training = sampling_parameters(config.rollout, template.end_of_turn_id)
     return RolloutPool(
         start_worker,
         config.rollout,
-        training=sampling_parameters(config.rollout),
+        training=training,
         evaluation=evaluation_parameters(
-            config.rollout,
+            training,
             temperature=evaluation.temperature,
             top_p=evaluation.top_p,
             max_tokens=evaluation.max_response_tokens,

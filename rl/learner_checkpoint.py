@@ -16,6 +16,7 @@ from torch import Tensor
 from rl.config import ModelConfig
 from rl.errors import CheckpointError
 from rl.models import DTYPES, load_config
+from rl.prompts import ChatTemplate
 from rl.weight_sync.source import Zero3WeightSource
 
 _TAG = "zero3"
@@ -129,13 +130,25 @@ def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
         generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
     except OSError:  # the checkpoint has none
         generation = GenerationConfig.from_model_config(model.config)
-    generation.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
     if source.chat_template is not None:
         tokenizer.chat_template = Path(source.chat_template).read_text()
     tokenizer.save_pretrained(directory)
+    if tokenizer.chat_template:
+        end_of_turn = ChatTemplate(tokenizer, source.chat_template_options).end_of_turn_id
+        generation.eos_token_id = with_end_of_turn(generation.eos_token_id, end_of_turn)
+    generation.save_pretrained(directory)
+
+
+def with_end_of_turn(ends: int | list[int] | None, end_of_turn: int) -> int | list[int]:
+    """A generation configuration's `eos_token_id` with the token that ends an assistant's turn, which is what the model
+    was trained to stop with; a base model's own configuration knows only the end of a text."""
+    known = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    if ends is not None and end_of_turn in known:
+        return ends
+    return [*known, end_of_turn]
 
 
 class _ShardWriter:

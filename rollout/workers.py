@@ -329,8 +329,9 @@ class RolloutPool:
         self.workers = []
 
 
-def sampling_parameters(config: RolloutConfig) -> SamplingParameters:
-    """The training rollouts' sampling parameters."""
+def sampling_parameters(config: RolloutConfig, end_of_turn_id: int) -> SamplingParameters:
+    """The training rollouts' sampling parameters. The engine stops at the checkpoint's EOS tokens of itself; a base
+    model's are not always what ends an assistant's turn in its chat template."""
     return SamplingParameters(
         max_tokens=config.max_response_tokens,
         temperature=config.temperature,
@@ -338,16 +339,12 @@ def sampling_parameters(config: RolloutConfig) -> SamplingParameters:
         top_k=config.top_k,
         min_p=config.min_p,
         stop=config.stop,
+        stop_token_ids=(end_of_turn_id,),
     )
 
 
 def evaluation_parameters(
-    config: RolloutConfig, *, temperature: float, top_p: float, max_tokens: int | None
+    training: SamplingParameters, *, temperature: float, top_p: float, max_tokens: int | None
 ) -> SamplingParameters:
     """The evaluation's sampling parameters: the training ones with what evaluation sets of its own."""
-    return replace(
-        sampling_parameters(config),
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens or config.max_response_tokens,
-    )
+    return replace(training, temperature=temperature, top_p=top_p, max_tokens=max_tokens or training.max_tokens)

@@ -1,0 +1,36 @@
+"""A response ends where the chat template ends an assistant's turn, also with a base model's generation config."""
+
+import pytest
+
+from rl.config import RolloutConfig
+from rl.learner_checkpoint import with_end_of_turn
+from rollout.workers import evaluation_parameters, sampling_parameters
+
+END_OF_TEXT, END_OF_TURN = 7, 9
+
+
+@pytest.mark.parametrize(
+    ("known", "exported"),
+    [
+        (END_OF_TEXT, [END_OF_TEXT, END_OF_TURN]),
+        ([END_OF_TEXT, 8], [END_OF_TEXT, 8, END_OF_TURN]),
+        (None, [END_OF_TURN]),
+        (END_OF_TURN, END_OF_TURN),
+        ([END_OF_TURN, END_OF_TEXT], [END_OF_TURN, END_OF_TEXT]),
+    ],
+)
+def test_the_exported_model_ends_its_turns(known, exported):
+    assert with_end_of_turn(known, END_OF_TURN) == exported
+
+
+def test_training_and_evaluation_stop_there():
+    training = sampling_parameters(RolloutConfig(top_p=0.9, max_response_tokens=50, stop=("###",)), END_OF_TURN)
+    evaluation = evaluation_parameters(training, temperature=0.0, top_p=1.0, max_tokens=None)
+    assert training.stop_token_ids == evaluation.stop_token_ids == (END_OF_TURN,)
+    assert (evaluation.temperature, evaluation.top_p, evaluation.max_tokens, evaluation.stop) == (
+        0.0,
+        1.0,
+        50,
+        ("###",),
+    )
+    assert evaluation_parameters(training, temperature=1.0, top_p=1.0, max_tokens=80).max_tokens == 80
