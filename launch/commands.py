@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import evaluator_of, fingerprint, open_sinks, start_learners, training_run
 from launch.display import ProgressDisplay
-from launch.preflight import check_checkpoint, check_layout
+from launch.preflight import check_checkpoint, check_layout, check_logging
 from rl.checkpoint import LEARNER, CheckpointStore
 from rl.config import SftConfig, TrainConfig
 from rl.config_loading import load_config, to_yaml
@@ -43,6 +43,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
     run_dir = _open_run_dir(config, resume=resume)
     check_checkpoint(config.model.path, "model.path")
     check_layout(config)
+    check_logging(config)
     examples = load_sft_examples(
         config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
     )

@@ -17,7 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_algorithm, check_checkpoint, check_layout
+from launch.preflight import check_algorithm, check_checkpoint, check_layout, check_logging
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -171,6 +171,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     if config.critic is not None and config.critic.path is not None:
         check_checkpoint(config.critic.path, "critic.path")
     check_layout(config)
+    check_logging(config)
     train_prompts, eval_sets = load_data(config, display)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))

@@ -92,6 +92,19 @@ def check_layout(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
+def check_logging(config: RunConfig) -> None:
+    """Raise ConfigError where W&B is asked for and would only say when every engine has started that it has no key."""
+    if config.logging.wandb_project is None or config.logging.wandb_mode == "offline":
+        return
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise ConfigError(
+            f"logging.wandb_project is {config.logging.wandb_project}, but W&B has no API key here; run `wandb login`, "
+            "set WANDB_API_KEY, or set logging.wandb_mode to offline"
+        )
+
+
 def _accumulates(config: TrainConfig) -> bool:
     """Whether a mini-batch may be split: over ranks, or because it may not fit one micro-batch."""
     learner = config.learner

@@ -18,6 +18,7 @@ import numpy as np
 
 from rl.batch import FinishReason, RewardStatus, ScoredBatch
 from rl.controller import StepResult
+from rl.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -112,7 +113,7 @@ class JsonlSink:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    """Rows of metrics.jsonl; a last line that a kill cut short is left out. Raises CheckpointError for another one."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         return []
@@ -121,9 +122,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except ValueError as error:
             if number != len(lines):
-                raise
+                raise CheckpointError(f"{path}, line {number}, is damaged: {error}; remove the line") from error
     return rows
 
 

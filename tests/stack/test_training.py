@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import ray
 import torch
+import yaml
 from safetensors.torch import load_file
 from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config
 
@@ -196,6 +198,70 @@ def test_a_reward_that_raises_ends_the_run_with_its_own_exit_code(tmp_path):
     assert not shared_memory_files()
 
 
+@pytest.mark.processes
+def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(f'{{"prompt": "{i} + 90 =", "ground_truth": "{i + 90}"}}\n' for i in range(90, 94)))
+    config = config_dict(tmp_path, rollout={"num_workers": 2}, evaluation={"at_start": True, "samples_per_prompt": 2})
+    config["data"]["eval"] = [{"path": str(held_out), "name": "sums"}]
+    said = []
+    with run_here(config) as run:
+        loop = run.controller
+        loop.report = said.append
+        loop.sync_weights()
+        first, second = loop.rollout_pool.workers
+
+        ray.kill(first)
+        result = loop.step(0)
+        assert len(result.scored.scores) == 16
+        assert result.update.metrics["rollout/logprob_diff_max"] < 1e-3
+        assert result.workers["rollout/worker_restarts"] == 1
+        assert 0.1 < result.workers["rollout/memory_peak_gib"] < 20
+
+        ray.kill(second)
+        assert run._evaluate("after_a_loss")["eval/sums/prompts"] == 4
+
+        ray.kill(loop.rollout_pool.workers[0])
+        assert loop.sync_weights().policy_version == 1
+        assert loop.step(1).update.metrics["rollout/logprob_diff_max"] < 1e-3
+    assert [text.partition(":")[0] for text in said] == ["1 rollout worker(s) lost and replaced"] * 3
+
+
+@pytest.mark.processes
+def test_supervised_steps_evaluation_export_and_report(tmp_path):
+    """The commands after one another, as a user gives them."""
+    rl = config_dict(tmp_path, run_dir=str(tmp_path / "evaluation"), evaluation={"samples_per_prompt": 2})
+    rl["data"]["eval"] = [{"path": rl["data"]["train"]["path"], "name": "sums"}]
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(f'{{"prompt": "{i} + {i} =", "response": "{2 * i}"}}\n' for i in range(10)))
+    sft = {key: rl[key] for key in ("seed", "learner", "checkpoint")}
+    sft |= {"model": rl["model"], "data": {"train": {"path": str(examples)}}, "batch_size": 4, "epochs": 3}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft | {"run_dir": str(tmp_path / "sft")}))
+
+    def fledge(*arguments):
+        command = Command(tmp_path, *map(str, arguments))
+        assert command.wait() == 0, command.output()
+        return command.output()
+
+    fledge("sft", tmp_path / "sft.yaml")
+    rows = read_metrics(tmp_path / "sft")
+    assert len(rows) == 9
+    assert rows[-1]["learner/loss"] < rows[0]["learner/loss"]
+    fledge("export", tmp_path / "sft", tmp_path / "exported")
+    trained, exported = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "sft/model", tmp_path / "exported")
+    )
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(trained[name], exported[name]) for name in trained)
+
+    output = fledge("eval", save_config(tmp_path, rl), f"model.path={tmp_path / 'exported'}")
+    assert "eval/sums/avg@2" in output
+    scored = (tmp_path / "evaluation" / "samples" / "eval_sums_final.jsonl").read_text().splitlines()
+    assert len(scored) == 24
+    fledge("report", tmp_path / "sft")
+    assert "learner/loss" in (tmp_path / "sft" / "report.html").read_text()
+
+
 def free_ports(count):
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
@@ -247,6 +313,30 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     sample = json.loads((Path(config["run_dir"]) / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
     assert re.fullmatch(r"-?\d+", sample["ground_truth"])
     assert not shared_memory_files()
+    assert gone(our_workers()) == []
+
+    path = save_config(tmp_path, config | {"total_steps": 1000, "run_dir": str(tmp_path / "stopped")})
+    submit = [ray_command, "job", "submit", "--no-wait", "--submission-id", "to-stop", *submit[3:-1], str(path)]
+    subprocess.run(submit, env=env, capture_output=True, text=True, timeout=60, check=True)
+    deadline = time.monotonic() + 300
+    while not read_metrics(tmp_path / "stopped"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    workers = our_workers()
+    assert len(workers) >= 4  # two learners, a rollout worker and its engine
+    subprocess.run([ray_command, "job", "stop", "to-stop"], env=env, capture_output=True, timeout=60, check=True)
+    assert gone(workers) == []
+    assert not shared_memory_files()
+
+
+def our_workers():
+    """The processes of our actors, on whatever cluster."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if re.search(r"ray::(Learner|Rollout|Reward)Worker|EngineCore", command):
+            found.append(process)
+    return found
 
 
 def verl_rows(path):

@@ -136,6 +136,8 @@ def test_a_run_directory_that_cannot_be(fledge, tmp_path, config):
 def test_export_and_report_of_something_else(fledge, tmp_path):
     assert "no run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
     assert "is it a run directory?" in fledge("report", tmp_path)[1]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    assert "metrics.jsonl, line 2, is damaged" in fledge("report", tmp_path)[1]
 
 
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, lambda: signal.raise_signal(signal.SIGTERM)], ids=["int", "term"])

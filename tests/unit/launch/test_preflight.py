@@ -2,9 +2,9 @@
 
 import pytest
 
-from launch.preflight import check_layout
+from launch.preflight import check_layout, check_logging
 from launch.tiny_models import build_tiny_model
-from rl.config import LearnerConfig, ModelConfig, RayConfig, RunConfig
+from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RunConfig
 from rl.errors import ConfigError
 
 
@@ -61,3 +61,13 @@ def test_router_replay_is_refused_where_nothing_records_the_experts(models):
     with pytest.raises(ConfigError, match="router_replay is true, but this machine has no GPU"):
         check_layout(replaying)
     check_layout(replaying.model_copy(update={"device": "cuda"}))
+
+
+def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = run_config("unused")
+    check_logging(config)
+    check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p", wandb_mode="offline")}))
+    with pytest.raises(ConfigError, match="W&B has no API key here; run `wandb login`"):
+        check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p")}))
