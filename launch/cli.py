@@ -113,7 +113,11 @@ def main() -> None:
             sys.exit(2)
         raise
     if exit_code == INTERRUPTED:
-        _say("interrupted; every finished step is in the run directory, and --resume goes on from the last checkpoint")
+        resumable = sys.argv[1:2] in (["train"], ["sft"])
+        _say(
+            "interrupted"
+            + "; every finished step is in the run directory, and --resume goes on from the last checkpoint" * resumable
+        )
     sys.exit(exit_code)
 
 

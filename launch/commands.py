@@ -20,6 +20,7 @@ from rl.supervised import SupervisedRun, steps_per_epoch
 from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
+_JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 CRITIC = "critic"  # and of the exported critic, where there is one
 
 
@@ -27,6 +28,7 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
     """`fledge train`: run to the end, export the model, return the last step's metrics."""
     run_dir = _open_run_dir(config, resume=resume)
     with ProgressDisplay(config.name, config.total_steps) as display, training_run(config, display) as run:
+        _warn_of_a_lost_run_dir(run_dir, display)
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))
         metrics = run.execute()
@@ -51,7 +53,9 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(config.name, total_steps))
         dropped = f", {examples.num_dropped_too_long} too long and dropped" if examples.num_dropped_too_long else ""
-        display.message(f"worked examples {examples.name}: {len(examples.examples)}{dropped}")
+        verbatim = f", {examples.num_verbatim} encoded as they stand (docs/data.md)" if examples.num_verbatim else ""
+        display.message(f"worked examples {examples.name}: {len(examples.examples)}{dropped}{verbatim}")
+        _warn_of_a_lost_run_dir(run_dir, display)
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config.device)
         placement = place_learners(config.learner.num_workers, config.ray, device=device)
@@ -136,6 +140,14 @@ def _open_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Path:
     _make_run_dir(run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return run_dir
+
+
+def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
+    if not run_dir.is_absolute() and _JOB_FOLDER in Path.cwd().parts:
+        display.message(
+            f"warning: run_dir {run_dir} is relative, and Ray removes this job's copy of the working directory, "
+            f"{Path.cwd()}, with everything in it; set run_dir to an absolute path"
+        )
 
 
 def _make_run_dir(run_dir: Path) -> None:

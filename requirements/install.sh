@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the exact pins: `requirements/install.sh cpu` or `... gpu`. Names no index: pip's own settings
-# on this machine hold, and where no CPU build of torch can be found, uv takes it from PyTorch's.
+# Makes .venv and installs the exact pins: `requirements/install.sh cpu` or `... gpu`. Names no index: pip's own index,
+# find-links and certificate on this machine hold, and where no CPU build of torch can be found, uv takes it from PyTorch's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:?cpu or gpu}
