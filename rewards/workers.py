@@ -76,11 +76,6 @@ class RewardPool:
             self.close()
             raise
 
-    @property
-    def rewards(self) -> CombinedReward:
-        """The loaded rewards, for `validate_ground_truth` and the part labels."""
-        return self._combined
-
     def score(self, batch: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
         """Score a step's rollouts, or one round of them; `earlier` holds the scores of the rounds before.
 

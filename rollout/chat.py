@@ -89,11 +89,6 @@ class AnswerExtractor:
         return self._tokenizer.decode(shown, clean_up_tokenization_spaces=False)
 
 
-def final_answer(response_ids: Sequence[int], tokenizer: Any, *, prompt_ids: Sequence[int] = ()) -> tuple[str, str]:
-    """(text, answer) of one response; `AnswerExtractor` is the same for many."""
-    return AnswerExtractor(tokenizer).extract(prompt_ids, response_ids)
-
-
 def think_answer(text: str, *, prompt_opens: bool = False) -> str:
     """What follows the last `</think>`, without white space around it; "" inside a block that is never closed.
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launch.tiny_models import HARMONY_SPECIAL_TOKENS, QWEN_SPECIAL_TOKENS, build_tokenizer
-from rollout.chat import AnswerExtractor, ChatFormat, final_answer, think_answer
+from rollout.chat import AnswerExtractor, ChatFormat, think_answer
 from rollout.harmony import HarmonyTokens, open_message, parse
 
 QWEN = build_tokenizer("qwen3")
@@ -68,8 +68,8 @@ def test_a_prompt_that_opens_thinking():
 
 def test_the_text_keeps_thinking_tags_and_leaves_special_tokens_out():
     ids = encode(QWEN, "<think>a</think>4<|im_end|>")
-    assert final_answer(ids, QWEN) == ("<think>a</think>4", "4")
-    assert final_answer(np.array(ids, dtype=np.int32), QWEN) == ("<think>a</think>4", "4")
+    assert QWEN_EXTRACTOR.extract((), ids) == ("<think>a</think>4", "4")
+    assert QWEN_EXTRACTOR.extract((), np.array(ids, dtype=np.int32)) == ("<think>a</think>4", "4")
 
 
 def test_thinking_tags_that_the_tokenizer_calls_special_are_kept():
@@ -77,7 +77,7 @@ def test_thinking_tags_that_the_tokenizer_calls_special_are_kept():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     ids = encode(tokenizer, "<think>3</think>4<|im_end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "34"
-    assert final_answer(ids, tokenizer) == ("<think>3</think>4", "4")
+    assert AnswerExtractor(tokenizer).extract((), ids) == ("<think>3</think>4", "4")
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_a_prompt_that_begins_the_final_message():
 
 def test_harmony_text_shows_the_channels():
     ids = encode(HARMONY, f"{ANALYSIS}2+2<|end|>{ASSISTANT}{FINAL}4<|return|>")
-    assert final_answer(ids, HARMONY) == (f"{ANALYSIS}2+2<|end|>{ASSISTANT}{FINAL}4", "4")
+    assert HARMONY_EXTRACTOR.extract((), ids) == (f"{ANALYSIS}2+2<|end|>{ASSISTANT}{FINAL}4", "4")
 
 
 @pytest.mark.parametrize("response", ["4", "", "<|channel|>final", "assistant"])
 def test_harmony_without_a_prompt(response):
-    assert final_answer(encode(HARMONY, response), HARMONY)[1] == ""
+    assert HARMONY_EXTRACTOR.extract((), encode(HARMONY, response)).answer == ""
 
 
 def test_harmony_messages_have_exact_ranges():

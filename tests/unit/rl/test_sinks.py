@@ -1,0 +1,39 @@
+"""What metrics become on disk: TensorBoard's event files, which a resumed run goes on with, and an offline W&B run."""
+
+import pytest
+
+from rl.metrics import TensorBoardSink, WandbSink
+
+
+def scalars(run_dir, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
+    first = TensorBoardSink(tmp_path, done_steps=0)
+    for step in (1, 2, 3):
+        first.write(step, {"reward/mean": step / 10, "learner/loss": 1.0})
+    first.close()
+    assert scalars(tmp_path, "reward/mean") == [(step, pytest.approx(step / 10)) for step in (1, 2, 3)]
+    resumed = TensorBoardSink(tmp_path, done_steps=2)  # step 3 was after the last checkpoint
+    resumed.write(3, {"reward/mean": 0.9})
+    resumed.close()
+    assert scalars(tmp_path, "reward/mean") == [
+        (step, pytest.approx(value)) for step, value in ((1, 0.1), (2, 0.2), (3, 0.9))
+    ]
+
+
+def test_an_offline_wandb_run_keeps_its_id(tmp_path):
+    for steps in ((1, 2), (3,)):
+        sink = WandbSink(tmp_path, project="p", mode="offline", name="n", config={"seed": 1})
+        for step in steps:
+            sink.write(step, {"reward/mean": 0.5})
+        sink.close()
+    run_id = (tmp_path / "wandb_id").read_text()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(run.name.endswith(run_id) and list(run.glob("*.wandb")) for run in runs)
