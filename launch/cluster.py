@@ -112,10 +112,10 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
         )
     width = config.rollout.tensor_parallel_size
     if config.ray.colocate:
-        shared = {
-            key: extra_learner.get(key, 0.0) + extra_rollout.get(key, 0.0) for key in extra_learner | extra_rollout
-        }
-        bundles = [{"CPU": 2.0, "GPU": 1.0, **shared} for _ in range(learners)]
+        bundles = [{"CPU": 2.0, "GPU": 1.0, **extra_learner} for _ in range(learners)]
+        for bundle in bundles[:rollouts]:
+            for key, amount in extra_rollout.items():
+                bundle[key] = bundle.get(key, 0.0) + amount
         group = _reserve(bundles)
         return Placement(
             tuple(_in_bundle(group, i, num_gpus=0.5, resources=extra_learner) for i in range(learners)),
@@ -170,8 +170,8 @@ def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
     available = ray.cluster_resources().get("GPU", 0.0)
     if needed > available:
         raise ConfigError(
-            f"the run needs {needed:g} GPUs (learner.num_workers, and rollout.num_workers x "
-            f"rollout.tensor_parallel_size), but the cluster has {available:g}"
+            f"the run needs {needed:g} GPUs (learner.num_workers, where it has learners, and rollout.num_workers x "
+            f"rollout.tensor_parallel_size, where it has engines), but the cluster has {available:g}"
         )
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(_PLACEMENT_TIMEOUT_S):

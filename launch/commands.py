@@ -31,6 +31,7 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
         _warn_of_a_lost_run_dir(run_dir, display)
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))
+        _write_config(run_dir, config)
         metrics = run.execute()
         run.controller.learners.export_hf(run_dir / MODEL)  # type: ignore[attr-defined]
         display.message(f"model {run_dir / MODEL}")
@@ -84,6 +85,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         )
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))
+        _write_config(run_dir, config)
         metrics = run.execute(lambda done_steps: open_sinks(config, run_dir, done_steps))
         learners.export_hf(run_dir / MODEL)
         display.message(f"model {run_dir / MODEL}")
@@ -124,11 +126,11 @@ def _no_checkpoint(run_dir: Path) -> str:
 
 
 def _open_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Path:
-    """Create the run directory and write the resolved configuration.
+    """Create the run directory. The configuration is written there once nothing can refuse it any more.
 
     Raises:
         ConfigError: it cannot be written, or holds another run already and this is no resume; nothing is overwritten.
-        CheckpointError: what is to be resumed belongs to another configuration; the run's own is still there.
+        CheckpointError: what is to be resumed belongs to another configuration.
     """
     run_dir = Path(config.run_dir)
     if (run_dir / METRICS_FILE).exists() and not resume:
@@ -138,8 +140,11 @@ def _open_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Path:
     if resume:
         CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).resume(fingerprint(config))
     _make_run_dir(run_dir)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
     return run_dir
+
+
+def _write_config(run_dir: Path, config: TrainConfig | SftConfig) -> None:
+    (run_dir / "config.yaml").write_text(to_yaml(config))
 
 
 def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:

@@ -5,6 +5,7 @@ Left out: the configuration's own consistency (`rl.config`) and the machine's he
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -85,6 +86,10 @@ def check_layout(config: RunConfig) -> None:
         )
     try:
         checkpoint = load_config(config.model)
+        if config.learner.moe.router_replay and not (
+            getattr(checkpoint, "num_experts", None) or getattr(checkpoint, "num_local_experts", None)
+        ):
+            raise ConfigError(f"learner.moe.router_replay is true, but model.path {config.model.path} has no experts")
         attention = attention_of(config.model, checkpoint, device)
         layout = resolve_layout(config.learner.layout, attention=attention, device=device)
         refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
@@ -98,7 +103,11 @@ def check_logging(config: RunConfig) -> None:
         return
     import wandb
 
-    if not wandb.login(prompt=False):
+    try:
+        known = wandb.login(prompt=False, verify=False) or os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    except wandb.errors.Error as error:
+        raise ConfigError(f"logging.wandb_project is set, but W&B refuses its API key: {error}") from error
+    if not known:
         raise ConfigError(
             f"logging.wandb_project is {config.logging.wandb_project}, but W&B has no API key here; run `wandb login`, "
             "set WANDB_API_KEY, or set logging.wandb_mode to offline"

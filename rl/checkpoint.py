@@ -73,6 +73,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be read, or its "fingerprint" is another one.
         """
+        for leftover in self.directory.glob(".writing_*"):
+            shutil.rmtree(leftover)
         path = self.latest()
         if path is None:
             return None
@@ -82,8 +84,6 @@ class CheckpointStore:
                 f"{path} was written under another configuration (seed, model, data, batch or learner changed); "
                 "resume with the run's own config.yaml, or choose another run_dir"
             )
-        for leftover in self.directory.glob(".writing_*"):
-            shutil.rmtree(leftover)
         return path, state
 
     def _complete(self) -> list[Path]:

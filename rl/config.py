@@ -386,7 +386,12 @@ class TrainConfig(RunConfig):
             )
         if self.device == "cpu" and learner.moe.router_replay:
             raise ValueError("learner.moe.router_replay needs vLLM's record of experts, which it keeps on GPUs only")
-        if not self.ray.colocate:
+        if learner.moe.router_replay and (self.deterministic or not rollout.enable_prefix_caching):
+            raise ValueError(
+                "learner.moe.router_replay needs rollout.enable_prefix_caching (vLLM's condition), which is false or "
+                "turned off by deterministic; set router_replay to false, or change these"
+            )
+        if not self.ray.colocate or self.device == "cpu":
             return self
         if rollout.tensor_parallel_size > 1 or rollout.num_workers > learner.num_workers:
             raise ValueError(
@@ -394,7 +399,9 @@ class TrainConfig(RunConfig):
                 f"{rollout.num_workers} with tensor_parallel_size {rollout.tensor_parallel_size}, and "
                 f"learner.num_workers {learner.num_workers}; use at most as many rollout workers, each of size 1"
             )
-        if rollout.kv_cache_gib is None and "gpu_memory_utilization" not in rollout.model_fields_set:
+        shares = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+        said = "gpu_memory_utilization" in rollout.model_fields_set or bool(shares & rollout.engine_options.keys())
+        if rollout.kv_cache_gib is None and not said:
             raise ValueError(
                 "ray.colocate lets the engine take rollout.gpu_memory_utilization "
                 f"{rollout.gpu_memory_utilization:g} of the GPU before the learner loads; set it to the engine's "

@@ -28,7 +28,7 @@ from rl.batch import (
     UpdateResult,
     WeightVersion,
 )
-from rl.errors import RolloutError, WeightSyncError
+from rl.errors import BrokenSyncError, RolloutError, WeightSyncError
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
 
@@ -160,6 +160,8 @@ class Controller:
         return self.surviving_losses(self._sync)
 
     def _sync(self) -> WeightVersion:
+        if lost := self.rollout_pool.replace_lost_workers():  # before any learner waits for them in a collective
+            self.report(f"{lost} rollout worker(s) lost and replaced: they did not answer before a sync")
         version = self.learners.publish_weights()
         self.rollout_pool.load_weights(version)
         self.policy_version = version.policy_version
@@ -175,6 +177,8 @@ class Controller:
                     self._sync()
                     synced = True
                 return call()
+            except BrokenSyncError:
+                raise
             except (RolloutError, WeightSyncError) as error:
                 replaced = self.rollout_pool.replace_lost_workers()
                 if not replaced:

@@ -47,6 +47,11 @@ class WeightSyncError(FledgeError, RuntimeError):
     exit_code = 6
 
 
+class BrokenSyncError(WeightSyncError):
+    """A transfer between GPUs broke off. The learner ranks may stand in different collectives, so it cannot be repeated
+    in this run; resume from the last checkpoint."""
+
+
 class CheckpointError(FledgeError, RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to another configuration."""
 

@@ -34,6 +34,12 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
     if rank == 0:
         (directory / _META).write_text(json.dumps({"world_size": world_size, "state": state}, indent=1))
     torch.distributed.barrier()
+    missing = [r for r in range(world_size) if not (directory / f"random_{r}.pt").exists()]
+    if missing:
+        raise CheckpointError(
+            f"rank {rank} does not see what ranks {missing} wrote to {directory}: run_dir must be on a file system "
+            "that every node shares"
+        )
 
 
 def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from rl.config import ModelConfig, RolloutConfig
+from rl.errors import ConfigError
 from rollout import process_tie
 from rollout.engine import SamplingParameters
 
@@ -80,13 +81,24 @@ def engine_args(
             "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest),
             "block_size": _CPU_BLOCK_TOKENS,
         }
-    if trained and getattr(_checkpoint_config(model), "quantization_config", None) is not None:
+    if trained and _is_mxfp4(model):
+        if taken := sorted({"hf_overrides", "load_format"} & rollout.engine_options.keys()):
+            raise ConfigError(
+                f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint ({model.path}) needs "
+                "itself; leave it out, or give a checkpoint that is not quantised"
+            )
         options |= {"hf_overrides": without_quantization, "load_format": "dummy"}
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
+def _is_mxfp4(model: ModelConfig) -> bool:
+    quantization = getattr(_checkpoint_config(model), "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method)) == "mxfp4"
+
+
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The checkpoint's configuration as of one that is not quantised; vLLM calls it in each of its processes."""
+    """The checkpoint's configuration as of one that is not quantised. (No lambda: vLLM pickles its arguments.)"""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

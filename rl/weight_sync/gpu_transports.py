@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from rl.errors import WeightSyncError
+from rl.errors import BrokenSyncError, WeightSyncError
 from rl.weight_sync.api import ParameterInfo, WeightSource, WeightSyncClient
 from rl.weight_sync.background import finish_call, start_call
 from rl.weight_sync.digest import digest_tensor
@@ -134,7 +134,7 @@ class GpuTransport:
         try:
             return finish_call(start_call(on_device, "weight-sync"), f"rank {self._rank}: {what}", self._timeout_s)
         except WeightSyncError as error:
-            raise WeightSyncError(f"{error}; the last parameter gathered was {self._source.last_name}") from error
+            raise BrokenSyncError(f"{error}; the last parameter gathered was {self._source.last_name}") from error
 
 
 class NcclTransport(GpuTransport):

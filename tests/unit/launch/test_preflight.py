@@ -60,11 +60,15 @@ def test_router_replay_is_refused_where_nothing_records_the_experts(models):
     replaying = config.model_copy(update={"learner": LearnerConfig(moe={"router_replay": True})})
     with pytest.raises(ConfigError, match="router_replay is true, but this machine has no GPU"):
         check_layout(replaying)
-    check_layout(replaying.model_copy(update={"device": "cuda"}))
+    with pytest.raises(ConfigError, match=r"router_replay is true, but model.path .* has no experts"):
+        check_layout(replaying.model_copy(update={"device": "cuda"}))
+    check_layout(replaying.model_copy(update={"device": "cuda", "model": ModelConfig(path=models["gpt_oss"])}))
 
 
 def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = run_config("unused")
     check_logging(config)

@@ -101,6 +101,10 @@ def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, me
         (["device=cpu", "learner.moe.router_replay=true"], "router_replay needs vLLM's record of experts"),
         (["ray.colocate=true", "rollout.num_workers=3"], "num_workers is 3 with tensor_parallel_size 1, and .* 1; use"),
         (["ray.colocate=true", "rollout.tensor_parallel_size=2"], "with tensor_parallel_size 2"),
+        (
+            ["learner.moe.router_replay=true", "rollout.enable_prefix_caching=false"],
+            "router_replay needs rollout.enable",
+        ),
         (["ray.colocate=true"], "take rollout.gpu_memory_utilization 0.85 of the GPU before the learner loads"),
     ],
 )
@@ -109,7 +113,15 @@ def test_devices_that_cannot_work_together_are_refused(config_file, overrides, m
         load_config(config_file, overrides, TrainConfig)
 
 
-@pytest.mark.parametrize("share", ["rollout.gpu_memory_utilization=0.85", "rollout.kv_cache_gib=2"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        "rollout.gpu_memory_utilization=0.85",
+        "rollout.kv_cache_gib=2",
+        "rollout.engine_options.gpu_memory_utilization=0.3",
+        "device=cpu",
+    ],
+)
 def test_a_shared_gpu_needs_the_engines_share_in_so_many_words(config_file, tmp_path, share):
     config = load_config(config_file, ["ray.colocate=true", share], TrainConfig)
     resolved = tmp_path / "resolved.yaml"

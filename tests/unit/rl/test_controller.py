@@ -4,7 +4,7 @@ import pytest
 from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
 
 from rl.config import DynamicSamplingConfig
-from rl.errors import RolloutError, WeightSyncError
+from rl.errors import BrokenSyncError, RolloutError, WeightSyncError
 from rl.metrics import step_metrics
 
 
@@ -58,6 +58,28 @@ def test_a_worker_that_is_lost_while_weights_are_sent_is_replaced_and_told_of():
     assert said == ["1 rollout worker(s) lost and replaced: rollout worker 0 died during update_weights"]
     assert result.workers == {"rollout/worker_restarts": 1.0, "reward/worker_restarts": 0.0}
     assert step_metrics(result)["rollout/worker_restarts"] == 1.0
+
+
+def test_a_worker_that_is_dead_before_a_sync_is_replaced_before_any_learner_waits_for_it():
+    pool, said = FakeRolloutPool(), []
+    loop = controller(pool)
+    loop.report = said.append
+    pool.lost = 1
+    loop.sync_weights()
+    assert pool.calls == ["load 0"]
+    assert said == ["1 rollout worker(s) lost and replaced: they did not answer before a sync"]
+
+
+def test_a_transfer_that_broke_off_between_gpus_is_not_repeated():
+    class Breaks(FakeLearners):
+        def publish_weights(self):
+            pool.lost = 1
+            raise BrokenSyncError("rank 0: sending policy version 0 failed")
+
+    pool = FakeRolloutPool()
+    with pytest.raises(BrokenSyncError):
+        controller(pool, Breaks()).sync_weights()
+    assert pool.replaced == 0
 
 
 def test_what_runs_beside_the_steps_survives_a_loss_too():
