@@ -109,16 +109,20 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
         with pytest.raises(WeightSyncError, match=r"told to serve policy version 3, but .* finished is '2'"):
             loop.step(2)
         # A worker that even says it was sent the new version.
-        ray.get([worker.__ray_call__.remote(claim_version, "3") for worker in loop.rollout_pool.workers])
+        ray.get([worker.__ray_call__.remote(claim("3")) for worker in loop.rollout_pool.workers])
         loop.rollout_pool.load_weights(WeightVersion(3, {}, 0))
         loop.policy_version = run.next_step = 3
         with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
             run._step([])
 
 
-def claim_version(worker, version):
-    core = worker._engine._engine().engine_core
-    worker.claim = asyncio.get_running_loop().create_task(core.set_weight_version_async(version))
+def claim(version):
+    def in_worker(worker):  # a function in a function travels as it is; the workers cannot import this file
+        llm = worker._engine._engine()
+        said = llm.engine_core.set_weight_version_async(version)
+        asyncio.run_coroutine_threadsafe(said, llm.output_handler.get_loop()).result(30)
+
+    return in_worker
 
 
 class SkipsOneSync:
