@@ -114,10 +114,8 @@ def main() -> None:
         raise
     if exit_code == INTERRUPTED:
         resumable = sys.argv[1:2] in (["train"], ["sft"])
-        _say(
-            "interrupted"
-            + "; every finished step is in the run directory, and --resume goes on from the last checkpoint" * resumable
-        )
+        kept = "; every finished step is in the run directory, and --resume goes on from the last checkpoint"
+        _say(f"interrupted{kept if resumable else ''}")
     sys.exit(exit_code)
 
 

@@ -134,23 +134,27 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
 
 def place_rollouts(config: TrainConfig, *, device: str) -> Placement:
     """Reserve what the rollout workers of an evaluation need; it has no learner."""
-    count, width, extra = config.rollout.num_workers, config.rollout.tensor_parallel_size, config.ray.rollout_resources
-    if device == "cpu":
-        return Placement((), tuple({"num_cpus": _CPUS_PER_WORKER, "resources": extra} for _ in range(count)))
-    group = _reserve([{"CPU": 1.0, "GPU": float(width), **extra} for _ in range(count)])
-    return Placement((), tuple(_in_bundle(group, i, num_gpus=width, resources=extra) for i in range(count)), group)
+    rollout = config.rollout
+    options, group = _place_alone(
+        rollout.num_workers, rollout.tensor_parallel_size, config.ray.rollout_resources, device=device
+    )
+    return Placement((), options, group)
 
 
 def place_learners(count: int, config: RayConfig, *, device: str) -> Placement:
     """Reserve what the learner workers of a supervised run need."""
+    options, group = _place_alone(count, 1, config.learner_resources, device=device)
+    return Placement(options, (), group)
+
+
+def _place_alone(
+    count: int, num_gpus: int, resources: dict[str, float], *, device: str
+) -> tuple[tuple[dict[str, Any], ...], PlacementGroup | None]:
+    """Options for workers of one kind, and the group that holds them."""
     if device == "cpu":
-        return Placement(
-            tuple({"num_cpus": _CPUS_PER_WORKER, "resources": config.learner_resources} for _ in range(count)), ()
-        )
-    group = _reserve([{"CPU": 1.0, "GPU": 1.0, **config.learner_resources} for _ in range(count)])
-    return Placement(
-        tuple(_in_bundle(group, i, num_gpus=1, resources=config.learner_resources) for i in range(count)), (), group
-    )
+        return tuple({"num_cpus": _CPUS_PER_WORKER, "resources": resources} for _ in range(count)), None
+    group = _reserve([{"CPU": 1.0, "GPU": float(num_gpus), **resources} for _ in range(count)])
+    return tuple(_in_bundle(group, i, num_gpus=num_gpus, resources=resources) for i in range(count)), group
 
 
 def resolve_device(device: str) -> str:

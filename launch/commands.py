@@ -20,8 +20,8 @@ from rl.supervised import SupervisedRun, steps_per_epoch
 from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
-_JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 CRITIC = "critic"  # and of the exported critic, where there is one
+_JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 
 
 def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
@@ -158,6 +158,6 @@ def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
 def _make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "samples").mkdir(exist_ok=True)
+        (run_dir / "samples").mkdir(exist_ok=True)  # fails now where a directory that is there cannot be written to
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error

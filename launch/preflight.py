@@ -72,8 +72,9 @@ def check_checkpoint(path: str, key: str) -> None:
 
 
 def check_layout(config: RunConfig) -> None:
-    """Raise ConfigError where the learner's layout cannot be exact with the model's attention, or the device has no
-    such attention. Which device a cluster that is joined has is known later; there the learner's own check says it."""
+    """Raise ConfigError where the learner's layout cannot be exact with the model's attention, the device has no such
+    attention, or no experts could be replayed. Which device a cluster that is joined has is known later; there the
+    learner's own check says it."""
     device = config.device
     if device == "auto":
         if cluster_address(config.ray.address) is not None:

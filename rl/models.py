@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from rl.config import ModelConfig
 from rl.errors import LearnerError
+from rl.quantization import MXFP4, quantization_method
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -131,9 +132,9 @@ def _load(
         for name, value in settings.items():
             setattr(config, name, value)
         options["config"] = config
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        options["quantization_config"] = _dequantize(quantization, path or model.path)
+    quantized = quantization_method(config)
+    if quantized is not None:
+        options["quantization_config"] = _dequantize(quantized, path or model.path)
     # transformers partitions what it loads as long as this object lives (it keeps a weak reference).
     zero3 = HfDeepSpeedConfig(zero_config)
     try:
@@ -145,7 +146,7 @@ def _load(
     finally:
         del zero3
     loaded.config.use_cache = False
-    if quantization is not None:
+    if quantized is not None:
         # transformers 5.10 keeps the dequantisation among the conversions that it would revert for a checkpoint, and
         # cannot revert it; without them it uses those of the architecture.
         loaded._weight_conversions = None
@@ -159,11 +160,10 @@ def _model_class(config: Any) -> type:
     return known.get(type(config), nn.Module)
 
 
-def _dequantize(quantization: Any, path: str) -> Any:
+def _dequantize(method: str, path: str) -> Any:
     from transformers.utils.quantization_config import Mxfp4Config
 
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if str(getattr(method, "value", method)) != "mxfp4":
+    if method != MXFP4:
         raise LearnerError(
             f"{path!r} is quantised with {method}; only MXFP4 checkpoints can be dequantised for training, "
             "so give an unquantised checkpoint"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import ModelConfig, RolloutConfig
 from rl.errors import ConfigError
+from rl.quantization import MXFP4, quantization_method
 from rollout import process_tie
 from rollout.engine import SamplingParameters
 
@@ -81,20 +82,21 @@ def engine_args(
             "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest),
             "block_size": _CPU_BLOCK_TOKENS,
         }
-    if trained and _is_mxfp4(model):
-        if taken := sorted({"hf_overrides", "load_format"} & rollout.engine_options.keys()):
-            raise ConfigError(
-                f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint ({model.path}) needs "
-                "itself; leave it out, or give a checkpoint that is not quantised"
-            )
-        options |= {"hf_overrides": without_quantization, "load_format": "dummy"}
+    if trained:
+        options |= _unquantized(model, rollout)
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
-def _is_mxfp4(model: ModelConfig) -> bool:
-    quantization = getattr(_checkpoint_config(model), "quantization_config", None) or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    return str(getattr(method, "value", method)) == "mxfp4"
+def _unquantized(model: ModelConfig, rollout: RolloutConfig) -> dict[str, Any]:
+    """What an engine of an MXFP4 checkpoint needs so that it takes dequantised weights; nothing for another one."""
+    if quantization_method(_checkpoint_config(model)) != MXFP4:
+        return {}
+    if taken := sorted({"hf_overrides", "load_format"} & rollout.engine_options.keys()):
+        raise ConfigError(
+            f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint ({model.path}) needs "
+            "itself; leave it out, or give a checkpoint that is not quantised"
+        )
+    return {"hf_overrides": without_quantization, "load_format": "dummy"}
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:

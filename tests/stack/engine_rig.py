@@ -115,6 +115,16 @@ class EngineRig:
     def use_mends(self, names: frozenset[str] = ALL_MENDS) -> None:
         self.run(self.engine._engine().collective_rpc("fledge_set_mends", args=(sorted(names),)))
 
+    def difference_without(self, mends: set[str] | frozenset[str], part: str) -> float:
+        """What an update of `part` without these mends leaves different; then everything is sent again with all."""
+        self.use_mends(ALL_MENDS - mends)
+        self.perturb(part)
+        self.sync()
+        wrong = self.difference()
+        self.use_mends()
+        self.sync()
+        return wrong
+
     def core(self) -> psutil.Process:
         (process,) = self.engine._engine().engine_core.resources.engine_manager.processes
         return psutil.Process(process.pid)

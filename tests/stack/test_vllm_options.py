@@ -5,9 +5,11 @@ import os
 
 import pytest
 import torch
+from mxfp4 import write_mxfp4
 
 from launch.tiny_models import build_tiny_model
 from rl.config import ModelConfig, RolloutConfig
+from rl.errors import ConfigError
 
 pytestmark = pytest.mark.stack
 
@@ -17,11 +19,13 @@ def model(tmp_path_factory):
     return ModelConfig(path=str(build_tiny_model("qwen3", tmp_path_factory.mktemp("model"))), dtype="float32")
 
 
-def arguments(model, *, deterministic=False, **rollout):
+def arguments(model, *, deterministic=False, trained=False, **rollout):
     from rollout.vllm_options import engine_args
 
     config = RolloutConfig(**rollout)
-    return engine_args(model, config, transport="shm", max_model_len=64, seed=0, deterministic=deterministic)
+    return engine_args(
+        model, config, transport="shm", max_model_len=64, seed=0, deterministic=deterministic, trained=trained
+    )
 
 
 def test_prompts_are_never_prefilled_in_pieces_on_a_cpu(model):
@@ -64,3 +68,13 @@ def test_engines_share_the_cores_whatever_ray_left_the_actor(monkeypatch, config
 
 def test_engine_options_have_the_last_word(model):
     assert arguments(model, engine_options={"max_num_seqs": 7}).max_num_seqs == 7
+
+
+def test_what_an_unquantised_engine_needs_cannot_be_overridden(tmp_path):
+    build_tiny_model("gpt_oss", tmp_path / "model")
+    write_mxfp4(tmp_path / "model", tmp_path / "mxfp4")
+    quantized = ModelConfig(path=str(tmp_path / "mxfp4"), dtype="float32")
+    assert arguments(quantized, trained=True).load_format == "dummy"
+    assert arguments(quantized).load_format == "auto"
+    with pytest.raises(ConfigError, match="engine_options sets load_format, which a quantised checkpoint"):
+        arguments(quantized, trained=True, engine_options={"load_format": "auto"})

@@ -1,0 +1,16 @@
+"""How a checkpoint says that it is quantised. Left out: dequantising (`rl.models`), and serving it (`rollout`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MXFP4 = "mxfp4"
+
+
+def quantization_method(config: Any) -> str | None:
+    """The method that a checkpoint's transformers configuration names, for example "mxfp4"; None: not quantised."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
