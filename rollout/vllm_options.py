@@ -133,6 +133,8 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:
         # Ray leaves an actor one thread, and so would the engine core, which inherits that, have one.
         engines = rollout.num_workers * rollout.tensor_parallel_size
         os.environ["OMP_NUM_THREADS"] = str(rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // engines))
+        # Else vLLM pins each tensor-parallel worker to a NUMA node of its own, and fails where there are fewer.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     process_tie.own(os.environ)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 from rl.errors import WeightSyncError
@@ -29,15 +29,17 @@ def start_call(call: Callable[[], T], name: str) -> Future[T]:
     return future
 
 
-def finish_call(future: Future[T], what: str, timeout_s: float) -> T:
-    """The call's result. Raises WeightSyncError, saying `what` was done, when the call fails or is late."""
-    try:
-        return future.result(timeout=timeout_s)
-    except TimeoutError as error:
-        if future.done():  # the call itself timed out
-            raise WeightSyncError(f"{what} failed: {error}") from error
+def finish_call(future: Future[T], what: str, timeout_s: float, failure: Future[T] | None = None) -> T:
+    """The call's result. Raises WeightSyncError, saying `what` was done, when the call fails or is late.
+
+    `failure` ends the wait early: it gets an error that the call itself cannot hear of, because it waits for others.
+    """
+    done, _ = wait([future] if failure is None else [future, failure], timeout_s, return_when=FIRST_COMPLETED)
+    if not done:
         raise WeightSyncError(
             f"{what} has not ended within {timeout_s:g} s (sync.timeout_s); an engine or its network is stuck or slow"
-        ) from error
+        )
+    try:
+        return (future if future in done else done.pop()).result()
     except Exception as error:
         raise WeightSyncError(f"{what} failed: {type(error).__name__}: {error}") from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -54,19 +56,26 @@ class DigestingSource:
 
 
 class TrainerClient:
-    """vLLM's `VLLMWeightSyncClient` over ours: adds what our messages carry, and keeps the engines' digests."""
+    """vLLM's `VLLMWeightSyncClient` over ours: adds what our messages carry, and keeps the engines' digests.
+
+    vLLM's trainer hears of an engine's error only when its own half is done, and over NCCL that half waits for the very
+    engine: for ever. So `failure` gets the error as well.
+    """
 
     def __init__(self, client: WeightSyncClient, extra_init_info: dict[str, Any]) -> None:
         self._client = client
         self._extra_init_info = extra_init_info
         self.policy_version = -1
         self.received: list[dict[str, int]] = []
+        self.failure: Future[Any] = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._client.init_weight_transfer_engine(init_info | self._extra_init_info)
+        with self._noting_failure():
+            self._client.init_weight_transfer_engine(init_info | self._extra_init_info)
 
     def start_weight_update(self) -> None:
-        self._client.start_weight_update()
+        with self._noting_failure():
+            self._client.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         """CUDA IPC handles hold torch types, which vLLM's own wire format refuses: they travel pickled, as text."""
@@ -75,10 +84,21 @@ class TrainerClient:
             handles = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
             kept = ("names", "dtype_names", "shapes", "tensor_sizes")
             update_info = {key: update_info[key] for key in kept} | {"handles": handles}
-        self._client.update_weights(update_info)
+        with self._noting_failure():
+            self._client.update_weights(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.received = self._client.finish_weight_update(self.policy_version)
+        with self._noting_failure():
+            self.received = self._client.finish_weight_update(self.policy_version)
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.failure.done():
+                self.failure.set_exception(error)
+            raise
 
 
 class GpuTransport:
@@ -126,13 +146,15 @@ class GpuTransport:
 
     def _run(self, call: Callable[[], T], what: str) -> T:
         device = torch.cuda.current_device()
+        failure = self._client.failure = Future()
 
         def on_device() -> T:
             torch.cuda.set_device(device)  # the current device is each thread's own
             return call()
 
         try:
-            return finish_call(start_call(on_device, "weight-sync"), f"rank {self._rank}: {what}", self._timeout_s)
+            future = start_call(on_device, "weight-sync")
+            return finish_call(future, f"rank {self._rank}: {what}", self._timeout_s, failure)
         except WeightSyncError as error:
             raise BrokenSyncError(f"{error}; the last parameter gathered was {self._source.last_name}") from error
 

@@ -48,17 +48,19 @@ class EngineRig:
         transport: Transport = "shm",
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
+        tensor_parallel_size: int = 1,
         engine_checkpoint: Callable[[Path], Path] | None = None,
     ) -> None:
         """`engine_checkpoint` makes another checkpoint of the model's, for the engine to start from."""
         self.family = family
+        self.transport = transport
         # Qwen3's small models share one matrix between embedding and head, the others do not.
         self.path = build_tiny_model(family, directory, tie_word_embeddings=family == "qwen3")
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.engine = VLLMEngine(
             ModelConfig(path=str(engine_checkpoint(self.path) if engine_checkpoint else self.path), dtype=dtype),
-            RolloutConfig(kv_cache_gib=0.25, enforce_eager=True),
+            RolloutConfig(kv_cache_gib=0.25, enforce_eager=True, tensor_parallel_size=tensor_parallel_size),
             transport=transport,
             max_model_len=512,
             trained=engine_checkpoint is not None,
@@ -69,7 +71,14 @@ class EngineRig:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype, attn_implementation="eager")
         self.model = model.to(device).eval()
         self.version = 0
-        self.sender = WeightSender(self.source(), transport, LoopClient(self), bucket_bytes=1 << 16, timeout_s=60)
+        self.sender = WeightSender(
+            self.source(),
+            transport,
+            LoopClient(self),
+            tensor_parallel_size=tensor_parallel_size,
+            bucket_bytes=1 << 16,
+            timeout_s=60,
+        )
         generator = torch.Generator().manual_seed(0)
         self.token_ids = torch.randint(5, 250, (3, TOKENS), generator=generator)
 

@@ -1,0 +1,60 @@
+"""Where Ray puts the workers of runs with GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.stack
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parents[1] / "configs"
+RUNS = {
+    "apart": [CONFIGS / "gpt_oss_20b.yaml", "ray.learner_resources.fast=1"],
+    "colocated": [
+        *(CONFIGS / "qwen3_8b.yaml", "ray.colocate=true", "rollout.gpu_memory_utilization=0.4"),
+        *("learner.num_workers=8", "rollout.num_workers=5"),
+    ],
+    "too large": [CONFIGS / "qwen3_8b.yaml", "learner.num_workers=5"],
+}
+
+
+@pytest.fixture(scope="module")
+def placed() -> dict[str, Any]:
+    """What `gpu_placement` says of each run on a cluster with 8 GPUs."""
+    script = subprocess.run(
+        [sys.executable, HERE / "gpu_placement.py", "8", json.dumps(list(RUNS.values()), default=str)],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(HERE.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert script.returncode == 0, script.stderr
+    return dict(zip(RUNS, json.loads(script.stdout.splitlines()[-1]), strict=True))
+
+
+def test_every_worker_has_gpus_of_its_own(placed: dict[str, Any]) -> None:
+    learners, rollouts = placed["apart"]["gpus"].values()
+    assert all(len(gpus.split(",")) == 1 for gpus in learners)
+    assert all(len(gpus.split(",")) == 2 for gpus in rollouts)  # tensor_parallel_size
+    assert sorted(",".join(learners + rollouts).split(",")) == [str(gpu) for gpu in range(8)]
+    assert placed["apart"]["free_gpus"] == 0
+    resources = placed["apart"]["resources"]
+    assert resources["learners"]["fast"] == 1 and "fast" not in resources["rollouts"]
+
+
+def test_colocated_workers_share_the_gpu_that_cuda_ipc_needs_them_to_share(placed: dict[str, Any]) -> None:
+    learners, rollouts = placed["colocated"]["gpus"].values()
+    assert sorted(learners) == [str(gpu) for gpu in range(8)]
+    assert rollouts == learners[:5]
+
+
+def test_too_few_gpus_are_an_error_with_the_numbers(placed: dict[str, Any]) -> None:
+    assert "the run needs 9 GPUs" in placed["too large"] and "but the cluster has 8" in placed["too large"]
