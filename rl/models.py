@@ -14,6 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from rl.config import ModelConfig
+from rl.deferred import dequantize_mxfp4, read_deferred
 from rl.errors import LearnerError
 from rl.quantization import MXFP4, quantization_method
 
@@ -70,10 +71,13 @@ def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, 
         path: another checkpoint (the KL reference) in place of `model.path`.
 
     Returns:
-        The transformers model. Quantised (MXFP4) checkpoints are dequantised to `model.dtype`; they are read whole by
-        every rank, because transformers does not dequantise into partitioned parameters.
+        The transformers model. Quantised (MXFP4) checkpoints are dequantised to `model.dtype`.
+
+    Raises:
+        LearnerError: there is no such checkpoint, or it does not fit its configuration.
     """
-    loaded, _ = _load(AutoModelForCausalLM, model, zero_config, device=device, path=path)
+    loaded, missing = _load(AutoModelForCausalLM, model, zero_config, device=device, path=path)
+    _refuse_missing(loaded, missing, path or model.path)
     return loaded
 
 
@@ -98,14 +102,20 @@ def load_value_model(
     if not isinstance(head, nn.Linear):
         raise LearnerError(f"{type(loaded).__name__} has no linear head named score, so it cannot be a critic")
     fresh = {"score.weight": head.weight, "score.bias": head.bias}
-    if not missing <= fresh.keys():
-        raise LearnerError(
-            f"{path or model.path!r} lacks weights of {type(loaded).__name__}: {', '.join(sorted(missing)[:5])}"
-        )
+    _refuse_missing(loaded, missing - fresh.keys(), path or model.path)
     for name in sorted(missing):
         with deepspeed.zero.GatheredParameters([fresh[name]], modifier_rank=0):
             nn.init.zeros_(fresh[name])
     return loaded
+
+
+def _refuse_missing(loaded: nn.Module, missing: set[str], path: str) -> None:
+    """transformers would give them random values."""
+    if missing:
+        raise LearnerError(
+            f"{path!r} lacks weights of {type(loaded).__name__}: {', '.join(sorted(missing)[:5])}; "
+            "give a complete checkpoint of the model that its config.json describes"
+        )
 
 
 def _load(
@@ -125,20 +135,17 @@ def _load(
         "dtype": DTYPES[model.dtype],
         "attn_implementation": attention,
         "trust_remote_code": model.trust_remote_code,
-        "revision": None if path else model.revision,
         "output_loading_info": True,
     }
-    if settings:
-        for name, value in settings.items():
-            setattr(config, name, value)
-        options["config"] = config
-    quantized = quantization_method(config)
-    if quantized is not None:
-        options["quantization_config"] = _dequantize(quantized, path or model.path)
+    for name, value in (settings or {}).items():
+        setattr(config, name, value)
     # transformers partitions what it loads as long as this object lives (it keeps a weak reference).
     zero3 = HfDeepSpeedConfig(zero_config)
     try:
-        loaded, report = auto_class.from_pretrained(path or model.path, **options)
+        model_class, where = _source(auto_class, path or model.path, None if path else model.revision, config)
+        loaded, report = model_class.from_pretrained(**where, **options)
+    except LearnerError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: shapes that do not fit
         raise LearnerError(
             f"cannot load {path or model.path!r} as {model.dtype} with {attention} attention: {error}"
@@ -146,26 +153,34 @@ def _load(
     finally:
         del zero3
     loaded.config.use_cache = False
-    if quantized is not None:
-        # transformers 5.10 keeps the dequantisation among the conversions that it would revert for a checkpoint, and
-        # cannot revert it; without them it uses those of the architecture.
-        loaded._weight_conversions = None
-        loaded.to(DTYPES[model.dtype])  # what was dequantised is bfloat16 whatever was asked for
     return loaded, set(report["missing_keys"])
 
 
-def _model_class(config: Any) -> type:
-    """transformers' class for this configuration; of remote code nothing is known, so its attention is eager."""
-    known: Any = AutoModelForCausalLM._model_mapping  # lazy: it looks like a dict, and imports what is asked for
-    return known.get(type(config), nn.Module)
+def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tuple[Any, dict[str, Any]]:
+    """Whose from_pretrained to call, and what tells it where the weights are: deferred tensors, which a rank reads one
+    parameter at a time.
 
-
-def _dequantize(method: str, path: str) -> Any:
-    from transformers.utils.quantization_config import Mxfp4Config
-
-    if method != MXFP4:
+    transformers reads the path itself where the code is remote, which it finds by the path, and where there is no
+    safetensors file.
+    """
+    model_class = _model_class(config, auto_class)
+    method = quantization_method(config)
+    tensors = read_deferred(path, revision) if model_class is not nn.Module else None
+    if method is not None and (method != MXFP4 or not tensors):
         raise LearnerError(
-            f"{path!r} is quantised with {method}; only MXFP4 checkpoints can be dequantised for training, "
-            "so give an unquantised checkpoint"
+            f"{path!r} is quantised with {method}; only MXFP4 checkpoints in safetensors files can be dequantised for "
+            "training, so give an unquantised checkpoint"
         )
-    return Mxfp4Config(dequantize=True)
+    if not tensors:
+        return auto_class, {"pretrained_model_name_or_path": path, "revision": revision, "config": config}
+    if method == MXFP4:
+        tensors = dequantize_mxfp4(tensors)
+        del config.quantization_config
+    return model_class, {"pretrained_model_name_or_path": None, "state_dict": tensors, "config": config}
+
+
+def _model_class(config: Any, auto_class: Any = AutoModelForCausalLM) -> Any:
+    """transformers' class for this configuration; torch.nn.Module where the code is remote: nothing is known of it, so
+    its attention is eager."""
+    known: Any = auto_class._model_mapping  # lazy: it looks like a dict, and imports what is asked for
+    return known.get(type(config), nn.Module)

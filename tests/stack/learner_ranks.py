@@ -135,8 +135,16 @@ class Scenarios:
     def splits(self) -> None:
         """The same step under different splits into micro-batches."""
         self.step("one", layout="bucketed")
-        self.step("many", layout="bucketed", max_tokens_per_microbatch=50, persistence_threshold=1 << 12)
-        self.step("packed", layout="packed", max_tokens_per_microbatch=70, activation_checkpointing=True)
+        self.step(
+            "many", layout="bucketed", max_tokens_per_microbatch=50, offload_parameters=True, offload_optimizer=True
+        )
+        self.step(
+            "packed",
+            layout="packed",
+            max_tokens_per_microbatch=70,
+            activation_checkpointing=True,
+            persistence_threshold=1 << 12,
+        )
         if self.family != "gpt_oss":
             self.step("shared", layout="shared_prefix", max_tokens_per_microbatch=70, activation_checkpointing=True)
 
