@@ -36,6 +36,7 @@ class RewardOutput:
 
     reward: float
     breakdown: Mapping[str, float] = field(default_factory=dict)
+    extracted: str | None = None  # the answer that was judged, in one spelling: what majority votes count
 
 
 class GroundTruthError(DataError):
@@ -54,7 +55,8 @@ class RewardFunction(Protocol):
 
 
 class AsyncRewardFunction(Protocol):
-    """A reward that waits for something: a batch's coroutines run at once, each with its own deadline."""
+    """A reward that waits for something: a batch's coroutines run at once, each with its own deadline (see
+    `max_concurrent` below)."""
 
     async def __call__(self, sample: RewardInput) -> float | RewardOutput: ...
 
@@ -86,6 +88,7 @@ class GroupRewardFunction(Protocol):
 #       parts stay out of `Score.unshaped_reward`, and stay on when a row names its own reward.
 #   validate_ground_truth(ground_truth, extra)   raises GroundTruthError when the row's ground truth or its other fields
 #       cannot be used; called for every row when the data loads.
+#   max_concurrent: int   how many of its coroutines run at once.
 #   close()   ends processes and connections that it holds.
 
 

@@ -57,7 +57,8 @@ class ChoiceReward:
         choices = self._choices(sample.extra)
         wanted = self._wanted(sample.ground_truth, choices)
         chosen = self._chosen(unicodedata.normalize("NFKC", sample.answer).strip(), choices)
-        return RewardOutput(float(chosen == wanted), {"answered": float(bool(chosen))})
+        extracted = "".join(sorted(chosen)) or None
+        return RewardOutput(float(chosen == wanted), {"answered": float(bool(chosen))}, extracted)
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
         """Raise GroundTruthError unless the ground truth names at least one of the choices."""

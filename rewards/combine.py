@@ -102,22 +102,25 @@ class CombinedReward:
     ) -> Iterator[str | tuple[int, PartResults] | None]:
         """Score in steps, each of which should end within `timeout_s`.
 
-        Yields None after a step of work that samples share (batch functions, then all coroutines at once), SHARED_DONE
-        after the last of them, then (index, results) after each sample in order.
+        Yields None after a step of work that samples share (batch functions, then coroutines, as many at once as their
+        rewards allow), SHARED_DONE after the last of them, then (index, results) after each sample in order.
         """
         parts_of = [self._try_parts_for(sample.reward) for sample in samples]
         outcomes: list[dict[str, Any]] = [{} for _ in samples]
         for part in {p.label: p for parts in parts_of for p in parts.parts if p.reward.mode == "batch"}.values():
             indices = [i for i, parts in enumerate(parts_of) if part in parts.parts]
             yield from self._batch_steps(part, [samples[i] for i in indices], [outcomes[i] for i in indices])
-        coroutines = [
-            self._sample_async(part, sample, outcome, timeout_s)
+        waiting = [
+            (part, sample, outcome)
             for sample, parts, outcome in zip(samples, parts_of, outcomes)
             for part in parts.parts
             if part.reward.mode == "sample" and part.reward.is_async
         ]
-        if coroutines:
-            self._run(_gather(coroutines))
+        at_once = min((p.reward.max_concurrent for p, _, _ in waiting if p.reward.max_concurrent), default=len(waiting))
+        while waiting:  # what a reward would make wait must not spend its deadline on that
+            wave, waiting = waiting[:at_once], waiting[at_once:]
+            self._run(_gather([self._sample_async(*one, timeout_s) for one in wave]))
+            yield None
         yield SHARED_DONE
         for index, (sample, parts, outcome) in enumerate(zip(samples, parts_of, outcomes)):
             for part in parts.parts:
@@ -165,8 +168,14 @@ class CombinedReward:
                 breakdown |= {f"{part.label}/{key}": value for key, value in output.breakdown.items()}
         tasks = [part for part in parts if not part.reward.shaping]
         unshaped = self._clipped(self._weighted_sum(tasks, results.outputs)) if tasks else None
-        reward = self._clipped(self._weighted_sum(parts, results.outputs))
-        return Score(reward, breakdown, unshaped_reward=unshaped)
+        judged = [(part, results.outputs[part.label]) for part in tasks or parts if part.label in results.outputs]
+        return Score(
+            self._clipped(self._weighted_sum(parts, results.outputs)),
+            breakdown,
+            unshaped_reward=unshaped,
+            full_marks=self._clipped(sum(max(part.weight, 0.0) for part, _ in judged)),
+            extracted=next((output.extracted for _, output in judged if output.extracted is not None), None),
+        )
 
     def _weighted_sum(self, parts: Iterable[_Part], outputs: Mapping[str, RewardOutput]) -> float:
         present = [(part, outputs[part.label].reward) for part in parts if part.label in outputs]
@@ -307,16 +316,18 @@ def to_output(value: Any) -> RewardOutput:
     """A result as a RewardOutput of finite floats.
 
     Accepted: a RewardOutput; any real number (True is 1.0; numpy and torch scalars); verl's dict with "score", whose
-    other numbers become the breakdown. Raises TypeError for anything else, None and strings included, and ValueError
-    for NaN and infinities.
+    other numbers become the breakdown, and whose "pred" is the extracted answer. Raises TypeError for anything else,
+    None and strings included, and ValueError for NaN and infinities.
     """
     if isinstance(value, RewardOutput):
-        return RewardOutput(_finite(value.reward), {key: _finite(part, key) for key, part in value.breakdown.items()})
+        parts = {key: _finite(part, key) for key, part in value.breakdown.items()}
+        return RewardOutput(_finite(value.reward), parts, value.extracted)
     if isinstance(value, Mapping):
         if "score" not in value:
             raise TypeError(f'the reward returned a dict without "score"; its keys are {", ".join(map(str, value))}')
-        parts = {str(k): _finite(v, str(k)) for k, v in value.items() if k != "score" and _is_number(v)}
-        return RewardOutput(_finite(value["score"]), parts)
+        parts = {str(k): _finite(v, str(k)) for k, v in value.items() if k not in ("score", "pred") and _is_number(v)}
+        pred = value.get("pred")
+        return RewardOutput(_finite(value["score"]), parts, None if pred is None else str(pred))
     return RewardOutput(_finite(value))
 
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from rewards.api import GroundTruthError, RewardInput, register_reward
+from rewards.api import GroundTruthError, RewardInput, RewardOutput, register_reward
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION_AROUND = re.compile(r"^[\W_]+|[\W_]+$")
@@ -41,15 +41,16 @@ class ExactReward:
         self._ignore_articles = ignore_articles
         self._pattern = re.compile(pattern, re.DOTALL) if pattern else None
 
-    def __call__(self, sample: RewardInput) -> float:
+    def __call__(self, sample: RewardInput) -> RewardOutput:
         answer = sample.answer
         if self._pattern is not None:
             matches = list(self._pattern.finditer(answer))
             if not matches:
-                return 0.0
+                return RewardOutput(0.0)
             answer = matches[-1].group(1 if self._pattern.groups else 0) or ""
         wanted = {self._normal(text) for text in _accepted(sample.ground_truth)}
-        return float(self._normal(answer) in wanted)
+        normal = self._normal(answer)
+        return RewardOutput(float(normal in wanted), extracted=normal)
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
         """Raise GroundTruthError unless the ground truth is text, or a list of texts, that an answer can equal."""

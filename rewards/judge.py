@@ -100,7 +100,8 @@ class JudgeReward:
         self._max_tokens = max_tokens
         self._max_attempts = max_attempts
         self._request_timeout_s = request_timeout_s
-        self._slots = asyncio.Semaphore(max_concurrent)
+        self.max_concurrent = max_concurrent
+        self._slots = asyncio.Semaphore(max_concurrent)  # for requests that have outlived their sample's deadline
         self._store = JudgeStore(Path(cache_path).expanduser() if cache_path else None)
         self._budget = max_total_tokens
         self._asked: dict[str, asyncio.Task[float]] = {}  # requests under way, so that equal ones share one

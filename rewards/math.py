@@ -62,7 +62,7 @@ class MathReward:
             if equal:
                 break
         parts = {"answered": 1.0, "symbolic": float(symbolic), "symbolic_lost": float(lost)}
-        return RewardOutput(float(equal), parts)
+        return RewardOutput(float(equal), parts, normalise(answer))
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Raise GroundTruthError for a ground truth that is none, or that no answer could ever be found equal to."""

@@ -36,13 +36,13 @@ class ReasoningGymReward:
     def __call__(self, sample: RewardInput) -> RewardOutput:
         dataset = self._dataset(sample.data_source, sample.extra)
         entry = _entry(sample.ground_truth, sample.extra)
-        failed = 0.0
+        extracted, failed = _extract(sample.answer), 0.0
         try:
-            score = float(dataset.score_answer(_extract(sample.answer), entry))
+            score = float(dataset.score_answer(extracted, entry))
         except Exception:  # noqa: BLE001  it took the right answer when the data loaded, so this answer broke it
             score, failed = 0.0, 1.0
         reward = score if self._partial else float(score >= FULL_MARKS)
-        return RewardOutput(reward, {"score": score, "scorer_failed": failed})
+        return RewardOutput(reward, {"score": score, "scorer_failed": failed}, extracted)
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
         """Raise GroundTruthError when the scorer cannot work with the row, or refuses the row's own answer."""

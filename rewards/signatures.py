@@ -46,6 +46,7 @@ class Reward:
     is_async: bool
     call: Callable[..., Any]
     shaping: bool = False
+    max_concurrent: int | None = None  # coroutines at once; each gets the whole deadline
     may_abstain: bool = False  # TRL: None means that the reward does not apply to the sample
     validate_ground_truth: Callable[[Any, Mapping[str, Any]], None] | None = None
     close: Callable[[], None] | None = None
@@ -86,6 +87,7 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
         is_async=is_async,
         call=call,
         shaping=bool(getattr(target, "shaping", False)),
+        max_concurrent=getattr(target, "max_concurrent", None),
         may_abstain="completions" in names,
         validate_ground_truth=getattr(target, "validate_ground_truth", None),
         close=getattr(target, "close", None),

@@ -108,10 +108,21 @@ class Score:
     status: RewardStatus = RewardStatus.OK
     error: str = ""  # one line, when status is not OK
     unshaped_reward: float | None = None  # before length shaping and the like; None means equal to `reward`
+    full_marks: float = 1.0  # the task reward of a response that is right in every part
+    extracted: str | None = None  # the answer that was judged, in one spelling; None: the reward knows of none
 
     @property
     def ok(self) -> bool:
         return self.status is RewardStatus.OK
+
+    @property
+    def task_reward(self) -> float:
+        """The reward before shaping: what says whether the task was solved."""
+        return self.reward if self.unshaped_reward is None else self.unshaped_reward
+
+    @property
+    def solved(self) -> bool:
+        return self.task_reward >= self.full_marks - 1e-6
 
 
 @dataclass(frozen=True, slots=True)

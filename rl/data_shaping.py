@@ -12,13 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rl.batch import FinishReason, IntArray, Prompt, RewardStatus, RolloutBatch, Score, ScoredBatch
+from rl.batch import FinishReason, IntArray, Prompt, RewardStatus, RolloutBatch, ScoredBatch
 from rl.config import CurriculumConfig, DynamicSamplingConfig, RejectDegenerateConfig
-
-
-def task_reward(score: Score) -> float:
-    """The reward before shaping: what says whether the task was solved."""
-    return score.reward if score.unshaped_reward is None else score.unshaped_reward
 
 
 def groups_with_signal(scored: ScoredBatch) -> dict[int, bool]:
@@ -31,7 +26,7 @@ def groups_with_signal(scored: ScoredBatch) -> dict[int, bool]:
     for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
         group = rewards.setdefault(rollout.group_id, set())
         if score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0:
-            group.add(task_reward(score))
+            group.add(score.task_reward)
     return {group_id: len(values) > 1 for group_id, values in rewards.items()}
 
 
@@ -126,7 +121,7 @@ class PassRateCurriculum:
         for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
             if score.ok:
                 prompt = scored.batch.prompt_of(rollout)
-                passes.setdefault(prompt.prompt_id, []).append(task_reward(score) > self.config.right_above)
+                passes.setdefault(prompt.prompt_id, []).append(score.task_reward > self.config.right_above)
         for prompt_id, outcomes in passes.items():
             rate = sum(outcomes) / len(outcomes)
             old = self.rates.get(prompt_id, rate)

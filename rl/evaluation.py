@@ -14,11 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from rl.batch import Prompt, RolloutBatch, ScoredBatch
+from rl.batch import FinishReason, Prompt, RolloutBatch, Score, ScoredBatch
 from rl.controller import RewardPool
 from rl.samples import write_samples
-
-CORRECT = 1.0 - 1e-6  # a sample counts as passed when its reward reaches full marks
 
 
 class EvaluationPool(Protocol):
@@ -49,16 +47,18 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict[str, float]:
-    """`eval/NAME/...`: avg@n, pass@k, maj@n (the commonest answer's reward), length, truncation and failures.
+    """`eval/NAME/...`: avg@n, pass@k, maj@n, length, truncation and failures, all of the reward before shaping.
 
-    A sample whose reward is unknown is left out of its prompt's n; a prompt with fewer than k samples left counts only
-    in the metrics that it can.
+    A sample passes when it has full marks in every task part. maj@n is the reward of the commonest extracted answer (of
+    ties the first), and absent where no reward extracts answers; samples without one do not vote. A sample whose reward
+    is unknown is left out of its prompt's n; a prompt with fewer than k samples left counts only in the metrics that it
+    can.
     """
-    groups: dict[int, list[tuple[float, str]]] = {}
+    groups: dict[int, list[Score]] = {}
     for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
         group = groups.setdefault(rollout.prompt_index, [])
         if score.ok:
-            group.append((score.reward, rollout.answer.strip()))
+            group.append(score)
     scored_groups = [g for g in groups.values() if g]
     samples = max((len(g) for g in groups.values()), default=0)
     prefix = f"eval/{name}"
@@ -66,22 +66,26 @@ def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict
         f"{prefix}/prompts": float(len(groups)),
         f"{prefix}/unscored_count": float(sum(1 for s in scored.scores if not s.ok)),
         f"{prefix}/length_mean": float(np.mean([r.length for r in scored.batch.rollouts])),
+        f"{prefix}/truncated_frac": float(
+            np.mean([r.finish_reason is FinishReason.LENGTH for r in scored.batch.rollouts])
+        ),
     }
     if not scored_groups:
         return metrics
-    metrics[f"{prefix}/avg@{samples}"] = float(np.mean([np.mean([r for r, _ in g]) for g in scored_groups]))
+    metrics[f"{prefix}/avg@{samples}"] = float(np.mean([np.mean([s.task_reward for s in g]) for g in scored_groups]))
     for k in pass_at:
-        values = [pass_at_k(len(g), sum(r >= CORRECT for r, _ in g), k) for g in scored_groups if len(g) >= k]
+        values = [pass_at_k(len(g), sum(s.solved for s in g), k) for g in scored_groups if len(g) >= k]
         if values:
             metrics[f"{prefix}/pass@{k}"] = float(np.mean(values))
-    if samples > 1:
+    if samples > 1 and any(s.extracted is not None for g in scored_groups for s in g):
         metrics[f"{prefix}/maj@{samples}"] = float(np.mean([_majority_reward(g) for g in scored_groups]))
     return metrics
 
 
-def _majority_reward(group: list[tuple[float, str]]) -> float:
-    commonest, _ = Counter(answer for _, answer in group).most_common(1)[0]
-    return next(reward for reward, answer in group if answer == commonest)
+def _majority_reward(group: Sequence[Score]) -> float:
+    voters = [score for score in group if score.extracted is not None] or group
+    commonest, _ = Counter(score.extracted for score in voters).most_common(1)[0]
+    return next(score.task_reward for score in voters if score.extracted == commonest)
 
 
 class Evaluator:

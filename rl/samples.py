@@ -21,6 +21,7 @@ def write_samples(path: Path, scored: ScoredBatch, *, limit: int | None = None) 
                 "response": rollout.text,
                 "answer": rollout.answer,
                 "ground_truth": prompt.ground_truth,
+                "extracted": score.extracted,
                 "reward": score.reward if score.ok else None,
                 "breakdown": dict(score.breakdown),
                 "status": score.status.value,

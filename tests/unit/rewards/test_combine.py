@@ -153,6 +153,15 @@ def test_clipping() -> None:
     assert [s.reward for s in score(reward, sample(task=1.0), sample(task=-1.0), sample(task=0.05))] == [1.0, -1.0, 0.5]
 
 
+def test_a_response_that_is_right_in_every_task_part_is_solved_whatever_its_weight_and_form() -> None:
+    reward = combined({"name": "task", "weight": 0.5}, {"name": "exact", "weight": 0.25}, "shaping")
+    right, half = score(reward, sample(shape=-3.0), sample("y", shape=3.0))
+    assert (right.full_marks, right.solved, right.extracted) == (0.75, True, "x")
+    assert (half.full_marks, half.solved, half.extracted) == (0.75, False, "y")
+    [one] = score(combined({"name": "task", "weight": 10.0}, clip=(-1.0, 1.0)), sample())
+    assert (one.full_marks, one.solved, one.extracted) == (1.0, True, None)
+
+
 def test_only_shaping_parts_have_no_unshaped_reward() -> None:
     assert score(combined("shaping"), sample(shape=0.5))[0].unshaped_reward is None
 
@@ -211,14 +220,32 @@ def test_every_real_number_is_a_reward(value: Any) -> None:
 
 
 def test_verl_dicts_become_a_breakdown() -> None:
-    assert to_output({"score": 0.5, "acc": True, "pred": "x", "n": np.int64(3)}) == RewardOutput(
-        0.5, {"acc": 1.0, "n": 3.0}
+    assert to_output({"score": 0.5, "acc": True, "pred": 7, "n": np.int64(3)}) == RewardOutput(
+        0.5, {"acc": 1.0, "n": 3.0}, "7"
     )
 
 
 def test_a_slow_coroutine_times_out_alone() -> None:
     statuses = [s.status for s in score(combined("slow", "task"), sample("slow"), sample("fast"))]
     assert statuses == [RewardStatus.TIMEOUT, RewardStatus.OK]
+
+
+def test_no_coroutine_waits_for_others_at_the_price_of_its_deadline() -> None:
+    class Queue:
+        max_concurrent = 2
+        running = most = 0
+
+        async def __call__(self, sample: RewardInput) -> float:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0.15)  # of 0.2 s
+            self.running -= 1
+            return 1.0
+
+    queue = Queue()
+    PLUGINS["queue"] = queue
+    assert [s.status for s in score(combined("queue"), *[sample()] * 5)] == [RewardStatus.OK] * 5
+    assert queue.most == 2
 
 
 @pytest.mark.parametrize("name", ["picky", "lazy"])

@@ -12,7 +12,7 @@ from rewards.exact import ExactReward
 
 def reward(answer: str, ground_truth: Any, **options: Any) -> float:
     sample = RewardInput(prompt="", response=answer, answer=answer, ground_truth=ground_truth)
-    return ExactReward(**options)(sample)
+    return ExactReward(**options)(sample).reward
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,11 @@ def test_options() -> None:
     assert reward("the Nile", "Nile", ignore_articles=True) == 1.0
     assert reward("first: 1 last: 2", "2", pattern=r"\w+: (\d)") == 1.0
     assert reward("none", "2", pattern=r"\d") == 0.0
+
+
+def test_answers_that_are_equal_vote_alike() -> None:
+    said = [RewardInput("", answer, answer, "paris") for answer in ("Paris", " PARIS. ", "Rome")]
+    assert [ExactReward()(sample).extracted for sample in said] == ["paris", "paris", "rome"]
 
 
 @pytest.mark.parametrize("ground_truth", [None, {}, [], [None], True, "", "  "])

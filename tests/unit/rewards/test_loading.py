@@ -24,7 +24,7 @@ def write_plugin(folder: Path, text: str, name: str = "plugin.py") -> Path:
 
 def test_by_registered_name_with_options() -> None:
     reward = load_reward("exact", {"ignore_case": False})
-    assert reward.call(SAMPLE) == 1.0
+    assert reward.call(SAMPLE).reward == 1.0
     assert reward.validate_ground_truth is not None
 
 

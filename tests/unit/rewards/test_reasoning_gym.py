@@ -59,7 +59,7 @@ def test_an_answer_that_breaks_the_scorer_is_wrong() -> None:
     reward = ReasoningGymReward(task="chain_sum")
     reward._datasets[("chain_sum", "{}")] = Breaking()
     sample = RewardInput("", "((((", "((((", "1", extra={"metadata": {}})
-    assert reward(sample) == RewardOutput(0.0, {"score": 0.0, "scorer_failed": 1.0})
+    assert reward(sample) == RewardOutput(0.0, {"score": 0.0, "scorer_failed": 1.0}, "((((")
     with pytest.raises(GroundTruthError, match="fails on the row's own answer"):
         reward.validate_ground_truth("1", {"metadata": {}})
 

@@ -25,22 +25,20 @@ def test_pass_at_more_than_the_samples_is_refused():
 
 def scored(rewards_and_answers):
     rollouts = tuple(
-        rollout(i, j, answer=answer)
+        rollout(i, j, answer=f"sample {j} says {answer}")
         for i, group in enumerate(rewards_and_answers)
         for j, (_, answer) in enumerate(group)
     )
     scores = tuple(
-        Score(0.0, status=RewardStatus.TIMEOUT) if reward is None else Score(reward)
+        Score(0.0, status=RewardStatus.TIMEOUT) if reward is None else Score(reward, extracted=answer)
         for group in rewards_and_answers
-        for reward, _ in group
+        for reward, answer in group
     )
     return ScoredBatch(RolloutBatch(PROMPTS[: len(rewards_and_answers)], rollouts), scores)
 
 
 def test_average_pass_and_majority():
-    batch = scored(
-        [[(1.0, "4"), (0.0, "5"), (0.0, "5"), (1.0, "4 ")], [(0.0, "a"), (0.0, "a"), (1.0, "b"), (0.0, "a")]]
-    )
+    batch = scored([[(1.0, "4"), (0.0, "5"), (0.0, "5"), (1.0, "4")], [(0.0, "a"), (0.0, "a"), (1.0, "b"), (0.0, "a")]])
     metrics = eval_metrics("set", batch, (1, 2))
     assert metrics["eval/set/avg@4"] == pytest.approx((0.5 + 0.25) / 2)
     assert metrics["eval/set/pass@1"] == pytest.approx((0.5 + 0.25) / 2)
@@ -60,3 +58,18 @@ def test_nothing_scored_gives_no_score():
     metrics = eval_metrics("set", scored([[(None, ""), (None, "")]]), (1,))
     assert not any("@" in name for name in metrics)
     assert metrics["eval/set/unscored_count"] == 2.0
+
+
+def test_samples_without_an_answer_do_not_vote_and_without_any_there_is_no_vote():
+    batch = scored([[(0.0, None), (0.0, None), (0.0, None), (1.0, "4")]])
+    assert eval_metrics("set", batch, ())["eval/set/maj@4"] == 1.0
+    assert not any("maj" in name for name in eval_metrics("set", scored([[(0.0, None), (1.0, None)]]), ()))
+
+
+def test_shaping_and_weights_do_not_decide_what_is_solved():
+    right = Score(0.55, unshaped_reward=0.9, full_marks=0.9)  # right, weighted 0.9, and penalised for its length
+    wrong = Score(0.1, unshaped_reward=0.0, full_marks=0.9)
+    batch = ScoredBatch(RolloutBatch(PROMPTS[:1], (rollout(0, 0), rollout(0, 1))), (right, wrong))
+    metrics = eval_metrics("set", batch, (1,))
+    assert metrics["eval/set/pass@1"] == pytest.approx(0.5)
+    assert metrics["eval/set/avg@2"] == pytest.approx(0.45)
