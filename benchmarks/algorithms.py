@@ -111,10 +111,10 @@ def main() -> None:
     if not arguments.model.exists():
         parser.error(f"{arguments.model} does not exist; run `make quickstart` first, or name a model")
 
-    from launch.environment import keep_worker_priority, quiet_frameworks, secure_local_ray
+    from launch.environment import keep_worker_priority, quiet_frameworks, secure_ray
 
     quiet_frameworks()
-    secure_local_ray(None)  # before Ray is imported
+    secure_ray(None)  # before Ray is imported
     keep_worker_priority()
     from launch.cluster import ray_cluster
     from rl.config import RayConfig

@@ -192,9 +192,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from launch.environment import keep_worker_priority, quiet_frameworks, secure_local_ray
+    from launch.environment import keep_worker_priority, quiet_frameworks, secure_ray
 
     quiet_frameworks()
-    secure_local_ray(None)
+    secure_ray(None)
     keep_worker_priority()
     main()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from launch.environment import keep_worker_priority, quiet_frameworks, secure_local_ray
+from launch.environment import keep_worker_priority, quiet_frameworks, secure_ray
 from launch.reward_commands import reward_app
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config_loading import load_config
@@ -122,7 +122,7 @@ def main() -> None:
 def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Config:
     """Load and validate before any framework is imported: a typo costs a moment, not a minute."""
     config = load_config(path, overrides or [], schema)
-    secure_local_ray(config.ray.address)
+    secure_ray(config.ray.address)
     keep_worker_priority()
     return config
 

@@ -55,7 +55,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
-            f"{error}; start one with `ray start --head`, or unset it to run on this machine alone"
+            f"{error}; start one with `ray start --head`, or unset it to run on this machine alone. A cluster that "
+            "asks for a token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
     if on_terminate is not None and threading.current_thread() is threading.main_thread():
         # Ray has put a handler of its own in this one's place, under Python's feet: it prints a stack trace and kills
@@ -71,7 +72,7 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
     """`ray.init`, again when a local node was too slow: Ray gives it 30 s, which a busy machine can exceed."""
     for attempt in range(_START_ATTEMPTS):
         try:
-            ray.init(address=address, **options)
+            ray.init(address=address or "local", **options)  # by itself it would join what `ray start` has left here
             return
         except Exception as error:
             last = attempt == _START_ATTEMPTS - 1

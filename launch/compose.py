@@ -312,7 +312,7 @@ def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> t
     )
     prompts: tuple[Prompt, ...] = ()
     if train:
-        loaded = load(config.data.train)
+        loaded = load(config.data.train, drop_repeated=True)
         prompts = loaded.prompts
         display.message(_describe("training data", loaded))
     eval_sets: list[EvalSet] = []
@@ -343,7 +343,8 @@ def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], dis
 
 def _describe(what: str, loaded: Any) -> str:
     dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
-    return f"{what} {loaded.name}: {len(loaded.prompts)} prompts{dropped}"
+    repeated = f", {loaded.num_repeated} repeated and dropped" if loaded.num_repeated else ""
+    return f"{what} {loaded.name}: {len(loaded.prompts)} prompts{dropped}{repeated}"
 
 
 def _comparable(rollout: RolloutConfig) -> bool:

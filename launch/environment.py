@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
     "DS_LOG_LEVEL": "error",
     "PYTHONWARNINGS": "ignore",
 }
+_TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 
 def quiet_frameworks() -> None:
@@ -32,12 +33,17 @@ def cluster_address(configured: str | None) -> str | None:
     return configured or os.environ.get("RAY_ADDRESS")
 
 
-def secure_local_ray(configured_address: str | None) -> None:
-    """Give the local cluster that a run is about to start a token of its own. Ray reads it when it is imported.
+def secure_ray(configured_address: str | None) -> None:
+    """Give the local cluster that a run is about to start a token of its own, or show a cluster that it joins the
+    user's. Ray reads it when it is imported.
 
-    Does nothing when the run joins a cluster, whose own settings hold, or when the user has chosen a mode.
+    `ray start` asks for a token wherever the user has one, but `ray.init` with an address shows none by itself. A
+    cluster that asks for none does not mind. Does nothing when the user has chosen a mode.
     """
-    if cluster_address(configured_address) is not None or "RAY_AUTH_MODE" in os.environ:
+    if "RAY_AUTH_MODE" in os.environ:
         return
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if cluster_address(configured_address) is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    elif _TOKEN_VARIABLES & os.environ.keys() or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"

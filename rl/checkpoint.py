@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rl.errors import CheckpointError
 
 _NAME = re.compile(r"step_(\d+)")
 _STATE = "state.json"
+_DISCARDED = ".discarded_"
 LEARNER = "learner"  # the sub-folder that the learner writes
 
 
@@ -53,12 +55,20 @@ class CheckpointStore:
             file.flush()
             os.fsync(file.fileno())
         if final.exists():
-            shutil.rmtree(final)
+            self._discard(final)
         temporary.rename(final)
         _fsync_directory(self.directory)
         for old in self._complete()[: -self.keep]:
-            shutil.rmtree(old)
+            self._discard(old)
+        for leftover in self.directory.glob(f"{_DISCARDED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return final
+
+    def _discard(self, path: Path) -> None:
+        """Put a checkpoint aside, to be deleted at the end of this `save` or of a later one: NFS keeps files that
+        another process reads, and a healthy run must not end of it."""
+        aside = self.directory / f"{_DISCARDED}{path.name}_{time.time_ns()}"
+        path.rename(aside)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None. Changes nothing: the run may be alive, and writing the next one."""
@@ -73,8 +83,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be read, or its "fingerprint" is another one.
         """
-        for leftover in self.directory.glob(".writing_*"):
-            shutil.rmtree(leftover)
+        for leftover in (*self.directory.glob(".writing_*"), *self.directory.glob(f"{_DISCARDED}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         path = self.latest()
         if path is None:
             return None

@@ -6,9 +6,10 @@ Loading and composing files is in `rl.config_loading`. Left out: torch, ray, vll
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -16,6 +17,16 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _whole_path(path: str) -> str:
+    """Workers run in directories of their own (on a cluster that of `ray start`), so a local path is made whole."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
+
+
+LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder, else a name on the hub
+PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if name.endswith(".py") else name)]
 
 
 class Section(BaseModel):
@@ -27,14 +38,16 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy."""
 
-    path: str = Field(description="local folder or hub name of a Hugging Face checkpoint")
+    path: LocalOrNamed = Field(description="local folder or hub name of a Hugging Face checkpoint")
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
         "auto", description="the learner's attention; auto takes the best exact one for the model and the device"
     )
     trust_remote_code: bool = False
-    chat_template: str | None = Field(None, description="file with a Jinja chat template, in place of the tokenizer's")
+    chat_template: LocalOrNamed | None = Field(
+        None, description="file with a Jinja chat template, in place of the tokenizer's"
+    )
     chat_template_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the template, e.g. enable_thinking or reasoning_effort"
     )
@@ -106,7 +119,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
-    timeout_s: PositiveFloat = Field(1800.0, description="for one generate call")
+    timeout_s: PositiveFloat = Field(1800.0, description="of generation without a group of samples finished")
     start_timeout_s: PositiveFloat = 900.0
     max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs as is")
@@ -146,7 +159,7 @@ class KLConfig(Section):
     estimator: Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"] = "k3"
     adaptive_target: PositiveFloat | None = Field(None, description="adaptive coefficient: the KL to hold")
     adaptive_horizon: PositiveInt = 10000
-    reference: str | None = Field(None, description="checkpoint of the reference; None: the initial policy")
+    reference: LocalOrNamed | None = Field(None, description="checkpoint of the reference; None: the initial policy")
 
     @model_validator(mode="after")
     def _consistent(self) -> KLConfig:
@@ -190,7 +203,9 @@ class AlgorithmConfig(Section):
     mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
     whiten_advantages: bool = False
     dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="None: learn from every group")
-    plugins: tuple[str, ...] = Field((), description="modules or files to import, that register estimators or losses")
+    plugins: tuple[PluginName, ...] = Field(
+        (), description="modules or files to import, that register estimators or losses"
+    )
 
 
 class OptimizerConfig(Section):
@@ -236,6 +251,9 @@ class LearnerConfig(Section):
     moe: MoEConfig = MoEConfig()
     max_skipped_steps: NonNegativeInt = Field(3, description="non-finite steps in a row before the run ends")
     timeout_s: PositiveFloat = 3600.0
+    start_timeout_s: PositiveFloat = Field(
+        1800.0, description="for loading the checkpoint, or fetching it from the hub"
+    )
 
 
 class CriticOptimizerConfig(OptimizerConfig):
@@ -247,7 +265,9 @@ class CriticOptimizerConfig(OptimizerConfig):
 class CriticConfig(Section):
     """The value model. Where it runs, its epochs, mini-batches and offloading are the learner's."""
 
-    path: str | None = Field(None, description="checkpoint it starts from, with or without a value head; None: model")
+    path: LocalOrNamed | None = Field(
+        None, description="checkpoint it starts from, with or without a value head; None: model"
+    )
     optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
     clip_range: PositiveFloat | None = Field(0.2, description="how far a value may move in one update; None: any way")
     warmup_steps: NonNegativeInt = Field(0, description="first steps, in which the critic alone learns")
@@ -450,4 +470,9 @@ class SftConfig(RunConfig):
                     f"learner.{key} is {getattr(self.learner, key)}, but a supervised step is one update of its batch; "
                     "leave it out, and set epochs (at the top level) and batch_size"
                 )
+        if self.learner.max_tokens_per_microbatch < self.data.max_tokens:
+            raise ValueError(
+                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under data.max_tokens "
+                f"{self.data.max_tokens}, the longest example; raise it, or lower data.max_tokens"
+            )
         return self

@@ -6,6 +6,7 @@ Left out: atomicity (`rl.checkpoint` writes into a temporary folder and renames 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
     torch.save(_random_state(), directory / f"random_{rank}.pt")
     if rank == 0:
         (directory / _META).write_text(json.dumps({"world_size": world_size, "state": state}, indent=1))
+    _flush(directory)
     torch.distributed.barrier()
     missing = [r for r in range(world_size) if not (directory / f"random_{r}.pt").exists()]
     if missing:
@@ -40,6 +42,15 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
             f"rank {rank} does not see what ranks {missing} wrote to {directory}: run_dir must be on a file system "
             "that every node shares"
         )
+
+
+def _flush(directory: Path) -> None:
+    """Put on disk what this rank has written, so that a node that loses power keeps a checkpoint that says it is whole.
+    (What others are writing at this moment, they flush themselves.)"""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:

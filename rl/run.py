@@ -108,12 +108,14 @@ class TrainingRun:
         self.next_step += 1
         done, last = self.next_step, self.next_step == plan.total_steps
         self._write_samples(result)
-        if self.evaluator and plan.evaluate_every and (done % plan.evaluate_every == 0 or last):
-            metrics |= self._evaluate(f"step_{done:06d}")
-        self._record(sinks, result.step + 1, metrics)
-        self.display.step(done, metrics)
         if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
-            self._save()
+            self._save()  # before the evaluation, so that one which fails costs no step
+        try:
+            if self.evaluator and plan.evaluate_every and (done % plan.evaluate_every == 0 or last):
+                metrics |= self._evaluate(f"step_{done:06d}")
+        finally:
+            self._record(sinks, done, metrics)
+        self.display.step(done, metrics)
         return metrics
 
     def _probe(self, result: StepResult) -> dict[str, float]:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
 
-_START_TIMEOUT_S = 1800.0  # loading a large checkpoint from a shared file system
 _EXIT_TIMEOUT_S = 20.0
 
 
@@ -139,6 +138,8 @@ class LearnerWorker:
         from rl.weight_sync.sender import WeightSender
         from rl.weight_sync.source import Zero3WeightSource
 
+        if self._sender is not None:
+            self._sender.close()
         bucket_bytes = sync.config.bucket_mib << 20
         source = Zero3WeightSource(
             self._learner.module,
@@ -157,6 +158,7 @@ class LearnerWorker:
             tensor_parallel_size=sync.tensor_parallel_size,
             bucket_bytes=bucket_bytes,
             timeout_s=sync.config.timeout_s,
+            address=ray.util.get_node_ip_address(),
         )
         self._receivers = list(receivers)
 
@@ -243,8 +245,8 @@ class LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
         group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
         try:
-            address = group._get([group.workers[0].address.remote()], "find a port", _START_TIMEOUT_S)[0]
-            layouts = group._all("start", spec, address, timeout_s=_START_TIMEOUT_S)
+            address = group._get([group.workers[0].address.remote()], "find a port", spec.learner.start_timeout_s)[0]
+            layouts = group._all("start", spec, address, timeout_s=spec.learner.start_timeout_s)
         except BaseException:
             group.shutdown()
             raise

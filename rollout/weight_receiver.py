@@ -152,6 +152,17 @@ class NcclReceiver(VerifiedReceiver, NCCLWeightTransferEngine):
     init_info_cls = NCCLWeightTransferInitInfo
     update_info_cls = NCCLWeightTransferUpdateInfo
 
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        self._leave_group()
+        NCCLWeightTransferEngine.init_transfer_engine(self, init_info)
+
+    def _leave_group(self) -> None:
+        """vLLM would only drop its reference, which does not free the communicator's memory."""
+        group = cast(Any, self).model_update_group
+        self.model_update_group = None
+        if group is not None:
+            group.destroy()
+
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         if self.model_update_group is None:
             raise RuntimeError("init_weight_transfer must come before the first update")
@@ -168,7 +179,7 @@ class NcclReceiver(VerifiedReceiver, NCCLWeightTransferEngine):
 
     def shutdown(self) -> None:
         VerifiedReceiver.shutdown(self)
-        NCCLWeightTransferEngine.shutdown(self)
+        self._leave_group()
 
 
 @dataclass

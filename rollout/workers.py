@@ -192,12 +192,14 @@ class RolloutPool:
 
     def _generate_fixed(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Round-robin, everything at once: which engine draws a sample, and beside which, never changes."""
+        most = sum(len(group.seeds) for group in groups[:: len(self.workers)])
+        timeout_s = self._config.timeout_s * -(-most // self._config.max_concurrent_sequences)
         calls: list[Any] = [
             worker.generate.remote(groups[index :: len(self.workers)], parameters)
             for index, worker in enumerate(self.workers)
         ]
         try:
-            return [group for part in self._wait(calls, self._config.timeout_s, "generate") for group in part]
+            return [group for part in self._wait(calls, timeout_s, "generate") for group in part]
         except RolloutError:
             for call in calls:  # what survivors still make would share their batches with what is asked next
                 ray.cancel(call)
@@ -205,20 +207,21 @@ class RolloutPool:
 
     def _generate_balanced(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Each group goes to the worker with the fewest samples in flight, longest prompts first; a worker holds at
-        most one engine's worth, so that a slow worker does not hoard work that an idle one could do."""
+        most one engine's worth, so that a slow worker does not hoard work that an idle one could do.
+
+        The deadline is one of progress: an evaluation set may take hours, a group may not."""
         waiting = sorted(groups, key=lambda g: len(g.prompt_ids))  # popped from the end: longest first
-        deadline = time.monotonic() + self._config.timeout_s
         in_flight = [0] * len(self.workers)
         calls: dict[Any, tuple[int, GroupRequest]] = {}
         done: list[list[Rollout]] = []
         try:
             while waiting or calls:
                 self._submit(waiting, calls, in_flight, parameters)
-                ready, _ = ray.wait(list(calls), timeout=max(deadline - time.monotonic(), 0.0))
+                ready, _ = ray.wait(list(calls), timeout=self._config.timeout_s)
                 if not ready:
                     slow = sorted({index for index, _ in calls.values()})
                     raise RolloutError(
-                        f"rollout workers {slow} did not finish {len(calls)} groups within rollout.timeout_s "
+                        f"rollout workers {slow} finished none of {len(calls)} groups within rollout.timeout_s "
                         f"{self._config.timeout_s:g}; raise it, or lower rollout.max_response_tokens"
                     )
                 for call in ready:

@@ -5,6 +5,8 @@ Left out: where rows come from (`rl.prompts.rows`), supervised examples (`rl.pro
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +32,7 @@ class PromptSet:
     name: str  # how metrics call it
     prompts: tuple[Prompt, ...]  # in row order, never empty
     num_dropped_too_long: int  # rows left out for more than max_prompt_tokens
+    num_repeated: int = 0  # rows left out because an earlier one has the same prompt and ground truth
 
 
 def load_prompts(
@@ -39,6 +42,7 @@ def load_prompts(
     max_prompt_tokens: int,
     chat_template_options: Mapping[str, Any],
     validate: Validate | None = None,
+    drop_repeated: bool = False,
 ) -> PromptSet:
     """Load a dataset and tokenize its prompts with the chat template.
 
@@ -46,6 +50,9 @@ def load_prompts(
         tokenizer: from `load_tokenizer`.
         max_prompt_tokens: longer prompts, template included, are dropped and counted.
         validate: called with every prompt kept, so that a reward can refuse a ground truth before the run starts.
+        drop_repeated: of rows with the same conversation and ground truth keep the first. Some published datasets hold
+            each problem a hundred times: a run of so many steps learns nothing from that, but it costs time and memory,
+            and hides from a curriculum that the problem was seen.
 
     Raises:
         DataError: nothing to read, a broken row (with file and line), or no prompt left.
@@ -54,10 +61,15 @@ def load_prompts(
     name = dataset_name(config)
     template = ChatTemplate(tokenizer, chat_template_options)
     prompts: list[Prompt] = []
-    num_rows, longest = 0, 0
+    num_rows, num_repeated, longest = 0, 0, 0
+    seen: set[bytes] = set()
     rows = read_rows(config)
     while chunk := list(islice(rows, _ROWS_PER_BATCH)):
         num_rows += len(chunk)
+        if drop_repeated:
+            kept = [row for row in chunk if _is_new(row, config, seen)]
+            num_repeated += len(chunk) - len(kept)
+            chunk = kept
         for row, prompt in _tokenize(chunk, config, name, template):
             if len(prompt.token_ids) > max_prompt_tokens:
                 longest = max(longest, len(prompt.token_ids))
@@ -72,13 +84,26 @@ def load_prompts(
             f"dataset {config.path}: all {num_rows} prompts are longer than data.max_prompt_tokens={max_prompt_tokens} "
             f"(the longest has {longest} tokens with its chat template); raise data.max_prompt_tokens"
         )
-    return PromptSet(name=name, prompts=tuple(prompts), num_dropped_too_long=num_rows - len(prompts))
+    return PromptSet(name, tuple(prompts), num_rows - num_repeated - len(prompts), num_repeated)
 
 
 def drop_held_out(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> tuple[Prompt, ...]:
     """The prompts, in order, whose tokens are not those of one in `held_out`."""
     known = {prompt.token_ids for prompt in held_out}
     return tuple(prompt for prompt in prompts if prompt.token_ids not in known)
+
+
+def _is_new(row: Row, config: DatasetConfig, seen: set[bytes]) -> bool:
+    """Whether no earlier row has this one's conversation and ground truth; remembers it."""
+    reward_model = row.fields.get("reward_model")
+    parts = [row.fields.get(config.prompt_field), row.fields.get("reward"), reward_model]
+    if config.ground_truth_field is not None:
+        parts.append(row.fields.get(config.ground_truth_field))
+    key = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=repr).encode(), digest_size=16).digest()
+    if key in seen:
+        return False
+    seen.add(key)
+    return True
 
 
 def _tokenize(

@@ -124,8 +124,7 @@ class GpuTransport:
         """Meet the engines, on every rank. Afresh each time: a group with a lost member is of no more use."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        if self._engine is not None:
-            self._engine.shutdown()
+        self.close()
         self._engine = self._run(
             lambda: WeightTransferTrainerFactory.trainer_init(
                 self._init_info(),
@@ -143,6 +142,17 @@ class GpuTransport:
         self._client.policy_version = policy_version
         self._run(engine.send_weights, f"sending policy version {policy_version}")
         return self._source.report(self._client.received) if self._rank == 0 else SendReport()
+
+    def close(self) -> None:
+        """Give back what the connection holds on the GPU. vLLM's shutdown only drops its reference to a communicator,
+        which does not free it."""
+        if self._engine is None:
+            return
+        group = getattr(self._engine, "model_update_group", None)
+        self._engine.shutdown()
+        self._engine = None
+        if group is not None:
+            group.destroy()
 
     def _run(self, call: Callable[[], T], what: str) -> T:
         device = torch.cuda.current_device()
@@ -171,8 +181,10 @@ class NcclTransport(GpuTransport):
         timeout_s: float,
         group_size: int,
         rank_offsets: list[int],
+        address: str,
     ) -> None:
         self._group_size = group_size
+        self._address = address
         self._rank_offsets = rank_offsets
         super().__init__(source, client, rank, bucket_bytes, timeout_s)
 
@@ -181,11 +193,11 @@ class NcclTransport(GpuTransport):
 
     def _init_info(self) -> TrainerInitInfo:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-        from vllm.utils.network_utils import get_ip, get_open_port
+        from vllm.utils.network_utils import get_open_port
 
         return NCCLTrainerInitInfo(
             rank=self._rank,
-            master_address=get_ip(),
+            master_address=self._address,
             master_port=get_open_port(),
             world_size=self._group_size,
             packed=True,

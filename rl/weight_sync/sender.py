@@ -25,6 +25,7 @@ class SendsWeights(Protocol):
     """A transport. Both methods are collectives over the learner's ranks."""
 
     def connect(self) -> None: ...
+    def close(self) -> None: ...
     def send(self, policy_version: int) -> SendReport: ...
 
 
@@ -43,6 +44,7 @@ class WeightSender:
         tensor_parallel_size: int = 1,
         bucket_bytes: int = 256 << 20,
         timeout_s: float = 300.0,
+        address: str = "127.0.0.1",
     ) -> None:
         """
         Args:
@@ -53,6 +55,7 @@ class WeightSender:
             num_engines, tensor_parallel_size: how many receivers there are, for the NCCL group.
             bucket_bytes: the most that one message carries (or one tensor, where one is larger).
             timeout_s: of each wait: one call, one bucket, or the whole NCCL broadcast.
+            address: by which the engines' nodes reach this one, for the NCCL group.
         """
         self._rank = rank
         self._world_size = world_size
@@ -66,7 +69,7 @@ class WeightSender:
         if transport == "nccl":
             offsets = [1 + index * tensor_parallel_size for index in range(num_engines)]
             group_size = 1 + num_engines * tensor_parallel_size
-            self._transport = NcclTransport(source, client, rank, bucket_bytes, timeout_s, group_size, offsets)
+            self._transport = NcclTransport(source, client, rank, bucket_bytes, timeout_s, group_size, offsets, address)
         else:
             self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s)
 
@@ -74,6 +77,11 @@ class WeightSender:
         """Connect to the engines. Every rank calls it again after an engine was replaced; the first `send` does it."""
         self._agree(self._transport.connect)
         self._connected = True
+
+    def close(self) -> None:
+        """Leave the engines. Not a collective."""
+        self._transport.close()
+        self._connected = False
 
     def send(self, policy_version: int) -> WeightVersion:
         """Transfer every tensor, end the update at every engine and compare digests.

@@ -49,6 +49,9 @@ class ShmTransport:
         if self._rank == 0:
             self._call("connecting to the engines", lambda: self._client.init_weight_transfer_engine({}))
 
+    def close(self) -> None:
+        """Nothing is held between transfers."""
+
     def send(self, policy_version: int) -> SendReport:
         """Transfer everything. Gathering is a collective, so whatever fails at the engines, rank 0 walks the source to
         its end with the other ranks before it raises."""

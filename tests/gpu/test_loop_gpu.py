@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=INFO tests/
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    ray.init(include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init("local", include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 

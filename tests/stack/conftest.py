@@ -25,6 +25,7 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
+        "local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=200 * 2**20,

@@ -61,8 +61,11 @@ class Communicator:
     """As vLLM's `PyNcclCommunicator`, through the store in which its members have met."""
 
     def __init__(self, group: Any, device: Any) -> None:
-        self._group = group
+        self._group: Any = group
         group.barrier()
+
+    def destroy(self) -> None:
+        self._group = None
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
         assert tensor.dtype == torch.uint8

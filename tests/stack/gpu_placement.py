@@ -51,7 +51,12 @@ def place(config_path: str, *overrides: str) -> Any:
 if __name__ == "__main__":
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(
-        num_cpus=16, num_gpus=int(sys.argv[1]), resources={"fast": 8}, include_dashboard=False, log_to_driver=False
+        "local",
+        num_cpus=16,
+        num_gpus=int(sys.argv[1]),
+        resources={"fast": 8},
+        include_dashboard=False,
+        log_to_driver=False,
     )
     sys.stdout.write(json.dumps([place(*run) for run in json.loads(sys.argv[2])]))
     ray.shutdown()

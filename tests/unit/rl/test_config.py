@@ -136,6 +136,19 @@ def test_supervised_runs_refuse_what_they_would_ignore(tmp_path, key):
     assert load_config(path, ["epochs=3"], SftConfig).epochs == 3
     with pytest.raises(ConfigError, match=rf"learner.{key} is 2, but a supervised step is one update"):
         load_config(path, [f"learner.{key}=2"], SftConfig)
+    with pytest.raises(ConfigError, match=r"max_tokens_per_microbatch 16384 is under data.max_tokens 20000"):
+        load_config(path, ["data.max_tokens=20000"], SftConfig)
+
+
+def test_what_is_here_is_found_from_the_workers_directories_too(config_file, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "plugin.py").touch()
+    monkeypatch.chdir(tmp_path)
+    overrides = ["model.path=here", "algorithm.plugins=[plugin.py,here]", "algorithm.kl.reference=org/on_the_hub"]
+    config = load_config(config_file, overrides, TrainConfig)
+    assert config.model.path == str(tmp_path / "here")
+    assert config.algorithm.plugins == (str(tmp_path / "plugin.py"), "here")  # the second is a module's name
+    assert config.algorithm.kl.reference == "org/on_the_hub"
 
 
 def test_a_critic_is_there_only_when_it_is_asked_for(config_file):

@@ -143,6 +143,17 @@ def test_a_folder_without_data_is_named(tmp_path, tokenizer):
         load(tmp_path / "empty", tokenizer)
 
 
+def test_repeated_rows_are_dropped_where_that_is_asked_for(tmp_path, tokenizer):
+    again = {**VERL_ROW, "extra_info": {"split": "train", "index": 1}}
+    other_truth = {**VERL_ROW, "reward_model": {"style": "rule", "ground_truth": "43"}}
+    path = write_jsonl(tmp_path / "verl.jsonl", VERL_ROW, again, other_truth, VERL_ROW)
+    assert len(load(path, tokenizer).prompts) == 4
+    config = DatasetConfig(path=str(path))
+    once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
+    assert [p.prompt_id for p in once.prompts] == ["verl:0", "verl:2"]
+    assert (once.num_repeated, once.num_dropped_too_long) == (2, 0)
+
+
 def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
     rows = [{"prompt": "x" * n, "ground_truth": "1"} for n in (1, 100, 2, 300)]
     path = write_jsonl(tmp_path / "a.jsonl", *rows)

@@ -11,7 +11,7 @@ from rl.batch import RolloutBatch
 from rl.checkpoint import CheckpointStore, read_state
 from rl.config import CurriculumConfig, DynamicSamplingConfig
 from rl.data_shaping import PassRateCurriculum
-from rl.errors import CheckpointError, WeightSyncError
+from rl.errors import CheckpointError, RolloutError, WeightSyncError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, read_metrics
 from rl.probe import AgreementBounds, WeightProbe
@@ -73,6 +73,34 @@ def test_a_run_writes_one_row_a_step_samples_and_checkpoints(tmp_path):
     samples = (tmp_path / "samples" / "step_000003.jsonl").read_text().splitlines()
     assert json.loads(samples[0])["ground_truth"] == loop_prompts()[0].ground_truth + 4 % 6
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_yet_is_deleted_later(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("rl.checkpoint.shutil.rmtree", lambda path, ignore_errors: None)  # as NFS, while it is open
+        for step in (1, 2):
+            store.save(step, {}, lambda directory: (directory / "shard").touch())
+    assert store.latest() == tmp_path / "step_000002"
+    assert len(list(tmp_path.iterdir())) == 2
+    store.save(3, {}, lambda directory: (directory / "shard").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_an_evaluation_that_fails_costs_no_step(tmp_path):
+    run = make_run(tmp_path, evaluate_every=2)
+    run.evaluator.evaluate = lambda directory, label: raise_(RolloutError("the evaluation took too long"))
+    with pytest.raises(RolloutError, match="took too long"):
+        run.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    resumed = make_run(tmp_path, evaluate_every=2)
+    assert resumed.restore() and resumed.next_step == 2
+    resumed.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def raise_(error):
+    raise error
 
 
 def test_a_resumed_run_continues_where_the_checkpoint_was(tmp_path):
