@@ -18,6 +18,7 @@ from rl.batch import FinishReason, FloatArray
 from rl.config import ModelConfig, RolloutConfig
 from rl.errors import RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
+from rollout.engine_log import EngineLog
 from rollout.vllm_options import engine_args, sampling_params, set_environment
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class VLLMEngine:
         self._trained = trained
         self._health_timeout_s = health_timeout_s
         self._llm: AsyncLLM | None = None
+        self._log = EngineLog()  # anew at each start
         self._request_numbers = itertools.count()
         self._admission = asyncio.Lock()  # held while the scheduler is being paused or resumed
         self._updating = False  # between start_weight_update and activate
@@ -77,6 +79,7 @@ class VLLMEngine:
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
         set_environment(self._model, self._rollout)
+        self._log = EngineLog()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
@@ -94,6 +97,7 @@ class VLLMEngine:
         except Exception as error:
             raise RolloutError(
                 f"rollout engine {self._index} did not start on {self._model.path}: {type(error).__name__}: {error}"
+                f"{self._log.explain()}"
             ) from error
 
     # ---- generation ----
@@ -308,7 +312,7 @@ class VLLMEngine:
         except EngineDeadError as error:
             ended = self._llm.engine_core.resources.engine_manager.finished_procs() if self._llm is not None else {}
             codes = ", ".join(f"{name} with exit code {code}" for name, code in ended.items()) or "no exit code yet"
-            raise RolloutError(f"rollout engine {self._index} is dead ({codes}); its log has the cause") from error
+            raise RolloutError(f"rollout engine {self._index} is dead ({codes}){self._log.explain()}") from error
         except EngineGenerateError as error:
             raise RolloutError(f"rollout engine {self._index} failed to generate: {error.__cause__}") from error
 
