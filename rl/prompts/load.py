@@ -52,7 +52,8 @@ def load_prompts(
         validate: called with every prompt kept, so that a reward can refuse a ground truth before the run starts.
         drop_repeated: of rows with the same conversation and ground truth keep the first. Some published datasets hold
             each problem a hundred times: a run of so many steps learns nothing from that, but it costs time and memory,
-            and hides from a curriculum that the problem was seen.
+            and hides from a curriculum that the problem was seen. A generator's repetitions are its distribution: they
+            stay.
 
     Raises:
         DataError: nothing to read, a broken row (with file and line), or no prompt left.
@@ -66,7 +67,7 @@ def load_prompts(
     rows = read_rows(config)
     while chunk := list(islice(rows, _ROWS_PER_BATCH)):
         num_rows += len(chunk)
-        if drop_repeated:
+        if drop_repeated and not config.path.startswith(REASONING_GYM):
             kept = [row for row in chunk if _is_new(row, config, seen)]
             num_repeated += len(chunk) - len(kept)
             chunk = kept

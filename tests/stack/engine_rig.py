@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -120,6 +120,19 @@ class EngineRig:
         for parameter in found:
             noise = torch.randn(parameter.shape, generator=generator) * max(float(parameter.std()), 0.3)
             parameter.add_(0.3 * noise.to(parameter))
+
+    def check_following(self, close: float, visible: float, parts: Sequence[str] = ()) -> float:
+        """Perturb and sync one part after another, by default all of the family's: the engine must differ by more than
+        `visible` before each sync and by less than `close` after it. Returns the most that it then differed."""
+        assert self.difference() < close
+        worst = 0.0
+        for part in parts or GROUPS[self.family]:
+            self.perturb(part)
+            assert self.difference() > visible, f"{part}: the perturbation does not show"
+            self.sync()
+            worst = max(worst, self.difference())
+            assert worst < close, f"{part}: the engine serves something else than was sent"
+        return worst
 
     def use_mends(self, names: frozenset[str] = ALL_MENDS) -> None:
         self.run(self.engine._engine().collective_rpc("fledge_set_mends", args=(sorted(names),)))

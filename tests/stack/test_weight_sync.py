@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from engine_rig import GROUPS, PROMPT, EngineRig, LoopClient
+from engine_rig import PROMPT, EngineRig, LoopClient
 from mxfp4 import write_mxfp4
 
 from launch.tiny_models import FAMILIES
@@ -60,12 +60,7 @@ def qwen3(rig: EngineRig) -> EngineRig:
 
 
 def test_every_parameter_group_arrives_exactly(rig: EngineRig) -> None:
-    assert rig.difference() < EXACT
-    for part in GROUPS[rig.family]:
-        rig.perturb(part)
-        assert rig.difference() > VISIBLE, f"{part}: the perturbation does not show"
-        rig.sync()
-        assert rig.difference() < EXACT, f"{part}: the engine serves something else than was sent"
+    rig.check_following(EXACT, VISIBLE)
 
 
 def test_every_mend_is_still_needed(rig: EngineRig) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from engine_rig import GROUPS, PROMPT, EngineRig, LoopClient
+from engine_rig import PROMPT, EngineRig, LoopClient
 
 from rl.errors import WeightSyncError
 from rl.weight_sync.sender import WeightSender
@@ -43,12 +43,7 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_every_parameter_group_arrives_exactly(rig: EngineRig) -> None:
-    assert rig.difference() < EXACT
-    for part in GROUPS[rig.family]:
-        rig.perturb(part)
-        assert rig.difference() > VISIBLE, f"{part}: the perturbation does not show"
-        rig.sync()
-        assert rig.difference() < EXACT, f"{part}: the engine serves something else than was sent"
+    rig.check_following(EXACT, VISIBLE)
 
 
 def test_what_it_generates_is_what_the_model_would(rig: EngineRig) -> None:

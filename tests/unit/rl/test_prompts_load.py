@@ -152,6 +152,9 @@ def test_repeated_rows_are_dropped_where_that_is_asked_for(tmp_path, tokenizer):
     once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert [p.prompt_id for p in once.prompts] == ["verl:0", "verl:2"]
     assert (once.num_repeated, once.num_dropped_too_long) == (2, 0)
+    sums = DatasetConfig(path="reasoning_gym:basic_arithmetic", size=300, options={"max_terms": 2, "max_digits": 1})
+    made = load_prompts(sums, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
+    assert len(made.prompts) == 300 > len({p.token_ids for p in made.prompts})
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
