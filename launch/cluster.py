@@ -34,8 +34,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
 
     In a process that has joined a cluster already, that one is used and left running.
 
-    A local cluster listens on the loopback interface, has no dashboard, and (see `launch.environment`) answers only
-    those who hold its token.
+    A local cluster has no dashboard, and (see `launch.environment`) answers only those who hold its token.
     """
     if ray.is_initialized():  # somebody's own program has joined a cluster already, and will leave it
         yield

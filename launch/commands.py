@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launch.cluster import place_learners, ray_cluster, resolve_device
@@ -26,8 +28,11 @@ _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 
 def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
     """`fledge train`: run to the end, export the model, return the last step's metrics."""
-    run_dir = _open_run_dir(config, resume=resume)
-    with ProgressDisplay(config.name, config.total_steps) as display, training_run(config, display) as run:
+    with (
+        _claimed_run_dir(config, resume=resume) as run_dir,
+        ProgressDisplay(config.name, config.total_steps) as display,
+        training_run(config, display) as run,
+    ):
         _warn_of_a_lost_run_dir(run_dir, display)
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))
@@ -43,15 +48,15 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
 
 def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
     """`fledge sft`: run to the end, export the model, return the last step's metrics."""
-    run_dir = _open_run_dir(config, resume=resume)
-    check_checkpoint(config.model.path, "model.path")
-    check_layout(config)
-    check_logging(config)
-    examples = load_sft_examples(
-        config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
-    )
-    total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
     with ExitStack() as stack:
+        run_dir = stack.enter_context(_claimed_run_dir(config, resume=resume))
+        check_checkpoint(config.model.path, "model.path")
+        check_layout(config)
+        check_logging(config)
+        examples = load_sft_examples(
+            config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
+        )
+        total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
         display = stack.enter_context(ProgressDisplay(config.name, total_steps))
         dropped = f", {examples.num_dropped_too_long} too long and dropped" if examples.num_dropped_too_long else ""
         verbatim = f", {examples.num_verbatim} encoded as they stand (docs/data.md)" if examples.num_verbatim else ""
@@ -113,6 +118,10 @@ def export(run_dir: Path, out_dir: Path) -> Path:
     checkpoint = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).latest()
     if checkpoint is None:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out_dir} cannot be written: {error}; choose another folder") from error
     export_checkpoint(checkpoint / LEARNER, config.model, out_dir)
     return checkpoint
 
@@ -125,22 +134,32 @@ def _no_checkpoint(run_dir: Path) -> str:
     return f"no checkpoint in {run_dir / 'checkpoints'}; starting from the beginning"
 
 
-def _open_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Path:
-    """Create the run directory. The configuration is written there once nothing can refuse it any more.
+@contextmanager
+def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterator[Path]:
+    """The run directory, created, and this run's alone while the block lasts. The configuration is written there once
+    nothing can refuse it any more.
 
     Raises:
-        ConfigError: it cannot be written, or holds another run already and this is no resume; nothing is overwritten.
+        ConfigError: it cannot be written, holds another run already and this is no resume, or its run is alive; nothing
+            is overwritten.
         CheckpointError: what is to be resumed belongs to another configuration.
     """
     run_dir = Path(config.run_dir)
-    if (run_dir / METRICS_FILE).exists() and not resume:
-        raise ConfigError(
-            f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
-        )
-    if resume:
-        CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).resume(fingerprint(config))
     _make_run_dir(run_dir)
-    return run_dir
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run_dir {run_dir} belongs to a run that is alive; choose another, or end that run first"
+            ) from error
+        if (run_dir / METRICS_FILE).exists() and not resume:
+            raise ConfigError(
+                f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
+            )
+        if resume:
+            CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).resume(fingerprint(config))
+        yield run_dir
 
 
 def _write_config(run_dir: Path, config: TrainConfig | SftConfig) -> None:

@@ -166,8 +166,8 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     What can be wrong without a process (data, rewards, algorithm, model files) is checked first.
     """
     run_dir = Path(config.run_dir)
-    check_algorithm(config)
     check_checkpoint(config.model.path, "model.path")
+    check_algorithm(config)
     if config.critic is not None and config.critic.path is not None:
         check_checkpoint(config.critic.path, "critic.path")
     check_layout(config)

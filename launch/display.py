@@ -70,6 +70,7 @@ class ProgressDisplay:
         """Show a finished step (counted from 1)."""
         if self._first_step is None:
             self._first_step = step - 1
+            self._started = time.monotonic() - metrics.get("time/step_s", 0.0)  # what came before was the start
         shown = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=shown)

@@ -13,6 +13,7 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "DS_LOG_LEVEL": "error",
     "PYTHONWARNINGS": "ignore",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls that were given up, because one beside them failed and is reported
 }
 _TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 

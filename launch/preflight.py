@@ -58,7 +58,7 @@ def check_checkpoint(path: str, key: str) -> None:
     """Raise ConfigError unless `path`, the value of `key`, holds (or names) a checkpoint with configuration and
     weights."""
     folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or folder.exists()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
     if not looks_local:
         return  # a hub name; loading the tokenizer says whether it can be reached
     if not folder.is_dir():

@@ -44,7 +44,11 @@ class CheckpointStore:
         temporary = self.directory / f".writing_{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / LEARNER).mkdir(parents=True)
-        write_learner(temporary / LEARNER)
+        try:
+            write_learner(temporary / LEARNER)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk would stay full
+            raise
         if not any((temporary / LEARNER).iterdir()):
             raise CheckpointError(
                 f"the learners wrote nothing that can be seen in {temporary / LEARNER}: run_dir must be on a file "

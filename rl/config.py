@@ -7,14 +7,15 @@ Loading and composing files is in `rl.config_loading`. Left out: torch, ray, vll
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,6 +34,19 @@ class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, data: Any) -> Any:
+        """So that what a file that is extended has set can be unset. Where None is a value of its own, it stays one."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or cls._knows_none(key)}
+
+    @classmethod
+    def _knows_none(cls, key: str) -> bool:
+        field = cls.model_fields.get(key)
+        return field is None or type(None) in get_args(field.annotation) or field.annotation is Any
 
 
 class ModelConfig(Section):
@@ -65,7 +79,7 @@ class DatasetConfig(Section):
     system_prompt: str | None = None
     prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
     size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
-    seed: int = Field(0, description="for generated tasks")
+    seed: Seed = Field(0, description="for generated tasks")
     options: dict[str, Any] = Field(default_factory=dict, description="for reasoning_gym: the task's own settings")
     reward: str | None = Field(None, description="reward for these rows in place of the config's")
 
@@ -340,7 +354,7 @@ class RunConfig(Section):
 
     name: str = "run"
     run_dir: str = Field("runs/default", description="everything the run writes")
-    seed: int = 0
+    seed: Seed = 0
     deterministic: bool = Field(False, description="two runs of the same config write the same weights, bit for bit")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig

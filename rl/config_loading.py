@@ -46,8 +46,10 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not key=value, for example learner.optimizer.lr=1e-6")
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
-    except (OmegaConfBaseException, YAMLError) as error:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]), resolve=False)
+        OmegaConf.update(config, key, typing.cast(dict[str, Any], value)["value"])
+        return config
+    except (OmegaConfBaseException, YAMLError, IndexError) as error:
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 

@@ -60,7 +60,7 @@ def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict
         if score.ok:
             group.append(score)
     scored_groups = [g for g in groups.values() if g]
-    samples = max((len(g) for g in groups.values()), default=0)
+    samples = max(Counter(r.prompt_index for r in scored.batch.rollouts).values(), default=0)
     prefix = f"eval/{name}"
     metrics = {
         f"{prefix}/prompts": float(len(groups)),

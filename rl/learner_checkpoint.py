@@ -62,10 +62,17 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
             f"{directory} was written by {meta['world_size']} learner workers and cannot be read by {world_size}; "
             f"set learner.num_workers to {meta['world_size']}"
         )
-    path, _ = engine.load_checkpoint(str(directory), tag=_TAG)
+    configured = _hyperparameters(engine) if engine.lr_scheduler is not None else None
+    try:
+        path, _ = engine.load_checkpoint(str(directory), tag=_TAG)
+        random_state = torch.load(directory / f"random_{rank}.pt", weights_only=True)
+    except Exception as error:  # torch, zipfile, pickle and DeepSpeed's assertions, each in its own words
+        raise CheckpointError(_damaged(directory, f"{type(error).__name__}: {error}")) from error
     if path is None:
-        raise CheckpointError(f"{directory / _TAG} is incomplete: DeepSpeed found no checkpoint in it")
-    _set_random_state(torch.load(directory / f"random_{rank}.pt", weights_only=True))
+        raise CheckpointError(_damaged(directory, f"DeepSpeed found nothing in {_TAG}"))
+    if configured is not None:
+        _set_hyperparameters(engine, *configured)
+    _set_random_state(random_state)
     state: dict[str, Any] = meta["state"]
     return state
 
@@ -75,7 +82,30 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((directory / _META).read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} holds no learner checkpoint ({_META} is missing)") from error
+    except ValueError as error:
+        raise CheckpointError(_damaged(directory, f"{_META}: {error}")) from error
     return meta
+
+
+def _damaged(directory: Path, what: str) -> str:
+    step = next((path for path in directory.parents if path.name.startswith("step_")), directory)
+    return f"the learner checkpoint {directory} cannot be read ({what}); remove {step} to resume from the one before it"
+
+
+def _hyperparameters(engine: Any) -> tuple[list[dict[str, Any]], list[float]]:
+    """What the configuration says of each parameter group, and the learning rates that the schedule is a factor of."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    return groups, list(engine.lr_scheduler.base_lrs)
+
+
+def _set_hyperparameters(engine: Any, groups: list[dict[str, Any]], rates: list[float]) -> None:
+    """A checkpoint brings back its run's learning rate, betas and decay; resuming with others would change nothing."""
+    schedule = engine.lr_scheduler
+    schedule.base_lrs = rates
+    current = [rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = current
+    for group, settings, rate in zip(engine.optimizer.param_groups, groups, current, strict=True):
+        group.update(settings, lr=rate)
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -125,7 +155,10 @@ def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) ->
             config, dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
         )
     # The float32 master weights round to exactly the weights that were trained with.
-    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)
+    try:
+        masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)
+    except Exception as error:  # as in `load_checkpoint`
+        raise CheckpointError(_damaged(checkpoint, f"{type(error).__name__}: {error}")) from error
     writer = _ShardWriter(directory)
     for name, _ in skeleton.named_parameters():
         whole = masters[name].contiguous().to(DTYPES[source.dtype])

@@ -12,7 +12,8 @@ def write_samples(path: Path, scored: ScoredBatch, *, limit: int | None = None) 
     """Write the first `limit` samples (all without one) to `path`, one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = list(zip(scored.batch.rollouts, scored.scores, strict=True))[:limit]
-    with path.open("w") as file:
+    # A lone surrogate is no UTF-8, but as a JSON escape it can be written and read.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for rollout, score in pairs:
             prompt = scored.batch.prompt_of(rollout)
             row = {

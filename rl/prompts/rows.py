@@ -70,6 +70,8 @@ def dataset_name(config: DatasetConfig) -> str:
 
 def missing_field(row: Row, field: str, setting: str) -> DataError:
     """The error for a row that lacks a field, with what it has and the setting that names the field."""
+    if field in row.fields:
+        return DataError(f"{row.location}: {field} is null; fix the row, or set {setting} to another field's name")
     near = difflib.get_close_matches(field, [str(name) for name in row.fields], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     known = ", ".join(str(name) for name in row.fields) or "no fields"
@@ -223,7 +225,10 @@ def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ..
     """A setting that would be ignored is an error."""
     for name in settings:
         if getattr(config, name) != type(config).model_fields[name].get_default(call_default_factory=True):
-            raise DataError(f"dataset {config.path}: {name} does not apply to {source}; leave it out")
+            raise DataError(
+                f"dataset {config.path}: {name} does not apply to {source}; leave it out, or set "
+                "it to null where a file that is extended sets it"
+            )
 
 
 def _looks_like_path(path: str) -> bool:

@@ -29,7 +29,7 @@ from rl.config import (
     OptimizerConfig,
     RolloutCorrectionConfig,
 )
-from rl.errors import LearnerError
+from rl.errors import CheckpointError, LearnerError
 from rl.learner import Learner
 from rl.weight_sync.source import Zero3WeightSource
 
@@ -190,6 +190,15 @@ class Scenarios:
         self.results["loaded"] = {"weights": self.weights(learner), "version": learner.policy_version}
         result = self.update(learner, samples(), steps=2)
         self.results["resumed"] = {"weights": self.weights(learner), "metrics": dict(result.metrics)}
+        learner.close()
+        learner = self.learner(optimizer=ADAM.model_copy(update={"lr": ADAM.lr / 4}), mini_batches=2)
+        learner.load_checkpoint(self.out_dir / "checkpoint")
+        self.results["slower"] = dict(self.update(learner, samples(), steps=2).metrics)
+        (self.out_dir / "checkpoint" / f"random_{learner.rank}.pt").write_bytes(b"cut")
+        try:
+            learner.load_checkpoint(self.out_dir / "checkpoint")
+        except CheckpointError as error:
+            self.results["damaged"] = str(error)
         learner.close()
 
     def non_finite(self) -> None:

@@ -223,6 +223,16 @@ def test_a_resumed_run_writes_the_same_weights_bit_for_bit(family: Family) -> No
     assert family.results["resumed"]["metrics"]["learner/lr"] == family.results["run"]["metrics"]["learner/lr"]
 
 
+def test_a_resumed_run_has_the_learning_rate_that_its_configuration_says(family: Family) -> None:
+    rate = family.results["resumed"]["metrics"]["learner/lr"]
+    assert family.results["slower"]["learner/lr"] == pytest.approx(rate / 4)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_remedy(family: Family) -> None:
+    assert f"the learner checkpoint {family.out_dir / 'checkpoint'} cannot be read" in family.results["damaged"]
+    assert "to resume from the one before it" in family.results["damaged"]
+
+
 def test_the_export_and_the_offline_export_load_with_from_pretrained(family: Family) -> None:
     offline = family.out_dir / "offline"
     export_checkpoint(family.out_dir / "checkpoint", ModelConfig(path=str(family.checkpoint), dtype="float32"), offline)

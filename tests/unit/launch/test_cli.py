@@ -9,10 +9,12 @@ import ray
 import yaml
 
 from launch import cli
+from launch.commands import _claimed_run_dir
 from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
 from rl.checkpoint import CheckpointStore
-from rl.errors import CheckpointError
+from rl.config import TrainConfig
+from rl.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +159,18 @@ def test_the_doctor_fails_where_something_required_is_missing(fledge, monkeypatc
     exit_code, said = fledge("doctor")
     assert exit_code == code
     assert ("get one" in said) == (not ok)
+
+
+def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
+    config = TrainConfig.model_validate(
+        {"run_dir": str(tmp_path / "run"), "model": {"path": "m"}, "data": {"train": {"path": "d.jsonl"}}}
+    )
+    with _claimed_run_dir(config, resume=False):
+        for resume in (False, True):
+            with (
+                pytest.raises(ConfigError, match=r"belongs to a run that is alive"),
+                _claimed_run_dir(config, resume=resume),
+            ):
+                pass
+    with _claimed_run_dir(config, resume=False) as run_dir:
+        assert run_dir == tmp_path / "run"

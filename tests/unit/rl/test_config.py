@@ -191,3 +191,21 @@ def test_a_config_that_extends_itself_is_refused(tmp_path):
 def test_an_unresolved_interpolation_is_an_error(config_file):
     with pytest.raises(ConfigError, match="nothing_here"):
         load_config(config_file, ["name=${nothing_here}"], TrainConfig)
+
+
+def test_what_an_extended_file_sets_can_be_unset_and_list_items_overridden(tmp_path):
+    base = CONFIGS[0].parent / "quickstart.yaml"
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: {base}\n")
+    overrides = ["data.train.path=my.jsonl", "data.train.options=null", "data.train.seed=null", "data.train.size=null"]
+    config = load_config(own, [*overrides, "reward.functions[0].name=exact"], TrainConfig)
+    assert (config.data.train.options, config.data.train.seed, config.data.train.size) == ({}, 0, None)
+    assert config.reward.functions[0].name == "exact"
+    with pytest.raises(ConfigError, match=r"override 'reward.functions\[7\].name=exact' cannot be read"):
+        load_config(own, ["reward.functions[7].name=exact"], TrainConfig)
+
+
+@pytest.mark.parametrize("override", ["seed=-1", "seed=4294967296", "learner.optimizer.lr=inf", "sync.timeout_s=nan"])
+def test_numbers_that_nothing_can_work_with_are_refused(config_file, override):
+    with pytest.raises(ConfigError, match=f"{override.partition('=')[0]} is "):
+        load_config(config_file, [override], TrainConfig)

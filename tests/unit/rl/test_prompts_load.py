@@ -178,7 +178,7 @@ GOOD = {"prompt": "1+1?", "ground_truth": "2"}
         ("[" * 5000, r":2: broken JSON"),
         ("[1, 2]", r":2: a row must be a JSON object, this is a list"),
         ({"promt": "1+1?", "ground_truth": "2"}, r":2: no field 'prompt'; the row has promt, .*did you mean promt\?"),
-        ({"prompt": None, "ground_truth": "2"}, r":2: no field 'prompt'"),
+        ({"prompt": None, "ground_truth": "2"}, r":2: prompt is null; fix the row, or set prompt_field to"),
         ({"prompt": 5, "ground_truth": "2"}, r":2: prompt must be text or a list of messages, not a int"),
         ({"prompt": [], "ground_truth": "2"}, r":2: prompt is an empty list of messages"),
         ({"prompt": " \n", "ground_truth": "2"}, r":2: prompt\[0\]: content is empty"),

@@ -198,6 +198,8 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         store.save(2, {}, dies)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]  # the disk would stay full
+    (tmp_path / ".writing_000002").mkdir()  # as a killed run leaves it
     assert store.latest().name == "step_000001"
     assert (tmp_path / ".writing_000002").is_dir()  # whoever only looks must not take it from a run that is alive
     assert store.resume("f")[0].name == "step_000001"
