@@ -239,7 +239,8 @@ def test_supervised_steps_evaluation_export_and_report(tmp_path):
     examples = tmp_path / "examples.jsonl"
     examples.write_text("".join(f'{{"prompt": "{i} + {i} =", "response": "{2 * i}"}}\n' for i in range(10)))
     sft = {key: rl[key] for key in ("seed", "learner", "checkpoint")}
-    sft |= {"model": rl["model"], "data": {"train": {"path": str(examples)}}, "batch_size": 4, "epochs": 3}
+    data = {"train": {"path": str(examples)}, "max_tokens": 128}
+    sft |= {"model": rl["model"], "data": data, "batch_size": 4, "epochs": 3}
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft | {"run_dir": str(tmp_path / "sft")}))
 
     def fledge(*arguments):
