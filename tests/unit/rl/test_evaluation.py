@@ -1,6 +1,7 @@
 """pass@k against its definition, and what a scored batch is summarised to."""
 
 import itertools
+import json
 
 import pytest
 from fakes import PROMPTS, rollout
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from rl.batch import RewardStatus, RolloutBatch, Score, ScoredBatch
 from rl.evaluation import eval_metrics, pass_at_k
+from rl.samples import write_samples
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -73,3 +75,9 @@ def test_shaping_and_weights_do_not_decide_what_is_solved():
     metrics = eval_metrics("set", batch, (1,))
     assert metrics["eval/set/pass@1"] == pytest.approx(0.5)
     assert metrics["eval/set/avg@2"] == pytest.approx(0.45)
+
+
+def test_a_lone_surrogate_reaches_the_sample_file_and_comes_back(tmp_path):
+    batch = RolloutBatch(PROMPTS[:1], (rollout(0, 0, answer="\ud800"),))
+    write_samples(tmp_path / "samples.jsonl", ScoredBatch(batch, (Score(1.0),)))
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["answer"] == "\ud800"
