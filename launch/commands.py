@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
 CRITIC = "critic"  # and of the exported critic, where there is one
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems on which nobody can claim a folder
 _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 
 
@@ -153,6 +155,9 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
             raise ConfigError(
                 f"run_dir {run_dir} belongs to a run that is alive; choose another, or end that run first"
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         if (run_dir / METRICS_FILE).exists() and not resume:
             raise ConfigError(
                 f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"

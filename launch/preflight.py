@@ -13,6 +13,7 @@ import torch
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
 from rl.config import RunConfig, TrainConfig
+from rl.config_types import looks_local
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
@@ -58,8 +59,7 @@ def check_checkpoint(path: str, key: str) -> None:
     """Raise ConfigError unless `path`, the value of `key`, holds (or names) a checkpoint with configuration and
     weights."""
     folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    if not looks_local:
+    if not looks_local(path) and not folder.exists():
         return  # a hub name; loading the tokenizer says whether it can be reached
     if not folder.is_dir():
         raise ConfigError(

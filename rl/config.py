@@ -6,47 +6,22 @@ Loading and composing files is in `rl.config_loading`. Left out: torch, ray, vll
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _whole_path(path: str) -> str:
-    """Workers run in directories of their own (on a cluster that of `ray start`), so a local path is made whole."""
-    local = Path(path).expanduser()
-    return str(local.absolute()) if local.exists() else path
-
-
-LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder, else a name on the hub
-PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if name.endswith(".py") else name)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, data: Any) -> Any:
-        """So that what a file that is extended has set can be unset. Where None is a value of its own, it stays one."""
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or cls._knows_none(key)}
-
-    @classmethod
-    def _knows_none(cls, key: str) -> bool:
-        field = cls.model_fields.get(key)
-        return field is None or type(None) in get_args(field.annotation) or field.annotation is Any
+from rl.config_types import (
+    Beta,
+    Fraction,
+    LocalOrNamed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PluginName,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+)
 
 
 class ModelConfig(Section):

@@ -42,11 +42,11 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
 
 def _overridden(config: DictConfig, override: str) -> DictConfig:
     """The configuration with one `key=value` applied. Raises ConfigError naming the override."""
-    key, separator, _ = override.partition("=")
+    key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not key=value, for example learner.optimizer.lr=1e-6")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]), resolve=False)
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         OmegaConf.update(config, key, typing.cast(dict[str, Any], value)["value"])
         return config
     except (OmegaConfBaseException, YAMLError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""How a checkpoint says that it is quantised. Left out: dequantising (`rl.models`), and serving it (`rollout`)."""
+"""How a checkpoint says that it is quantised. Left out: dequantising (`rl.deferred`), and serving it (`rollout`)."""
 
 from __future__ import annotations
 

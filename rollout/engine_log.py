@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 _ERROR = re.compile(r"^\s*((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt): .*\S)\s*$", re.MULTILINE)
+_TAIL_BYTES = 1 << 20  # every call that a dead engine leaves reads it
 _POINTER = re.compile("root cause", re.IGNORECASE)  # "See stack trace for root cause."
 
 
@@ -27,7 +28,7 @@ class EngineLog:
         if self._path is None:
             return ""
         with self._path.open("rb") as file:
-            file.seek(self._start)
+            file.seek(max(self._start, self._path.stat().st_size - _TAIL_BYTES))
             cause = last_error(file.read().decode(errors="replace"))
         return f"{f': {cause}' if cause else ''} (its log is {self._path} on {socket.gethostname()})"
 

@@ -71,7 +71,7 @@ class VLLMEngine:
         self._trained = trained
         self._health_timeout_s = health_timeout_s
         self._llm: AsyncLLM | None = None
-        self._log = EngineLog()  # anew at each start
+        self._log = EngineLog()
         self._request_numbers = itertools.count()
         self._admission = asyncio.Lock()  # held while the scheduler is being paused or resumed
         self._updating = False  # between start_weight_update and activate
@@ -79,7 +79,6 @@ class VLLMEngine:
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
         set_environment(self._model, self._rollout)
-        self._log = EngineLog()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import DatasetConfig
+from rl.config_types import looks_local
 from rl.errors import DataError
 
 REASONING_GYM = "reasoning_gym:"
@@ -233,11 +234,7 @@ def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ..
 
 def _looks_like_path(path: str) -> bool:
     suffix = Path(path).suffix.lower()
-    return (
-        path.startswith((".", "/", "~"))
-        or path.count("/") > 1
-        or suffix in (".json", ".csv", *_JSONL_SUFFIXES, ".parquet")
-    )
+    return looks_local(path) or suffix in (".json", ".csv", *_JSONL_SUFFIXES, ".parquet")
 
 
 def _near_files(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rl.config import ModelConfig
+from rl.config_types import looks_local
 from rl.errors import ConfigError, DataError
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the template knows
@@ -117,8 +118,7 @@ class ChatTemplate:
 
 def _check_local_path(path: str) -> None:
     """Refuse a mistyped folder before the hub is asked for it."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ConfigError(f"model.path {path} is not a folder (looked in {Path.cwd()})")
 
 

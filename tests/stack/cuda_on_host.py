@@ -1,7 +1,8 @@
 """vLLM's NCCL and CUDA IPC weight transfer where there is no GPU: host memory in the place of CUDA's.
 
 Replaced are the CUDA calls alone. Trainer and worker engines, packing, handshakes and messages are vLLM's, and all of
-ours is real. What this cannot show is CUDA's own: the order of streams, mapped device memory, NCCL. `tests/gpu` does.
+ours is real. What this cannot show is CUDA's own: the order of streams, mapped device memory, NCCL; `tests/gpu` is
+for that.
 
 Engine processes install it as a plugin of vLLM (`make_plugin`), a test with `install(monkeypatch.setattr)`.
 """

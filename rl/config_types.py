@@ -1,0 +1,53 @@
+"""What the configuration schema is made of: its base class, and the types of numbers and paths.
+
+Left out: the sections and keys themselves (`rl.config`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def looks_local(path: str) -> bool:
+    """Whether it can only be meant as a path: a name on the hub has one slash at most."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _whole_path(path: str) -> str:
+    """Workers run in directories of their own (on a cluster that of `ray start`), so a local path is made whole."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
+
+
+LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder, else a name on the hub
+PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if name.endswith(".py") else name)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, data: Any) -> Any:
+        """So that what a file that is extended has set can be unset. Where None is a value of its own, it stays one."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or cls._knows_none(key)}
+
+    @classmethod
+    def _knows_none(cls, key: str) -> bool:
+        field = cls.model_fields.get(key)
+        return field is None or type(None) in get_args(field.annotation) or field.annotation is Any
