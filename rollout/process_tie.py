@@ -4,6 +4,11 @@ vLLM 0.31 ends its engine core when the front end asks for it, but a front end t
 then lives on with all of its memory. PR_SET_PDEATHSIG is no cure: it fires when the *thread* that started the child
 ends. So each process watches the owner through a pidfd, from the moment that it loads its plugins. (An engine core
 loads them after it has shaken hands with the front end; one whose owner ends earlier gives up by itself, in 5 minutes.)
+
+vLLM's sockets are files, three an engine, which it leaves in the temporary directory: even after an orderly end the
+process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
+the owner was killed, the engine's processes do.
+
 Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
 
@@ -11,16 +16,26 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
+SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
 
 
-def own(environment: dict[str, str] | os._Environ[str]) -> None:
-    """Declare this process the owner of every engine process that it starts with `environment`."""
+def own(environment: dict[str, str] | os._Environ[str]) -> TemporaryDirectory[str]:
+    """Declare this process the owner of every engine process that it starts with `environment`.
+
+    Returns the directory of the engine's sockets; `cleanup` it when the engine has ended. It is in the temporary
+    directory (TMPDIR), and its name is short, because a socket's path may have 107 characters, of which vLLM takes 37.
+    """
     environment[OWNER_VARIABLE] = f"{os.getpid()}:{_start_time(os.getpid())}"
+    sockets = TemporaryDirectory(prefix="fledge-", ignore_cleanup_errors=True)
+    environment[SOCKETS_VARIABLE] = environment["VLLM_RPC_BASE_PATH"] = sockets.name
+    return sockets
 
 
 def tie_to_owner() -> None:
@@ -51,6 +66,8 @@ def _watch(pidfd: int) -> None:
 
 def _end() -> None:
     """SIGKILL, because nobody is left to whom an orderly end would matter, and an engine in a kernel takes no other."""
+    if sockets := os.environ.get(SOCKETS_VARIABLE):
+        shutil.rmtree(sockets, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

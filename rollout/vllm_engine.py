@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,13 +73,14 @@ class VLLMEngine:
         self._health_timeout_s = health_timeout_s
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
+        self._sockets: TemporaryDirectory[str]
         self._request_numbers = itertools.count()
         self._admission = asyncio.Lock()  # held while the scheduler is being paused or resumed
         self._updating = False  # between start_weight_update and activate
 
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
-        set_environment(self._model, self._rollout)
+        self._sockets = set_environment(self._model, self._rollout)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
@@ -94,6 +96,7 @@ class VLLMEngine:
             )
             self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         except Exception as error:
+            self._sockets.cleanup()
             raise RolloutError(
                 f"rollout engine {self._index} did not start on {self._model.path}: {type(error).__name__}: {error}"
                 f"{self._log.explain()}"
@@ -295,6 +298,7 @@ class VLLMEngine:
             llm.output_handler.cancel()  # it would log the end of the engine core as an error
         await asyncio.to_thread(llm.shutdown, _SHUTDOWN_GRACE_S)
         await asyncio.to_thread(_kill_remaining, processes)
+        self._sockets.cleanup()
 
     def _engine(self) -> AsyncLLM:
         if self._llm is None:

@@ -6,6 +6,7 @@ Left out: running the engine (`rollout.vllm_engine`). vLLM is imported only by t
 from __future__ import annotations
 
 import os
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rl.config import ModelConfig, RolloutConfig
@@ -125,8 +126,11 @@ def _checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
     return config
 
 
-def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:
-    """What vLLM reads from the environment, in this process and in the ones that it starts."""
+def set_environment(model: ModelConfig, rollout: RolloutConfig) -> TemporaryDirectory[str]:
+    """What vLLM reads from the environment, in this process and in the ones that it starts.
+
+    Returns the directory of the engine's sockets, to be cleaned up when it has ended.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -135,7 +139,6 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:
         os.environ["OMP_NUM_THREADS"] = str(rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // engines))
         # Else vLLM pins each tensor-parallel worker to a NUMA node of its own, and fails where there are fewer.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    process_tie.own(os.environ)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -146,6 +149,7 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "VLLM_PLUGINS" in os.environ and "fledge" not in os.environ["VLLM_PLUGINS"].split(","):
         os.environ["VLLM_PLUGINS"] += ",fledge"
+    return process_tie.own(os.environ)
 
 
 def sampling_params(parameters: SamplingParameters, seed: int) -> SamplingParams:

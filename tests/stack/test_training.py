@@ -18,7 +18,7 @@ import ray
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config
+from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config, shared_memory_files
 
 from rl.batch import WeightVersion
 from rl.checkpoint import CheckpointStore, read_state
@@ -26,12 +26,7 @@ from rl.errors import WeightSyncError
 from rl.metrics import read_metrics
 
 pytestmark = pytest.mark.stack
-LEFTOVERS = Path("/dev/shm")
 STEPS = 12
-
-
-def shared_memory_files():
-    return {p.name for p in LEFTOVERS.glob("fledge*")}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +178,7 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     assert "interrupted" in command.output()
     assert "Traceback" not in command.output()
     assert gone(children + agents) == []
-    assert not shared_memory_files()
+    assert command.files_left() == []
     newest = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
     assert read_state(newest)["step"] >= 1
 
@@ -199,7 +194,7 @@ def test_a_reward_that_raises_ends_the_run_with_its_own_exit_code(tmp_path):
     assert "ZeroDivisionError" in command.output()
     assert "Traceback" not in command.output()
     assert gone(children) == []
-    assert not shared_memory_files()
+    assert command.files_left() == []
 
 
 @pytest.mark.processes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +96,7 @@ class Command:
 
     def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
         self.log = directory / "command.log"
+        self._temporary = tempfile.TemporaryDirectory(prefix="t")  # short, for the sake of the sockets in it
         env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -101,7 +104,7 @@ class Command:
                 ["env", "--default-signal=INT", sys.executable, "-m", "launch.cli", *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=env | environment,
+                env=env | {"TMPDIR": self._temporary.name} | environment,
                 start_new_session=True,
             )
         self._started.append(self)
@@ -152,6 +155,15 @@ class Command:
 
     def kill(self) -> None:
         self.process.kill()
+
+    def files_left(self) -> list[str]:
+        """In the temporary directory, but for Ray's logs and torch's cache; and all of ours in shared memory."""
+        temporary = [p.name for p in Path(self._temporary.name).iterdir()]
+        return shared_memory_files() + [name for name in temporary if not re.match(r"ray$|torchinductor_", name)]
+
+
+def shared_memory_files() -> list[str]:
+    return [p.name for p in Path("/dev/shm").glob("fledge*")]
 
 
 def gone(processes: list[psutil.Process], timeout_s: float = 60.0) -> list[str]:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from rollout.process_tie import OWNER_VARIABLE, own
 from rollout.vllm_engine import merge_digests
@@ -21,28 +22,33 @@ time.sleep(60)
 OWNER = f"""
 import os, subprocess, sys
 from rollout.process_tie import own
-own(os.environ)
+sockets = own(os.environ)
+print(sockets.name, flush=True)
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline().strip(), child.pid, flush=True)
 child.wait()
 """
 
 
-def test_child_dies_with_a_killed_owner() -> None:
+def test_child_dies_with_a_killed_owner_and_takes_the_sockets_along() -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
+    sockets = Path(owner.stdout.readline().strip())
     state, pid = owner.stdout.readline().split()
     assert state == "tied"
+    assert sockets.is_dir()
     watch = os.pidfd_open(int(pid))
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert select.select([watch], [], [], 20.0)[0], "the child outlived its owner"
     os.close(watch)
+    assert not sockets.exists()
 
 
 def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
     environment = dict(os.environ)
-    own(environment)
+    with own(environment) as sockets:
+        assert environment["VLLM_RPC_BASE_PATH"] == sockets
     pid, start_time = environment[OWNER_VARIABLE].split(":")
     environment[OWNER_VARIABLE] = f"{pid}:{int(start_time) + 1}"  # the pid now belongs to another process
     result = subprocess.run([sys.executable, "-c", CHILD], env=environment, check=False, timeout=50)
@@ -51,7 +57,8 @@ def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
 
 def test_owner_itself_and_foreign_processes_are_left_alone() -> None:
     script = (
-        "import os; from rollout.process_tie import own, tie_to_owner; tie_to_owner(); own(os.environ); tie_to_owner()"
+        "import os; from rollout.process_tie import own, tie_to_owner; tie_to_owner(); "
+        "sockets = own(os.environ); tie_to_owner(); assert os.path.isdir(sockets.name)"
     )
     environment = {k: v for k, v in os.environ.items() if k != OWNER_VARIABLE}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=50).returncode == 0
