@@ -92,7 +92,7 @@ class JsonlSink:
 
     Args:
         run_dir: where the file lives.
-        done_steps: rows of later steps are from a life that is being resumed, and are removed.
+        done_steps: rows of later steps are from a life that is being resumed, and are removed; -1: all.
     """
 
     def __init__(self, run_dir: Path, *, done_steps: int) -> None:
@@ -144,10 +144,9 @@ class TensorBoardSink:
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
-        if done_steps > 0:  # tells TensorBoard to drop what a killed life wrote after these
-            self._writer.add_event(
-                Event(wall_time=time.time(), step=done_steps + 1, session_log=SessionLog(status=SessionLog.START))
-            )
+        # Tells TensorBoard to drop what an earlier life wrote after these.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=done_steps + 1, session_log=start))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
@@ -159,7 +158,11 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run; it resumes under the same id."""
+    """A W&B run; it resumes under the same id.
+
+    Charts have our `step` as their axis. W&B's own step only grows, and what a resumed run logs at one that was logged
+    before would be dropped.
+    """
 
     def __init__(
         self, run_dir: Path, *, project: str, mode: Literal["online", "offline"], name: str, config: Mapping[str, Any]
@@ -172,9 +175,10 @@ class WandbSink:
         self._run = wandb.init(
             project=project, mode=mode, name=name, id=run_id, resume="allow", dir=str(run_dir), config=dict(config)
         )
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
         self._run.finish()

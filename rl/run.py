@@ -13,7 +13,7 @@ from rl.checkpoint import LEARNER, CheckpointStore
 from rl.controller import Controller, StepResult
 from rl.errors import WeightSyncError
 from rl.evaluation import Evaluator
-from rl.metrics import MetricSink, step_metrics
+from rl.metrics import MetricSink, read_metrics, step_metrics
 from rl.probe import AgreementBounds, WeightProbe
 from rl.samples import write_samples
 
@@ -66,6 +66,8 @@ class TrainingRun:
         self.display = display
         self.next_step = 0
         self._open_sinks = open_sinks
+        self._last_row = -1  # step of the last row of an earlier life that stands
+        self._owed: dict[str, float] | None = None  # metrics of the step before `next_step`, which has no whole row
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint; False when there is none.
@@ -79,16 +81,26 @@ class TrainingRun:
         path, state = found
         self.controller.learners.load_checkpoint(path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
-        self.next_step = int(state["step"])
+        self.next_step = self._last_row = int(state["step"])
+        if not self._row_is_whole(self.next_step):
+            self._last_row, self._owed = self.next_step - 1, state["metrics"]
         self.display.message(f"resumed from {path} ({self.next_step} steps done)")
         return True
 
+    def _row_is_whole(self, step: int) -> bool:
+        """Whether the row of a step was written, with its evaluation: a step is saved before either."""
+        row = next((row for row in read_metrics(self.plan.run_dir) if row["step"] == step), {})
+        return bool(row) and (any(name.startswith("eval/") for name in row) or not self._evaluation_is_due(step))
+
     def execute(self) -> dict[str, float]:
         """Run to the end; returns the metrics of the last step (and of the last evaluation)."""
-        plan, metrics = self.plan, {}
-        sinks = self._open_sinks(self.next_step)
+        plan = self.plan
+        metrics: dict[str, float] = {}
+        sinks = self._open_sinks(self._last_row)
         try:
             self.controller.sync_weights()
+            if self._owed is not None:
+                metrics = self._evaluate_and_record(sinks, self._owed)
             if self.evaluator and plan.evaluate_at_start and self.next_step == 0:
                 self._record(sinks, 0, self._evaluate("start"))
             while self.next_step < plan.total_steps:
@@ -106,17 +118,26 @@ class TrainingRun:
         if self.probe.due():
             metrics |= self.controller.surviving_losses(lambda: self._probe(result))
         self.next_step += 1
-        done, last = self.next_step, self.next_step == plan.total_steps
+        done = self.next_step
         self._write_samples(result)
-        if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
-            self._save()  # before the evaluation, so that one which fails costs no step
+        if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
+            self._save(metrics)  # before the evaluation, so that one which fails costs no step
+        return self._evaluate_and_record(sinks, metrics)
+
+    def _evaluate_and_record(self, sinks: Sequence[MetricSink], metrics: dict[str, float]) -> dict[str, float]:
+        """The end of a step: its evaluation, where the plan has one, and its row."""
+        done = self.next_step
         try:
-            if self.evaluator and plan.evaluate_every and (done % plan.evaluate_every == 0 or last):
+            if self._evaluation_is_due(done):
                 metrics |= self._evaluate(f"step_{done:06d}")
         finally:
             self._record(sinks, done, metrics)
         self.display.step(done, metrics)
         return metrics
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.plan.evaluate_every
+        return self.evaluator is not None and every > 0 and (step % every == 0 or step == self.plan.total_steps)
 
     def _probe(self, result: StepResult) -> dict[str, float]:
         return self.probe.check(
@@ -160,8 +181,9 @@ class TrainingRun:
         for sink in sinks:
             sink.write(step, metrics)
 
-    def _save(self) -> None:
+    def _save(self, metrics: Mapping[str, float]) -> None:
         state: dict[str, Any] = {
+            "metrics": dict(metrics),
             "fingerprint": self.plan.fingerprint,
             "prompt_source": self.controller.prompt_source.state_dict(),
         }

@@ -99,6 +99,41 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("row_was_written", [True, False])
+def test_an_evaluation_that_was_cut_short_is_made_up_for_when_resuming(tmp_path, row_was_written):
+    run = make_run(tmp_path, evaluate_every=2)
+    run.evaluator.evaluate = lambda directory, label: raise_(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    if not row_was_written:  # killed outright, between the checkpoint and the row
+        metrics = tmp_path / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    resumed = make_run(tmp_path, total_steps=2, evaluate_every=2)
+    assert resumed.restore()
+    last = resumed.execute()
+    first, second = read_metrics(tmp_path)
+    assert second["eval/held/pass@2"] == last["eval/held/pass@2"] == 1.0
+    assert second.keys() - first.keys() >= {"eval/held/pass@2", "eval/held/avg@2"}
+    assert first.keys() <= second.keys()
+
+    again = make_run(tmp_path, total_steps=2, evaluate_every=2)
+    again.restore()
+    assert again.execute() == {}, "nothing is left to do"
+
+
+def test_a_run_that_had_no_checkpoint_yet_starts_its_rows_again(tmp_path):
+    class Dies(FakeLearners):
+        def update(self, batch):
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        make_run(tmp_path, learners=Dies(), evaluate_every=2, evaluate_at_start=True).execute()
+    run = make_run(tmp_path, total_steps=1, evaluate_at_start=True)
+    assert not run.restore()
+    run.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
 def raise_(error):
     raise error
 

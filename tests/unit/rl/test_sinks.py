@@ -28,7 +28,7 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
 
 
 def test_an_offline_wandb_run_keeps_its_id(tmp_path):
-    for steps in ((1, 2), (3,)):
+    for steps in ((1, 2, 3), (3, 4)):
         sink = WandbSink(tmp_path, project="p", mode="offline", name="n", config={"seed": 1})
         for step in steps:
             sink.write(step, {"reward/mean": 0.5})
@@ -36,4 +36,22 @@ def test_an_offline_wandb_run_keeps_its_id(tmp_path):
     run_id = (tmp_path / "wandb_id").read_text()
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
-    assert all(run.name.endswith(run_id) and list(run.glob("*.wandb")) for run in runs)
+    assert all(run.name.endswith(run_id) for run in runs)
+    assert all(list(run.glob("*.wandb")) for run in runs)
+
+
+def test_wandb_is_never_given_a_step_of_its_own_which_it_would_drop(tmp_path, monkeypatch):
+    import wandb
+
+    calls = []
+
+    class Run:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append((name, args, kwargs))
+
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: Run())
+    WandbSink(tmp_path, project="p", mode="offline", name="n", config={}).write(3, {"reward/mean": 0.5})
+    assert calls == [
+        ("define_metric", ("*",), {"step_metric": "step"}),
+        ("log", ({"step": 3, "reward/mean": 0.5},), {}),
+    ]
