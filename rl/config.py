@@ -12,7 +12,10 @@ from pydantic import Field, model_validator
 
 from rl.config_types import (
     Beta,
+    FileName,
+    Float,
     Fraction,
+    Int,
     LocalOrNamed,
     NonNegativeFloat,
     NonNegativeInt,
@@ -46,7 +49,7 @@ class DatasetConfig(Section):
     """Where prompts come from."""
 
     path: str = Field(description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK")
-    name: str | None = Field(None, description="how metrics call it; default: from the path")
+    name: FileName | None = Field(None, description="how metrics and files call it; default: from the path")
     split: str = "train"
     subset: str | None = Field(None, description="a hub dataset's configuration name")
     prompt_field: str = "prompt"
@@ -62,9 +65,9 @@ class DatasetConfig(Section):
 class CurriculumConfig(Section):
     """Prompts by running pass rate p: each is kept with chance 4 p (1 - p), where the order comes to it."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="weight of the old rate in the running mean")
-    floor: Annotated[float, Field(ge=0.01, le=1)] = Field(0.05, description="smallest chance, so that none is lost")
-    right_above: float = Field(0.0, description="a response is right when its task reward is above this")
+    decay: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5, description="weight of the old rate in the running mean")
+    floor: Annotated[Float, Field(ge=0.01, le=1)] = Field(0.05, description="smallest chance, so that none is lost")
+    right_above: Float = Field(0.0, description="a response is right when its task reward is above this")
 
 
 class DataConfig(Section):
@@ -82,7 +85,7 @@ class RejectDegenerateConfig(Section):
     """What counts as endless repetition: one block of tokens, again and again up to the end of the response."""
 
     min_tokens: PositiveInt = Field(256, description="the repetition is at least so long")
-    min_repeats: Annotated[int, Field(ge=2)] = Field(8, description="and holds the block at least so often")
+    min_repeats: Annotated[Int, Field(ge=2)] = Field(8, description="and holds the block at least so often")
     max_period: PositiveInt = Field(64, description="tokens of the longest block that is looked for")
 
 
@@ -96,7 +99,7 @@ class RolloutConfig(Section):
     group_size: PositiveInt = 8
     max_response_tokens: PositiveInt = 1024
     temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     top_k: NonNegativeInt = 0
     min_p: Fraction = 0.0
     stop: tuple[str, ...] = ()
@@ -105,7 +108,7 @@ class RolloutConfig(Section):
     )
     max_concurrent_sequences: PositiveInt = 256
     kv_cache_gib: PositiveFloat | None = Field(None, description="fixed KV cache an engine; None: measured by vLLM")
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] = 0.85
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     timeout_s: PositiveFloat = Field(1800.0, description="of generation without a group of samples finished")
@@ -118,7 +121,7 @@ class RewardFunctionConfig(Section):
     """One reward of the weighted sum."""
 
     name: str = Field(description="registered name, package.module:function, or path/to/file.py:function")
-    weight: float = 1.0
+    weight: Float = 1.0
     gate: bool = Field(False, description="the reward is at most 0 unless this part is positive")
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -135,7 +138,7 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardConfig:
-        if self.clip is not None and self.clip[0] >= self.clip[1]:
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip {list(self.clip)} leaves no room; its first number must be under its second")
         return self
 
@@ -173,7 +176,7 @@ class RolloutCorrectionConfig(Section):
 class DynamicSamplingConfig(Section):
     """Replace groups whose task rewards are all equal by groups of further prompts (DAPO)."""
 
-    max_rounds: Annotated[int, Field(ge=2)] = Field(10, description="generations a step, the first included")
+    max_rounds: Annotated[Int, Field(ge=2)] = Field(10, description="generations a step, the first included")
 
 
 class AlgorithmConfig(Section):
@@ -186,7 +189,7 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None = (
         Field(None, description="None: the loss's own default")
     )
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: Float = 0.0
     kl: KLConfig = KLConfig()
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
@@ -291,7 +294,7 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 1
     pass_at: tuple[PositiveInt, ...] = (1,)
     temperature: NonNegativeFloat = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     max_response_tokens: PositiveInt | None = Field(None, description="None: as in rollout")
 
     @model_validator(mode="after")
@@ -320,8 +323,10 @@ class RayConfig(Section):
 
     address: str | None = Field(None, description="None: RAY_ADDRESS, else a local cluster that ends with the run")
     colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
-    rollout_resources: dict[str, float] = Field(default_factory=dict, description="custom resources a rollout worker")
-    learner_resources: dict[str, float] = Field(default_factory=dict)
+    rollout_resources: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="custom resources a rollout worker"
+    )
+    learner_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
 
 
 class RunConfig(Section):

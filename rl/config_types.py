@@ -8,15 +8,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+
+def _no_boolean(value: Any) -> Any:
+    """Pydantic takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_boolean)]
+Float = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 def looks_local(path: str) -> bool:
@@ -30,6 +40,13 @@ def _whole_path(path: str) -> str:
     return str(local.absolute()) if local.exists() else path
 
 
+def _file_name(name: str) -> str:
+    if not name or "/" in name or not name.isprintable():
+        raise ValueError("it becomes part of file names; leave out slashes and control characters")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
 LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder, else a name on the hub
 PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if name.endswith(".py") else name)]
 

@@ -38,7 +38,11 @@ def prompt_messages(value: Any, config: DatasetConfig, location: str) -> list[Me
 
 
 def parse_messages(value: Any, field: str, location: str) -> list[Message]:
-    """A string or a list of messages as a new list of messages. Raises DataError unless each has a role and text."""
+    """A string or a list of messages as a new list of messages.
+
+    Raises:
+        DataError: a message has no role, or neither text nor tool calls.
+    """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list | tuple):
@@ -67,10 +71,15 @@ def _parse_message(message: Any, location: str) -> Message:
         raise DataError(f"{location} must be an object with role and content, not {_kind(message)}")
     # Columnar formats give every message every key that any message has; templates test for presence.
     present = {key: value for key, value in message.items() if value is not None}
+    calls = present.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(f"{location}: tool_calls must be a list of objects")
+    if calls:  # such a turn says nothing else, often
+        present.setdefault("content", "")
     for key in ("role", "content"):
         if not isinstance(present.get(key), str):
             raise DataError(f"{location}: {key} must be text, not {_kind(present.get(key))}")
-    if not present["content"].strip():
+    if not present["content"].strip() and not calls:
         raise DataError(f"{location}: content is empty")
     for key, value in present.items():
         if isinstance(value, str) and not _is_encodable(value):

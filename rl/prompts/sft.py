@@ -101,9 +101,12 @@ def _completion(prompt: str, full: str, response: Message, location: str) -> _Tu
     response's content as it stands; a <think> tag that the prompt has opened already is not repeated.
     """
     parts = [response["content"], *(response[key] for key in ("reasoning_content", "thinking") if key in response)]
+    tools = [str((call.get("function") or call).get("name")) for call in response.get("tool_calls", ())]
     completion = full.removeprefix(prompt)
-    if full.startswith(prompt) and all(_words(part) in _words(completion) for part in parts):
+    if full.startswith(prompt) and all(_words(part) in _words(completion) for part in parts + tools):
         return _Turn(prompt, completion, verbatim=False)
+    if tools:
+        raise DataError(f"{location}: the chat template does not write the response's tool calls; take the row out")
     if len(parts) > 1:
         raise DataError(
             f"{location}: the chat template does not write the response's thinking after its own generation prompt; "

@@ -110,6 +110,22 @@ def test_columns_that_only_some_messages_have_do_not_reach_the_template(tmp_path
     assert rendered(load(path, tokenizer).prompts[0], tokenizer) == "user-assistant+user-"
 
 
+def test_a_turn_that_only_calls_a_tool_needs_no_text(tmp_path, tokenizer):
+    prompt = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "2"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "ground_truth": "2"}))
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %};{% endfor %}"
+    )
+    assert rendered(load(path, tokenizer).prompts[0], tokenizer) == "user:1+1?;assistant:add;tool:2;"
+
+
 @pytest.mark.parametrize("saved", ["save_to_disk", "save_to_disk_splits", "data_files"])
 def test_dataset_folders(tmp_path, tokenizer, saved, monkeypatch):
     import datasets
@@ -187,6 +203,10 @@ GOOD = {"prompt": "1+1?", "ground_truth": "2"}
             r":2: prompt\[0\] must be an object with role and content, not a str",
         ),
         ({"prompt": [{"role": "user"}], "ground_truth": "2"}, r":2: prompt\[0\]: content must be text, not null"),
+        (
+            {"prompt": [{"role": "assistant", "tool_calls": ["add"]}], "ground_truth": "2"},
+            r":2: prompt\[0\]: tool_calls must be a list of objects",
+        ),
         ({"prompt": [{"content": "x"}], "ground_truth": "2"}, r":2: prompt\[0\]: role must be text, not null"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "ground_truth": "2"},

@@ -47,6 +47,19 @@ def texts(examples: SftSet, tokenizer: Any) -> list[tuple[str, str]]:
     return [(tokenizer.decode(e.prompt_ids), tokenizer.decode(e.response_ids)) for e in examples.examples]
 
 
+def test_a_response_that_calls_a_tool_is_what_the_template_writes_or_an_error(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    row = {"messages": [{"role": "user", "content": "1+1?"}, call]}
+    (_, response), *_ = texts(load(tmp_path, released("qwen3", "qwen3"), row), build_tokenizer("qwen3"))
+    assert (
+        response == '<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    )
+    silent = build_tokenizer("qwen3")
+    silent.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="the chat template does not write the response's tool calls"):
+        load(tmp_path, silent, row)
+
+
 def test_prompt_and_response_rows(tmp_path):
     tokenizer = build_tokenizer("qwen3")
     result = load(tmp_path, tokenizer, {"prompt": "1+1?", "response": "<think>easy</think>2"}, prompt_suffix=" Box it.")
