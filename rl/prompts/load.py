@@ -14,7 +14,7 @@ from typing import Any
 
 from rl.batch import Prompt
 from rl.config import DatasetConfig
-from rl.errors import DataError
+from rl.errors import DataError, FledgeError
 from rl.prompts.messages import optional_text, prompt_messages, question_text
 from rl.prompts.rows import REASONING_GYM, Row, dataset_name, missing_field, read_rows
 from rl.prompts.template import ChatTemplate, Message
@@ -165,5 +165,5 @@ def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[
 def _validate(validate: Validate, prompt: Prompt, row: Row) -> None:
     try:
         validate(prompt)
-    except DataError as error:
+    except FledgeError as error:  # of the ground truth, or of a reward that the row names
         raise type(error)(f"{row.location}: {error}") from error

@@ -316,6 +316,18 @@ def test_validate_refuses_a_ground_truth_with_its_line(tmp_path, tokenizer):
         load_prompts(config, tokenizer, max_prompt_tokens=99, chat_template_options={}, validate=is_number)
 
 
+def test_an_unknown_reward_is_named_with_its_line(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", GOOD, GOOD | {"reward": "mat"})
+
+    def load_reward(prompt: Prompt) -> None:
+        if prompt.reward is not None:
+            raise ConfigError(f"unknown reward {prompt.reward!r}")
+
+    config = DatasetConfig(path=str(path))
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: unknown reward 'mat'"):
+        load_prompts(config, tokenizer, max_prompt_tokens=99, chat_template_options={}, validate=load_reward)
+
+
 def test_reasoning_gym_rows_can_be_scored_by_their_task(tokenizer):
     import reasoning_gym
 
