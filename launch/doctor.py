@@ -82,7 +82,9 @@ def _memory() -> Iterator[Finding]:
     yield Finding(
         free >= _LEAST_SHARED_GIB,
         f"{_SHARED_MEMORY} has {free:.1f} GiB free",
-        f"Ray and weight sync need at least {_LEAST_SHARED_GIB:g} GiB; in a container, raise --shm-size",
+        f"with less than {_LEAST_SHARED_GIB:g} GiB Ray's object store is on disk, and NCCL fails; in a container, "
+        "raise --shm-size",
+        required=False,
     )
 
 
