@@ -21,7 +21,8 @@ from rl.metrics import METRICS_FILE, read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # this folder holds a rewards.py, the project a package of that name
 RUNS = Path("runs/algorithms")
-# The recipes of docs/algorithms.md. Two optimizer steps a batch, so that clipping has something to do.
+# Advantage, loss and aggregation of docs/algorithms.md's recipes. Two optimizer steps a batch, so that clipping has
+# something to do.
 RECIPES: dict[str, dict[str, Any]] = {
     "PPO": {
         "algorithm": {"advantage": "gae", "loss": "ppo_clip", "whiten_advantages": True},
