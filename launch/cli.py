@@ -98,7 +98,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: every known error is one message and its own exit code; Ctrl-C and SIGTERM end the run cleanly."""
+    """Entry point: every known error is one message and its kind's exit code; Ctrl-C and SIGTERM end it cleanly."""
     quiet_frameworks()
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._common.utils import get_system_memory
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,7 +24,8 @@ from launch.environment import cluster_address
 from rl.config import RayConfig, TrainConfig
 from rl.errors import ConfigError
 
-_OBJECT_STORE_BYTES = 512 << 20  # of a local cluster; a step's rollouts are a few megabytes
+_OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most; a token of a step takes 30
+_SHARED_MEMORY = "/dev/shm"
 _CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
 _PLACEMENT_TIMEOUT_S = 120.0
 _START_ATTEMPTS = 3
@@ -45,7 +48,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     if address is None:
         options |= {
             "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
+            "object_store_memory": _object_store_bytes(get_system_memory(), shutil.disk_usage(_SHARED_MEMORY).free),
             "_node_ip_address": "127.0.0.1",
         }
     on_terminate = signal.getsignal(signal.SIGTERM)
@@ -78,6 +81,13 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
             if last or address is not None or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
+
+
+def _object_store_bytes(memory: int, shared_memory: int) -> int:
+    """A sixteenth of the memory (of the container, where there is a limit), as far as shared memory has room; only what
+    rollouts fill of it is taken. What fits nowhere else Ray keeps on disk."""
+    least, most = _OBJECT_STORE_BYTES
+    return max(min(memory // 16, shared_memory * 9 // 10, most), least)
 
 
 @dataclass(frozen=True, slots=True)

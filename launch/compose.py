@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def start_rollout_pool(
             deterministic=deterministic,
             trained=trained,
         )
-        return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(index, build)
+        return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(build)
 
     evaluation = config.evaluation
     template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template_options)
@@ -100,12 +100,7 @@ def start_rollout_pool(
         start_worker,
         config.rollout,
         training=training,
-        evaluation=evaluation_parameters(
-            training,
-            temperature=evaluation.temperature,
-            top_p=evaluation.top_p,
-            max_tokens=evaluation.max_response_tokens,
-        ),
+        evaluation=evaluation_parameters(training, evaluation),
         evaluation_samples=evaluation.samples_per_prompt,
         seed=config.seed,
         deterministic=deterministic,
@@ -208,6 +203,11 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             report=display.message,
         )
         bounds = agreement_bounds(config)
+        if not _comparable(config.rollout):
+            display.message(
+                "note: rollout.top_p, top_k, min_p or temperature 0 cuts the sampler's distribution, so its "
+                "log-probabilities are not compared with the learner's at each step (sync.probe_every still counts)"
+            )
         yield TrainingRun(
             _plan(config, run_dir),
             controller,
@@ -236,7 +236,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
             config,
-            transport=resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=False),
+            transport=resolve_transport("auto", cuda=device == "cuda", colocate=False),  # no learner sends anything
             actor_options=placement.rollouts,
             deterministic=config.deterministic,
             trained=False,
@@ -301,8 +301,14 @@ def fingerprint(config: TrainConfig | SftConfig) -> str:
 
 def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
     """Training prompts and evaluation sets, every ground truth accepted by its reward. Starts no worker."""
+    with closing(CombinedReward(config.reward.functions, config.reward.clip)) as rewards:
+        return _load_data(config, rewards, display, train=train)
+
+
+def _load_data(
+    config: TrainConfig, rewards: CombinedReward, display: Display, *, train: bool
+) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
     tokenizer = load_tokenizer(config.model)
-    rewards = CombinedReward(config.reward.functions, config.reward.clip)
     load = functools.partial(
         load_prompts,
         tokenizer=tokenizer,
@@ -322,7 +328,6 @@ def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> t
         if any(loaded.name == other.name for other in eval_sets):
             raise ConfigError(f"data.eval has two datasets named {loaded.name}; give one of them another name")
         eval_sets.append(EvalSet(loaded.name, loaded.prompts))
-    rewards.close()
     if not config.data.keep_held_out:
         prompts = _held_out_dropped(prompts, eval_sets, display)
     return prompts, eval_sets

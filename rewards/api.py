@@ -18,7 +18,7 @@ class RewardInput:
     """One response to be scored, as plain data."""
 
     prompt: str  # the user's question
-    response: str  # the whole response, special tokens left out
+    response: str  # the whole response; of special tokens only those that mark thinking or channels
     answer: str  # the part of the response that counts as the final answer (after thinking tags or harmony channels)
     ground_truth: Any
     data_source: str = ""

@@ -22,6 +22,7 @@ from rl.errors import RewardError
 
 SHARED_DONE = "shared done"  # yielded once by `stream`: what follows is work on one sample at a time
 _END = object()
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,17 @@ class _Part:
     reward: Reward
     weight: float = 1.0
     gate: bool = False
+
+
+def _passed(judged: Sequence[tuple[_Part, float]]) -> bool:
+    """Whether a response has all that the parts ask for: 1, or 0 of a penalty, and gates that are open. A part without
+    weight that is no gate only watches."""
+    return any(part.weight > 0.0 or part.gate for part, _ in judged) and all(
+        (value >= 1.0 - _ROUNDING or part.weight <= 0.0)
+        and (value <= _ROUNDING or part.weight >= 0.0)
+        and (value > 0.0 or not part.gate)
+        for part, value in judged
+    )
 
 
 class CombinedReward:
@@ -173,7 +185,7 @@ class CombinedReward:
             self._clipped(self._weighted_sum(parts, results.outputs)),
             breakdown,
             unshaped_reward=unshaped,
-            full_marks=self._clipped(sum(max(part.weight, 0.0) for part, _ in judged)),
+            passed=_passed([(part, output.reward) for part, output in judged]),
             extracted=next((output.extracted for _, output in judged if output.extracted is not None), None),
         )
 

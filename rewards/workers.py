@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import threading
-import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -134,7 +133,6 @@ class RewardPool:
         self._idle.put_nowait(worker)
 
     async def _score(self, batch: RolloutBatch) -> ScoredBatch:
-        start = time.monotonic()
         samples = reward_inputs(batch)
         results = [PartResults(status=RewardStatus.SKIPPED, error="the rollout was aborted") for _ in samples]
         live = [i for i, r in enumerate(batch.rollouts) if r.finish_reason is not FinishReason.ABORT]
@@ -144,7 +142,7 @@ class RewardPool:
         for chunk, answer in zip(chunks, answers):
             for index, result in zip(chunk, answer, strict=True):
                 results[index] = result
-        return ScoredBatch(batch, self._combined.finish(samples, results), time.monotonic() - start)
+        return ScoredBatch(batch, self._combined.finish(samples, results))
 
     async def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
         """On an idle worker; a worker that is lost meanwhile is replaced, and the chunk tried again elsewhere."""

@@ -1,14 +1,77 @@
-"""Ending Ray actors for good. Left out: starting them (`launch.cluster` places them), and what they do."""
+"""Waiting for Ray actors, and ending them for good.
+
+Left out: starting them (`launch.cluster` places them), and what they do.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from rl.errors import FledgeError
 
 _DEATH_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """How the errors of actors of one kind are told."""
+
+    member: str  # "learner rank", say
+    error: type[FledgeError]
+    passing: tuple[type[FledgeError], ...] = ()  # raised by a member, these are raised here as they are
+
+    def wait(
+        self,
+        calls: Sequence[Any],
+        what: str,
+        *,
+        timeout_s: float,
+        setting: str,
+        members: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """What one call a member returns, in order.
+
+        Args:
+            calls: references.
+            what: the members were to do.
+            setting: the key that the deadline comes from.
+            members: whom the calls are of; None: 0, 1, ...
+
+        Raises:
+            FledgeError: of the first call that fails, at once, because the others may only be waiting for that member;
+                or calls are late, and whose.
+        """
+        names = list(members if members is not None else range(len(calls)))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        waiting = list(calls)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                late = [names[calls.index(call)] for call in waiting]
+                raise self.error(f"{self.member}s {late} did not {what} within {setting} {timeout_s:g} s")
+            index = calls.index(ready[0])
+            results[index] = self.get(ready[0], names[index], what)
+        return [results[index] for index in range(len(calls))]
+
+    def get(self, call: Any, index: int, what: str) -> Any:
+        """The result of a call that has ended."""
+        try:
+            return ray.get(call)
+        except RayTaskError as error:
+            if isinstance(error.cause, self.passing):
+                raise error.cause from None
+            cause = str(error.cause) if isinstance(error.cause, FledgeError) else repr(error.cause)
+            raise self.error(f"{self.member} {index} failed to {what}: {cause}") from error
+        except RayError as error:  # it died, its node did, or Ray's memory monitor killed it
+            raise self.error(f"{self.member} {index} was lost before it could {what}: {error}") from error
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:

@@ -65,7 +65,7 @@ class Rollout:
     rollout_logprobs: FloatArray  # [R] of the sampler's own distribution, after temperature and truncation
     finish_reason: FinishReason
     policy_version: int  # of the weights that generated the first token; the sample's age counts from it
-    text: str  # token_ids decoded, special tokens left out
+    text: str  # token_ids decoded; of special tokens only those that mark thinking or channels
     answer: str  # the part of `text` that counts as the final answer (after thinking tags or harmony channels)
     last_policy_version: int = -1  # of the weights that generated the last token; -1 means the same as the first
     routed_experts: npt.NDArray[np.int16] | None = None  # [P+R-1, layers, top_k] for router replay, when recorded
@@ -108,7 +108,7 @@ class Score:
     status: RewardStatus = RewardStatus.OK
     error: str = ""  # one line, when status is not OK
     unshaped_reward: float | None = None  # before length shaping and the like; None means equal to `reward`
-    full_marks: float = 1.0  # the task reward of a response that is right in every part
+    passed: bool | None = None  # whether every task part says so; None: when the task reward is 1
     extracted: str | None = None  # the answer that was judged, in one spelling; None: the reward knows of none
 
     @property
@@ -122,7 +122,7 @@ class Score:
 
     @property
     def solved(self) -> bool:
-        return self.task_reward >= self.full_marks - 1e-6
+        return self.task_reward >= 1.0 - 1e-6 if self.passed is None else self.passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,6 @@ class ScoredBatch:
 
     batch: RolloutBatch
     scores: tuple[Score, ...]  # [N], in the order of batch.rollouts
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.batch.rollouts):
@@ -196,13 +195,15 @@ class TrainBatch:
     samples: tuple[TrainSample, ...]
     num_loss_tokens: int  # sum of loss_mask over the whole batch (all ranks, all micro-batches)
     num_sequences: int  # samples with at least one loss token
+    metrics: Mapping[str, float] = field(default_factory=dict)  # advantage/...
 
     @classmethod
-    def from_samples(cls, samples: tuple[TrainSample, ...]) -> TrainBatch:
+    def from_samples(cls, samples: tuple[TrainSample, ...], metrics: Mapping[str, float] | None = None) -> TrainBatch:
         return cls(
             samples=samples,
             num_loss_tokens=sum(s.num_loss_tokens for s in samples),
             num_sequences=sum(1 for s in samples if s.loss_mask.any()),
+            metrics=metrics or {},
         )
 
 

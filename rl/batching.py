@@ -17,6 +17,8 @@ from rl.errors import LearnerError
 
 Layout = Literal["packed", "bucketed", "shared_prefix"]
 
+_HIDDEN_SIZE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class MiniBatchShare:
@@ -41,17 +43,16 @@ def split_into_mini_batches(batch: TrainBatch, mini_batches: int, *, seed: int) 
     return [TrainBatch.from_samples(tuple(useful[i] for i in part)) for part in np.array_split(order, mini_batches)]
 
 
-def sequence_cost(num_tokens: int, hidden_size: int = 4096) -> float:
+def sequence_cost(num_tokens: int) -> float:
     """Relative compute of one sequence: n (1 + n / 6H).
 
-    A transformer layer costs about 24 H^2 FLOPs a token for its matrices and 4 n H for attention over n tokens.
+    A transformer layer costs about 24 H^2 FLOPs a token for its matrices and 4 n H for attention over n tokens. H is a
+    typical one: what is balanced does not need to be exact.
     """
-    return num_tokens * (1.0 + num_tokens / (6.0 * hidden_size))
+    return num_tokens * (1.0 + num_tokens / (6.0 * _HIDDEN_SIZE))
 
 
-def balance(
-    samples: Sequence[TrainSample], num_ranks: int, *, hidden_size: int = 4096, share_prefixes: bool = False
-) -> list[list[TrainSample]]:
+def balance(samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: bool = False) -> list[list[TrainSample]]:
     """Deal samples to ranks so that their costs are about equal: longest first, each to the least loaded rank.
 
     The largest load is at most 4/3 - 1/(3 num_ranks) of the best possible one (Graham 1969). Every rank gets work as
@@ -66,7 +67,7 @@ def balance(
             for members in _by_prompt([s.prompt_ids.tobytes() for s in samples])
             for start in range(0, len(members), largest)
         ]
-    costs = [_cost_together([samples[i] for i in piece], hidden_size) for piece in pieces]
+    costs = [_cost_together([samples[i] for i in piece]) for piece in pieces]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     for number in sorted(range(len(pieces)), key=lambda i: (-costs[i], i)):
@@ -84,10 +85,10 @@ def _by_prompt(prompts: Sequence[bytes]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cost_together(samples: Sequence[TrainSample], hidden_size: int) -> float:
+def _cost_together(samples: Sequence[TrainSample]) -> float:
     """`sequence_cost` of samples that share their prompt."""
-    prompt = sequence_cost(len(samples[0].prompt_ids), hidden_size)
-    return prompt + sum(sequence_cost(s.num_tokens, hidden_size) - prompt for s in samples)
+    prompt = sequence_cost(len(samples[0].prompt_ids))
+    return prompt + sum(sequence_cost(s.num_tokens) - prompt for s in samples)
 
 
 def deal(
@@ -118,7 +119,6 @@ def plan_update(
     mini_batches: int = 1,
     epochs: int = 1,
     seed: int = 0,
-    hidden_size: int = 4096,
     share_prefixes: bool = False,
 ) -> list[list[MiniBatchShare]]:
     """The whole update: for each rank its share of every optimizer step, `epochs * mini_batches` of them.
@@ -130,7 +130,7 @@ def plan_update(
     for epoch in range(epochs):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         for part in split_into_mini_batches(batch, mini_batches, seed=epoch_seed):
-            shares = balance(part.samples, num_ranks, hidden_size=hidden_size, share_prefixes=share_prefixes)
+            shares = balance(part.samples, num_ranks, share_prefixes=share_prefixes)
             for rank, samples in enumerate(shares):
                 plan[rank].append(MiniBatchShare(tuple(samples), part.num_loss_tokens, part.num_sequences))
     return plan

@@ -17,7 +17,7 @@ from typing import Any
 
 from rl.errors import CheckpointError
 
-_NAME = re.compile(r"step_(\d+)")
+_NAME = re.compile(r"step_\d+")
 _STATE = "state.json"
 _DISCARDED = ".discarded_"
 LEARNER = "learner"  # the sub-folder that the learner writes
@@ -103,7 +103,8 @@ class CheckpointStore:
     def _complete(self) -> list[Path]:
         if not self.directory.is_dir():
             return []
-        return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 
 from rl.config_types import (
     Beta,
-    FileName,
     Float,
     Fraction,
     Int,
@@ -49,7 +48,7 @@ class DatasetConfig(Section):
     """Where prompts come from."""
 
     path: str = Field(description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK")
-    name: FileName | None = Field(None, description="how metrics and files call it; default: from the path")
+    name: str | None = Field(None, description="how metrics and files call it; default: from the path")
     split: str = "train"
     subset: str | None = Field(None, description="a hub dataset's configuration name")
     prompt_field: str = "prompt"
@@ -79,6 +78,16 @@ class DataConfig(Section):
     curriculum: CurriculumConfig | None = Field(None, description="None: every prompt once an epoch")
     max_prompt_tokens: PositiveInt = 1024
     keep_held_out: bool = Field(False, description="train also on prompts that are in eval; they are dropped otherwise")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        for dataset in self.eval:
+            if dataset.name is not None and ("/" in dataset.name or not dataset.name.isprintable()):
+                raise ValueError(
+                    f"eval has the name {dataset.name!r}, which becomes part of file names; leave out slashes and "
+                    "control characters"
+                )
+        return self
 
 
 class RejectDegenerateConfig(Section):
@@ -159,8 +168,9 @@ class KLConfig(Section):
             raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
         if self.placement == "none" and self.coefficient > 0.0:
             raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
-        if self.placement == "none" and self.adaptive_target is not None:
-            raise ValueError("kl.adaptive_target is set but kl.placement is none; set placement to loss or reward")
+        for key in ("adaptive_target", "reference"):
+            if self.placement == "none" and getattr(self, key) is not None:
+                raise ValueError(f"kl.{key} is set but kl.placement is none; set placement to loss or reward")
         return self
 
 
@@ -171,6 +181,12 @@ class RolloutCorrectionConfig(Section):
     level: Literal["token", "sequence", "geometric"] = "token"
     upper: PositiveFloat = 2.0
     lower: NonNegativeFloat = Field(0.0, description="for mask and reject: ratios under it are left out too")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutCorrectionConfig:
+        if self.mode in ("mask", "reject") and self.lower >= self.upper:
+            raise ValueError(f"lower {self.lower:g} is not under upper {self.upper:g}: every token would be left out")
+        return self
 
 
 class DynamicSamplingConfig(Section):
@@ -210,7 +226,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = Field(
+        0, description="optimizer steps: epochs x mini_batches of them a training step"
+    )
     min_lr_ratio: Fraction = 0.0
 
 
@@ -241,7 +259,9 @@ class LearnerConfig(Section):
     offload_parameters: bool = False
     offload_reference: bool = Field(True, description="keep the KL reference in CPU memory between its forward passes")
     moe: MoEConfig = MoEConfig()
-    max_skipped_steps: NonNegativeInt = Field(3, description="non-finite steps in a row before the run ends")
+    max_skipped_steps: NonNegativeInt = Field(
+        3, description="non-finite steps, or batches without a loss token, in a row that the run bears"
+    )
     timeout_s: PositiveFloat = 3600.0
     start_timeout_s: PositiveFloat = Field(
         1800.0, description="for loading the checkpoint, or fetching it from the hub"
@@ -295,10 +315,17 @@ class EvaluationConfig(Section):
     pass_at: tuple[PositiveInt, ...] = (1,)
     temperature: NonNegativeFloat = 0.0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    min_p: Fraction = 0.0
     max_response_tokens: PositiveInt | None = Field(None, description="None: as in rollout")
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError(
+                f"samples_per_prompt is {self.samples_per_prompt}, but at temperature 0 all of them are the same "
+                "response; set a temperature, or samples_per_prompt to 1"
+            )
         too_large = [k for k in self.pass_at if k > self.samples_per_prompt]
         if too_large:
             raise ValueError(
@@ -420,6 +447,18 @@ class TrainConfig(RunConfig):
                 "ray.colocate lets the engine take rollout.gpu_memory_utilization "
                 f"{rollout.gpu_memory_utilization:g} of the GPU before the learner loads; set it to the engine's "
                 "share, or set rollout.kv_cache_gib"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correction_can_work(self) -> TrainConfig:
+        rollout, correction = self.rollout, self.algorithm.rollout_correction
+        cut = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
+        if any(cut.values()) and correction.level == "sequence" and correction.mode != "none":
+            raise ValueError(
+                f"rollout.{next(key for key, is_cut in cut.items() if is_cut)} cuts the sampler's distribution, so "
+                "each token's ratio is under 1, and their product over a response next to 0: nothing would be learned. "
+                "Set algorithm.rollout_correction.level to token or geometric, or sample from the whole distribution"
             )
         return self
 

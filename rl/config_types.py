@@ -40,13 +40,6 @@ def _whole_path(path: str) -> str:
     return str(local.absolute()) if local.exists() else path
 
 
-def _file_name(name: str) -> str:
-    if not name or "/" in name or not name.isprintable():
-        raise ValueError("it becomes part of file names; leave out slashes and control characters")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_file_name)]
 LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder, else a name on the hub
 PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if name.endswith(".py") else name)]
 

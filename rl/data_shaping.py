@@ -48,7 +48,7 @@ def select_groups(scored: ScoredBatch, group_ids: Iterable[int]) -> ScoredBatch:
         )
     share = sum(r.length for r in rollouts) / max(scored.batch.num_tokens, 1)
     batch = RolloutBatch(tuple(scored.batch.prompts[p] for p in prompts), tuple(rollouts), scored.batch.seconds * share)
-    return ScoredBatch(batch, tuple(scored.scores[i] for i in kept), scored.seconds)
+    return ScoredBatch(batch, tuple(scored.scores[i] for i in kept))
 
 
 def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
@@ -64,7 +64,7 @@ def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
         prompts.extend(part.batch.prompts)
         next_group += len(groups)
     batch = RolloutBatch(tuple(prompts), tuple(rollouts), sum(part.batch.seconds for part in parts))
-    return ScoredBatch(batch, tuple(s for part in parts for s in part.scores), sum(part.seconds for part in parts))
+    return ScoredBatch(batch, tuple(s for part in parts for s in part.scores))
 
 
 def trailing_repetition(token_ids: IntArray, *, max_period: int = 64) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def reject_degenerate(scored: ScoredBatch, limits: RejectDegenerateConfig) -> tu
             if degenerate
             else score
         )
-    return ScoredBatch(scored.batch, tuple(scores), scored.seconds), count
+    return ScoredBatch(scored.batch, tuple(scores)), count
 
 
 @dataclass(slots=True)

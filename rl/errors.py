@@ -12,7 +12,7 @@ class FledgeError(Exception):
 
 
 class ConfigError(FledgeError, ValueError):
-    """The configuration is wrong; raised before any process starts."""
+    """The configuration is wrong. Raised as early as that can be known: mostly before any process starts."""
 
     exit_code = 2
 
@@ -42,7 +42,7 @@ class LearnerError(FledgeError, RuntimeError):
 
 
 class WeightSyncError(FledgeError, RuntimeError):
-    """The rollout workers do not hold the learner's weights. Names the version, the rank and the parameters."""
+    """The rollout workers do not hold the learner's weights. Names what is known of version, engine and parameters."""
 
     exit_code = 6
 

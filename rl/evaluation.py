@@ -49,10 +49,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict[str, float]:
     """`eval/NAME/...`: avg@n, pass@k, maj@n, length, truncation and failures, all of the reward before shaping.
 
-    A sample passes when it has full marks in every task part. maj@n is the reward of the commonest extracted answer (of
-    ties the first), and absent where no reward extracts answers; samples without one do not vote. A sample whose reward
-    is unknown is left out of its prompt's n; a prompt with fewer than k samples left counts only in the metrics that it
-    can.
+    A sample passes when it has full marks in every task part that has a weight, and no gate is closed. maj@n is the
+    reward of the commonest extracted answer (of ties the first), and absent where no reward extracts answers; samples
+    without one do not vote. A sample whose reward is unknown is left out of its prompt's n; a prompt with fewer than k
+    samples left counts only in the metrics that it can.
     """
     groups: dict[int, list[Score]] = {}
     for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):

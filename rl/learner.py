@@ -79,7 +79,7 @@ class Learner:
         )
         self._reference: tuple[Any, LogprobHead] | None = None
         if algorithm is not None and algorithm.kl.placement != "none":
-            self._reference = self._start_reference(algorithm.kl.reference or model.path)
+            self._reference = self._start_reference(algorithm.kl.reference)
 
     @property
     def module(self) -> Any:
@@ -130,7 +130,8 @@ class Learner:
         if "learner/kl_ref" not in result.metrics:
             return result
         used = {"learner/kl_coefficient": self._objective.kl.coefficient}
-        self._objective.kl.update(result.metrics["learner/kl_ref"], sum(share.num_sequences for share in mini_batches))
+        samples = sum(share.num_sequences for share in mini_batches) // self._config.epochs
+        self._objective.kl.update(result.metrics["learner/kl_ref"], samples)
         return UpdateResult(result.policy_version, {**result.metrics, **used}, result.seconds)
 
     def sft_step(self, share: MiniBatchShare) -> UpdateResult:
@@ -180,7 +181,8 @@ class Learner:
             name="learner",
         )
 
-    def _start_reference(self, path: str) -> tuple[Any, LogprobHead]:
+    def _start_reference(self, path: str | None) -> tuple[Any, LogprobHead]:
+        """The frozen model at `path`; None: the initial policy."""
         model = self._model_config
         hidden_size = load_config(model, path).hidden_size
         zero = inference_config(dtype=model.dtype, hidden_size=hidden_size, offload=self._config.offload_reference)

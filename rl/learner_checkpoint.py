@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,16 @@ def export_hf(model: Any, source: ModelConfig, directory: Path) -> None:
 
     A collective. Memory is bounded by one bucket on every rank and one file (4 GiB) on rank 0.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     rank = torch.distributed.get_rank()
     weights = Zero3WeightSource(model, dtype=DTYPES[source.dtype], bucket_bytes=_BUCKET_BYTES, rank=rank)
     writer = _ShardWriter(directory)
     for name, tensor in weights:
-        writer.add(name, tensor.cpu())
+        writer.add({name: tensor.cpu()})
     if rank == 0:
+        for name, buffer in _persistent_buffers(model).items():
+            writer.add(revert_weight_conversion(model, {name: buffer.cpu()}))
         writer.finish()
         _write_companions(model, source, directory)
     torch.distributed.barrier()
@@ -162,10 +167,17 @@ def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) ->
     writer = _ShardWriter(directory)
     for name, _ in skeleton.named_parameters():
         whole = masters[name].contiguous().to(DTYPES[source.dtype])
-        for checkpoint_name, tensor in revert_weight_conversion(skeleton, {name: whole}).items():
-            writer.add(checkpoint_name, tensor)
+        writer.add(revert_weight_conversion(skeleton, {name: whole}))
+    for name in _persistent_buffers(skeleton):  # in float32, as the routing biases are that matter
+        writer.add(revert_weight_conversion(skeleton, {name: masters[name].contiguous()}))
     writer.finish()
     _write_companions(skeleton, source, directory)
+
+
+def _persistent_buffers(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint holds beside the parameters: the routing bias of some mixtures of experts, say."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
@@ -189,7 +201,8 @@ def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
     if tokenizer.chat_template:
         end_of_turn = ChatTemplate(tokenizer, source.chat_template_options).end_of_turn_id
         generation.eos_token_id = with_end_of_turn(generation.eos_token_id, end_of_turn)
-    generation.save_pretrained(directory)
+    # Not by save_pretrained, which refuses what many published configurations hold: a temperature without do_sample.
+    (directory / "generation_config.json").write_text(generation.to_json_string())
 
 
 def with_end_of_turn(ends: int | list[int] | None, end_of_turn: int) -> int | list[int]:
@@ -211,12 +224,13 @@ class _ShardWriter:
         self._files: list[list[str]] = []
         self._total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > _SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > _SHARD_BYTES:
+                self._flush()
+            self._pending[name] = tensor.contiguous()
+            self._pending_bytes += size
 
     def finish(self) -> None:
         self._flush()

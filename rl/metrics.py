@@ -29,9 +29,10 @@ def step_metrics(result: StepResult) -> dict[str, float]:
         **score_metrics(result.scored),
         **result.shaping,
         **result.workers,
+        **result.batch.metrics,
         **result.update.metrics,
         "policy/version": float(result.update.policy_version),
-        "sync/seconds": result.seconds.get("sync", result.weights.seconds),
+        "sync/seconds": result.weights.seconds,
         "sync/bytes": float(result.weights.num_bytes),
         "learner/loss_tokens": float(result.batch.num_loss_tokens),
     }

@@ -153,7 +153,21 @@ def _load(
     finally:
         del zero3
     loaded.config.use_cache = False
+    _turn_off_dropout(loaded)
     return loaded, set(report["missing_keys"])
+
+
+def _turn_off_dropout(model: nn.Module) -> None:
+    """The update must see the policy that generated: with dropout its ratios would be noise.
+
+    The configuration, which is exported, keeps its values.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # transformers' attention keeps a number
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tuple[Any, dict[str, Any]]:

@@ -52,10 +52,13 @@ class WeightProbe:
         return self.every > 0 and (self._syncs == 1 or self._syncs % self.every == 0)
 
     def pairs(self, rollouts: RolloutBatch) -> list[TokenPair]:
-        """The texts to compare: the first rollouts that say something, cut to max_tokens response tokens."""
+        """The texts to compare: the first rollouts that say something, cut to max_tokens response tokens, and without
+        their last one: an engine that scores a text generates another token, for which a full context has no room."""
         chosen = [r for r in rollouts.rollouts if r.length][: self.num_sequences]
+        lengths = [min(max(r.length - 1, 1), self.max_tokens) for r in chosen]
         return [
-            (rollouts.prompt_of(r).token_ids, tuple(int(t) for t in r.token_ids[: self.max_tokens])) for r in chosen
+            (rollouts.prompt_of(r).token_ids, tuple(r.token_ids[:length].tolist()))
+            for r, length in zip(chosen, lengths, strict=True)
         ]
 
     def check(

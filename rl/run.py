@@ -82,7 +82,7 @@ class TrainingRun:
         self.controller.learners.load_checkpoint(path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
         self.next_step = self._last_row = int(state["step"])
-        if not self._row_is_whole(self.next_step):
+        if "metrics" in state and not self._row_is_whole(self.next_step):
             self._last_row, self._owed = self.next_step - 1, state["metrics"]
         self.display.message(f"resumed from {path} ({self.next_step} steps done)")
         return True
@@ -156,7 +156,8 @@ class TrainingRun:
             f"step {self.next_step}: rollout and learner disagree on the log-probabilities of the same tokens by "
             f"{mean:.2e} in the mean (bound {self.bounds.mean:.0e}) and {maximum:.2e} at most (bound "
             f"{self.bounds.maximum:.0e}), so the rollouts did not come from the learner's weights; "
-            "a sync was missed or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md"
+            "a sync was missed or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md (where "
+            "the model's numerics alone explain it, sync.probe_tolerance raises the bound of the mean)"
         )
 
     def _write_samples(self, result: StepResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ import numpy as np
 
 from rl.batch import TrainBatch, TrainSample, UpdateResult
 from rl.checkpoint import LEARNER, CheckpointStore
+from rl.errors import CheckpointError
 from rl.metrics import MetricSink
 from rl.prompts import SftExample
 from rl.run import Display
@@ -47,6 +49,7 @@ class SupervisedRun:
         display: Display,
     ) -> None:
         self._examples = examples
+        self._digest = _digest(examples)
         self._learners = learners
         self._batch_size = batch_size
         self._seed = seed
@@ -59,11 +62,21 @@ class SupervisedRun:
         self.next_step = 0
 
     def restore(self) -> bool:
-        """Load the newest complete checkpoint; False when there is none. Raises CheckpointError when it is foreign."""
+        """Load the newest complete checkpoint; False when there is none.
+
+        Raises:
+            CheckpointError: it is of another configuration, or of other examples.
+        """
         found = self._checkpoints.resume(self._fingerprint)
         if found is None:
             return False
         path, state = found
+        if state.get("examples", self._digest) != self._digest:
+            raise CheckpointError(
+                f"the worked examples changed since {path} was written, so its {state['step']} steps are not steps of "
+                "these; restore the data (and data.max_tokens, on which it depends), or start a new run from the "
+                "exported weights"
+            )
         self._learners.load_checkpoint(path / LEARNER)
         self.next_step = int(state["step"])
         self._display.message(f"resumed from {path} ({self.next_step} steps done)")
@@ -96,10 +109,17 @@ class SupervisedRun:
         return TrainBatch.from_samples(tuple(_train_sample(self._examples[i]) for i in chosen))
 
     def _save(self) -> None:
-        path = self._checkpoints.save(
-            self.next_step, {"fingerprint": self._fingerprint}, self._learners.save_checkpoint
-        )
+        state = {"fingerprint": self._fingerprint, "examples": self._digest}
+        path = self._checkpoints.save(self.next_step, state, self._learners.save_checkpoint)
         self._display.message(f"checkpoint {path}")
+
+
+def _digest(examples: Sequence[SftExample]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        for ids in (example.prompt_ids, example.response_ids):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return digest.hexdigest()
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

@@ -325,8 +325,7 @@ def _advantages(
 def _gdpo_data(inputs: AdvantageInputs, use: Tensor, mask: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the reward, which gdpo normalises one by one. Without keys verl falls back to plain GRPO."""
     keys = tuple(options.get("gdpo_reward_keys") or ())
-    unknown = sorted(set(keys) - set(inputs.reward_parts))
-    if not keys or unknown:
+    if not keys or any(key not in inputs.reward_parts for key in keys):
         raise ConfigError(
             f"verl:gdpo needs advantage_options.gdpo_reward_keys, parts of the reward's breakdown; it has "
             f"{list(keys)} and the breakdown has {sorted(inputs.reward_parts)}"

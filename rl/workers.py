@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rl.actors import end_actors
+from rl.actors import Crew, end_actors
 from rl.batch import Annotations, FloatArray, ScoredBatch, TrainBatch, TrainSample, UpdateResult, WeightVersion
 from rl.batching import Layout, MiniBatchShare, collect, deal, plan_update
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
 
 _EXIT_TIMEOUT_S = 20.0
+_LEARNERS = Crew("learner rank", LearnerError, passing=(FledgeError,))
+_RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +202,7 @@ class RayWeightSyncClient:
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         calls = [getattr(receiver, method).remote(*arguments) for receiver in self._receivers]
-        _, late = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
-        if late:
-            raise WeightSyncError(
-                f"rollout workers {[calls.index(call) for call in late]} did not answer {method} within sync.timeout_s "
-                f"{self._timeout_s:g}"
-            )
-        results = []
-        for index, call in enumerate(calls):
-            try:
-                results.append(ray.get(call))
-            except RayActorError as error:
-                raise WeightSyncError(f"rollout worker {index} died during {method}: {error}") from error
-            except RayTaskError as error:
-                raise WeightSyncError(f"rollout worker {index} failed in {method}: {error.cause}") from error
-        return results
+        return _RECEIVERS.wait(calls, f"answer {method}", timeout_s=self._timeout_s, setting="sync.timeout_s")
 
 
 @dataclass(slots=True)
@@ -231,6 +218,7 @@ class LearnerGroup:
     sync: SyncSpec | None = None
     receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
     policy_version: int = 0
+    empty_in_a_row: int = 0  # updates without a token to learn from
     share_prefixes: bool = False  # whether a prompt costs a rank once, however many of its samples the rank has
 
     @classmethod
@@ -245,8 +233,8 @@ class LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
         group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
         try:
-            address = group._get([group.workers[0].address.remote()], "find a port", spec.learner.start_timeout_s)[0]
-            layouts = group._all("start", spec, address, timeout_s=spec.learner.start_timeout_s)
+            address = group._wait([group.workers[0].address.remote()], "find a port", "start_timeout_s")[0]
+            layouts = group._all("start", spec, address, setting="start_timeout_s")
         except BaseException:
             group.shutdown()
             raise
@@ -279,10 +267,8 @@ class LearnerGroup:
             for rollout in scored.batch.rollouts
         ]
         shares, indices = deal(samples, len(self.workers), share_prefixes=self.share_prefixes)
-        parts = self._get(
-            [w.annotate.remote(share) for w, share in zip(self.workers, shares, strict=True)],
-            "annotate",
-            self.spec.learner.timeout_s,
+        parts = self._wait(
+            [w.annotate.remote(share) for w, share in zip(self.workers, shares, strict=True)], "annotate"
         )
         return Annotations(
             old_logprobs=collect([p.old_logprobs for p in parts], indices, len(samples)),
@@ -292,14 +278,10 @@ class LearnerGroup:
         )
 
     def update(self, batch: TrainBatch) -> UpdateResult:
-        """All optimizer steps of one batch. Raises LearnerError when nothing in it can be learned from."""
+        """All optimizer steps of one batch. Raises LearnerError when too many batches in a row had nothing to learn."""
         started = time.perf_counter()
         learner = self.spec.learner
-        if batch.num_loss_tokens == 0:
-            raise LearnerError(
-                f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored or "
-                "masked); see the status and error fields of the last samples file"
-            )
+        self._count_empty(batch)
         plan = plan_update(
             batch,
             num_ranks=len(self.workers),
@@ -308,22 +290,28 @@ class LearnerGroup:
             seed=self.spec.seed + self.policy_version,
             share_prefixes=self.share_prefixes,
         )
-        results: list[UpdateResult] = self._get(
-            [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)],
-            "update",
-            learner.timeout_s,
+        results: list[UpdateResult] = self._wait(
+            [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)], "update"
         )
         self.policy_version = results[0].policy_version
         return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
+
+    def _count_empty(self, batch: TrainBatch) -> None:
+        """A batch without a token to learn from moves nothing; too many of them in a row end the run."""
+        self.empty_in_a_row = 0 if batch.num_loss_tokens else self.empty_in_a_row + 1
+        if self.empty_in_a_row > self.spec.learner.max_skipped_steps:
+            raise LearnerError(
+                f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored, rejected "
+                f"or masked), in {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
+                f"{self.spec.learner.max_skipped_steps}); see the status and error fields of the last samples file"
+            )
 
     def sft_step(self, batch: TrainBatch) -> UpdateResult:
         """One supervised optimizer step."""
         started = time.perf_counter()
         plan = plan_update(batch, num_ranks=len(self.workers))
-        results: list[UpdateResult] = self._get(
-            [w.sft_step.remote(shares[0]) for w, shares in zip(self.workers, plan, strict=True)],
-            "sft_step",
-            self.spec.learner.timeout_s,
+        results: list[UpdateResult] = self._wait(
+            [w.sft_step.remote(shares[0]) for w, shares in zip(self.workers, plan, strict=True)], "sft_step"
         )
         self.policy_version = results[0].policy_version
         return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
@@ -332,10 +320,7 @@ class LearnerGroup:
         """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""
         if self.sync is None:
             raise WeightSyncError("this learner group was started without rollout workers to send weights to")
-        timeout_s = self.sync.config.timeout_s * 4  # the sender's own deadlines, which name the culprit, come first
-        versions: list[WeightVersion] = self._all(
-            "publish_weights", self.sync, list(self.receivers()), timeout_s=timeout_s
-        )
+        versions: list[WeightVersion] = self._all("publish_weights", self.sync, list(self.receivers()))
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
@@ -365,29 +350,10 @@ class LearnerGroup:
         end_actors(self.workers)
         self.workers = []
 
-    def _all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
-        return self._get(calls, method, timeout_s or self.spec.learner.timeout_s)
+    def _all(self, method: str, *arguments: Any, setting: str = "timeout_s") -> list[Any]:
+        return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], method, setting)
 
-    @staticmethod
-    def _get(calls: list[Any], what: str, timeout_s: float) -> list[Any]:
-        """Results by rank. The first rank to fail decides the error: the others only wait for it in a collective."""
-        deadline = time.monotonic() + timeout_s
-        waiting = list(calls)
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
-            if not ready:
-                late = [calls.index(call) for call in waiting]
-                raise LearnerError(f"learner ranks {late} did not {what} within their deadline of {timeout_s:g} s")
-            rank = calls.index(ready[0])
-            try:
-                ray.get(ready[0])
-            except GetTimeoutError as error:
-                raise LearnerError(f"learner rank {rank}: the result of {what} could not be fetched") from error
-            except RayActorError as error:
-                raise LearnerError(f"learner rank {rank} died during {what}: {error}") from error
-            except RayTaskError as error:
-                if isinstance(error.cause, FledgeError):
-                    raise error.cause from None
-                raise LearnerError(f"learner rank {rank} failed to {what}: {error.cause!r}") from error
-        return ray.get(calls)
+    def _wait(self, calls: Sequence[Any], what: str, setting: str = "timeout_s") -> list[Any]:
+        """Results by rank, within a deadline of the learner's."""
+        timeout_s = getattr(self.spec.learner, setting)
+        return _LEARNERS.wait(calls, what, timeout_s=timeout_s, setting=f"learner.{setting}")

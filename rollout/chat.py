@@ -5,7 +5,6 @@ Left out: judging the answer (`rewards`), and rendering prompts (`rl.prompts`).
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +18,6 @@ TokenIds = Sequence[int] | npt.NDArray[np.int32]
 _PROMPT_TAIL = 16  # tokens; a generation prompt that opens a think block ends with the tag and white space
 
 
-class ChatFormat(enum.StrEnum):
-    """How a model separates its reasoning from its answer."""
-
-    THINK = "think"  # <think>reasoning</think>answer; a response without tags is all answer
-    HARMONY = "harmony"  # GPT-OSS's channels
-
-
 class Answer(NamedTuple):
     """A response, decoded. `answer` is always a part of `text`."""
 
@@ -36,9 +28,9 @@ class Answer(NamedTuple):
 class AnswerExtractor:
     """Decodes responses and finds their final answers, by the chat format that the tokenizer's special tokens show.
 
-    - THINK: the answer follows the *last* `</think>`. A `<think>` that is never closed means no answer, also where it
-      was the prompt that opened it. Without any tag the whole text is the answer, which is right for plain models.
-    - HARMONY: the answer is the content of the assistant's last message in the final channel, also one that was cut;
+    - Thinking tags: the answer follows the *last* `</think>`. A `<think>` that is never closed means no answer, also
+      where it was the prompt that opened it. Without any tag the whole text is the answer: right for plain models.
+    - Harmony: the answer is the content of the assistant's last message in the final channel, also one that was cut;
       analysis and commentary are none. It is found by token id, and no token is ever encoded again.
 
     Pickles with its tokenizer. Never raises for what a model wrote; an id outside the vocabulary decodes to nothing.
@@ -52,10 +44,6 @@ class AnswerExtractor:
         special = set(tokenizer.all_special_ids)
         special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._hidden = frozenset(special - {vocabulary[token] for token in kept if token in vocabulary})
-
-    @property
-    def format(self) -> ChatFormat:
-        return ChatFormat.THINK if self._harmony is None else ChatFormat.HARMONY
 
     def extract(self, prompt_ids: Sequence[int], response_ids: TokenIds) -> Answer:
         """The response's text and final answer. `prompt_ids` says in what state the response begins."""

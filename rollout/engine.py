@@ -30,7 +30,6 @@ class SamplingParameters:
 class GenerationRequest:
     """One response to be generated. The seed makes the sample reproducible, whichever engine draws it."""
 
-    request_id: str
     prompt_ids: tuple[int, ...]
     seed: int
 
@@ -39,7 +38,6 @@ class GenerationRequest:
 class GenerationResult:
     """What the engine generated for one request."""
 
-    request_id: str
     token_ids: IntArray  # [R], the stop token included
     logprobs: FloatArray  # [R] of the processed distribution
     finish_reason: FinishReason

@@ -42,7 +42,6 @@ class HarmonyMessage:
     role: str
     channel: str  # "" where the header names none
     content: range
-    closed: bool  # False where the tokens ended first
 
 
 def parse(
@@ -60,7 +59,7 @@ def parse(
     for position, next_position in itertools.pairwise([*marks, len(token_ids)]):
         mark = token_ids[position]
         if begin >= 0 and (mark in tokens.ends or mark == tokens.start):
-            messages.append(HarmonyMessage(role, channel, range(begin, position), closed=mark in tokens.ends))
+            messages.append(HarmonyMessage(role, channel, range(begin, position)))
             begin = -1
         if begin >= 0:
             continue  # a channel or message token inside content is part of it
@@ -73,7 +72,7 @@ def parse(
         elif mark == tokens.message and in_header:
             begin, in_header = position + 1, False
     if begin >= 0:
-        messages.append(HarmonyMessage(role, channel, range(begin, len(token_ids)), closed=False))
+        messages.append(HarmonyMessage(role, channel, range(begin, len(token_ids))))
     return messages
 
 

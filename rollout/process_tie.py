@@ -29,11 +29,14 @@ SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sock
 def own(environment: dict[str, str] | os._Environ[str]) -> TemporaryDirectory[str]:
     """Declare this process the owner of every engine process that it starts with `environment`.
 
-    Returns the directory of the engine's sockets; `cleanup` it when the engine has ended. It is in the temporary
-    directory (TMPDIR), and its name is short, because a socket's path may have 107 characters, of which vLLM takes 37.
+    Returns the directory of the engine's sockets; `cleanup` it when the engine has ended. It is in VLLM_RPC_BASE_PATH,
+    or TMPDIR; their paths must be short: a socket's has at most 107 characters, of which 53 are ours and vLLM's.
     """
     environment[OWNER_VARIABLE] = f"{os.getpid()}:{_start_time(os.getpid())}"
-    sockets = TemporaryDirectory(prefix="fledge-", ignore_cleanup_errors=True)
+    base = environment.get("VLLM_RPC_BASE_PATH")
+    if base == environment.get(SOCKETS_VARIABLE):  # of an engine that this process had before
+        base = None
+    sockets = TemporaryDirectory(prefix="fledge-", dir=base, ignore_cleanup_errors=True)
     environment[SOCKETS_VARIABLE] = environment["VLLM_RPC_BASE_PATH"] = sockets.name
     return sockets
 

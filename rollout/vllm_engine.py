@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
+_HEALTH_TIMEOUT_S = 60.0  # for every worker to answer, which it does between two steps
 _SHUTDOWN_GRACE_S = 10.0  # for the engine core to end in order, before it is killed
 
 
 class VLLMEngine:
     """Implements `rollout.engine.RolloutEngine`. Call `start` once before anything else, and `shutdown` at the end."""
 
-    def __init__(  # noqa: PLR0913  # all but three are keywords with defaults
+    def __init__(  # all but three are keywords with defaults
         self,
         model: ModelConfig,
         rollout: RolloutConfig,
@@ -44,9 +45,7 @@ class VLLMEngine:
         seed: int = 0,
         deterministic: bool = False,
         index: int = 0,
-        policy_version: int = 0,
         trained: bool = False,
-        health_timeout_s: float = 60.0,
     ) -> None:
         """
         Args:
@@ -57,9 +56,7 @@ class VLLMEngine:
             seed: vLLM's own; samples are drawn with their requests' seeds.
             deterministic: requests of one `generate` call enter the scheduler together; no prefix is cached.
             index: of this engine among all, for messages and for its place in the NCCL group.
-            policy_version: of the checkpoint.
             trained: a learner sends every weight before anything is generated.
-            health_timeout_s: how long the workers may take to answer `check_health`; must exceed the longest step.
         """
         self._model = model
         self._rollout = rollout
@@ -68,9 +65,9 @@ class VLLMEngine:
         self._seed = seed
         self._deterministic = deterministic
         self._index = index
-        self._policy_version = policy_version
+        self._policy_version = 0  # of the checkpoint
         self._trained = trained
-        self._health_timeout_s = health_timeout_s
+        self._health_timeout_s = _HEALTH_TIMEOUT_S
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
         self._sockets: TemporaryDirectory[str]
@@ -195,7 +192,6 @@ class VLLMEngine:
         completion = output.outputs[0]
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
         return GenerationResult(
-            request_id=request.request_id,
             token_ids=token_ids,
             logprobs=_flat_logprobs(completion.logprobs, len(token_ids)),
             finish_reason=_finish_reason(completion.finish_reason),

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
-from rl.actors import end_actors
+from rl.actors import Crew, end_actors
 from rl.batch import FloatArray, Prompt, Rollout, RolloutBatch, WeightVersion
-from rl.config import RolloutConfig
+from rl.config import EvaluationConfig, RolloutConfig
 from rl.errors import FledgeError, RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParameters
 
+_CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
 _HEALTH_TIMEOUT_S = 90.0  # over the engine's own limit (`VLLMEngine`, 60 s), which a long step may need
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -58,29 +59,22 @@ class RolloutWorker:
     """One engine in an (asynchronous) Ray actor.
 
     Args:
-        index: of the worker in its pool, for messages.
         build: makes the engine and the decoder inside the actor's process, so that the driver needs neither.
     """
 
-    def __init__(self, index: int, build: Callable[[], EngineParts]) -> None:
-        self.index = index
+    def __init__(self, build: Callable[[], EngineParts]) -> None:
         self._build = build
         self._engine: RolloutEngine
         self._decode: DecodeResponse
 
-    async def start(self) -> str:
-        """Start the engine; returns the node it runs on."""
+    async def start(self) -> None:
+        """Start the engine."""
         self._engine, self._decode = self._build()
         await self._engine.start()
-        return str(ray.get_runtime_context().get_node_id())
 
     async def generate(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Generate every sample of every group; one list a group."""
-        requests = [
-            GenerationRequest(f"{group.prompt_index}-{sample}", group.prompt_ids, seed)
-            for group in groups
-            for sample, seed in enumerate(group.seeds)
-        ]
+        requests = [GenerationRequest(group.prompt_ids, seed) for group in groups for seed in group.seeds]
         results = iter(await self._engine.generate(requests, parameters))
         return [[self._rollout(group, sample, next(results)) for sample in range(len(group.seeds))] for group in groups]
 
@@ -161,9 +155,11 @@ class RolloutPool:
         self._restarts = 0
         self._memory_peak_gib = 0.0
         self.workers: list[ActorHandle] = [start_worker(index) for index in range(config.num_workers)]
-        self.nodes: list[str] = self._wait(
-            [worker.start.remote() for worker in self.workers], config.start_timeout_s, "start its engine"
-        )
+        try:
+            self._wait([worker.start.remote() for worker in self.workers], "start its engine", "start_timeout_s")
+        except BaseException:
+            self.shutdown()
+            raise
 
     # Generation
 
@@ -193,13 +189,13 @@ class RolloutPool:
     def _generate_fixed(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
         """Round-robin, everything at once: which engine draws a sample, and beside which, never changes."""
         most = sum(len(group.seeds) for group in groups[:: len(self.workers)])
-        timeout_s = self._config.timeout_s * -(-most // self._config.max_concurrent_sequences)
+        waves = -(-most // self._config.max_concurrent_sequences)
         calls: list[Any] = [
             worker.generate.remote(groups[index :: len(self.workers)], parameters)
             for index, worker in enumerate(self.workers)
         ]
         try:
-            return [group for part in self._wait(calls, timeout_s, "generate") for group in part]
+            return [group for part in self._wait(calls, "generate", waves=waves) for group in part]
         except RolloutError:
             for call in calls:  # what survivors still make would share their batches with what is asked next
                 ray.cancel(call)
@@ -227,7 +223,7 @@ class RolloutPool:
                 for call in ready:
                     index, group = calls.pop(call)
                     in_flight[index] -= len(group.seeds)
-                    done.extend(self._get(call, index, "generate"))
+                    done.extend(_CREW.get(call, index, "generate"))
             return done
         finally:
             for call in calls:  # empty unless an error is on its way out
@@ -255,14 +251,11 @@ class RolloutPool:
     def load_weights(self, version: WeightVersion) -> None:
         """Serve the weights that the learner has just sent; see `rl.controller.RolloutPool`."""
         calls = [worker.activate.remote(version.policy_version) for worker in self.workers]
-        peaks = self._wait(calls, self._config.timeout_s, f"activate policy version {version.policy_version}")
-        self._memory_peak_gib = max(peaks)
+        self._memory_peak_gib = max(self._wait(calls, f"activate policy version {version.policy_version}"))
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[FloatArray]]:
         """[worker][pair] -> [R]; see `rl.controller.RolloutPool`."""
-        return self._wait(
-            [worker.score_logprobs.remote(pairs) for worker in self.workers], self._config.timeout_s, "score the probe"
-        )
+        return self._wait([worker.score_logprobs.remote(pairs) for worker in self.workers], "score the probe")
 
     def metrics(self) -> dict[str, float]:
         """Of the workers: lost and replaced so far in this run, and the most memory that one has held."""
@@ -281,7 +274,9 @@ class RolloutPool:
         Raises:
             RolloutError: rollout.max_restarts is used up, or a new worker did not start.
         """
-        lost = [index for index in range(len(self.workers)) if not self._answers(index)]
+        checks: list[Any] = [worker.check_health.remote() for worker in self.workers]
+        ray.wait(checks, num_returns=len(checks), timeout=_HEALTH_TIMEOUT_S)
+        lost = [index for index, check in enumerate(checks) if not _is_well(check)]
         self._restarts += len(lost)
         if self._restarts > self._config.max_restarts:
             raise RolloutError(
@@ -291,38 +286,22 @@ class RolloutPool:
         for index in lost:
             end_actors([self.workers[index]])
             self.workers[index] = self._start_worker(index)
-        started = [self.workers[index].start.remote() for index in lost]
-        for index, node in zip(lost, self._wait(started, self._config.start_timeout_s, "start again"), strict=True):
-            self.nodes[index] = node
+        starts = [self.workers[index].start.remote() for index in lost]
+        self._wait(starts, "start again", "start_timeout_s", members=lost)
         return len(lost)
 
-    def _answers(self, index: int) -> bool:
-        try:
-            ray.get(self.workers[index].check_health.remote(), timeout=_HEALTH_TIMEOUT_S)
-        except (RayError, FledgeError):
-            return False
-        return True
-
-    def _wait(self, calls: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
-        deadline = time.monotonic() + timeout_s
-        return [
-            self._get(call, index, what, timeout_s=max(deadline - time.monotonic(), 0.0))
-            for index, call in enumerate(calls)
-        ]
-
-    @staticmethod
-    def _get(call: Any, index: int, what: str, timeout_s: float | None = None) -> Any:
-        try:
-            return ray.get(call, timeout=timeout_s)
-        except GetTimeoutError as error:
-            raise RolloutError(f"rollout worker {index} did not {what} within its deadline") from error
-        except RayActorError as error:
-            raise RolloutError(f"rollout worker {index} died before it could {what}: {error}") from error
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, WeightSyncError):
-                raise cause from None
-            raise RolloutError(f"rollout worker {index} failed to {what}: {cause}") from error
+    def _wait(
+        self,
+        calls: Sequence[Any],
+        what: str,
+        setting: str = "timeout_s",
+        *,
+        waves: int = 1,
+        members: Sequence[int] | None = None,
+    ) -> list[Any]:
+        name = f"rollout.{setting}" if waves == 1 else f"{waves} x rollout.{setting}, together"
+        timeout_s = getattr(self._config, setting) * waves
+        return _CREW.wait(calls, what, timeout_s=timeout_s, setting=name, members=members)
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
         """End the engines, then the actors. Never raises: it runs while other errors are on their way out."""
@@ -330,6 +309,14 @@ class RolloutPool:
         ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
         end_actors(self.workers)
         self.workers = []
+
+
+def _is_well(check: Any) -> bool:
+    try:
+        ray.get(check, timeout=0)
+    except (RayError, FledgeError):  # GetTimeoutError is one, too
+        return False
+    return True
 
 
 def sampling_parameters(config: RolloutConfig, end_of_turn_id: int) -> SamplingParameters:
@@ -346,8 +333,13 @@ def sampling_parameters(config: RolloutConfig, end_of_turn_id: int) -> SamplingP
     )
 
 
-def evaluation_parameters(
-    training: SamplingParameters, *, temperature: float, top_p: float, max_tokens: int | None
-) -> SamplingParameters:
-    """The evaluation's sampling parameters: the training ones with what evaluation sets of its own."""
-    return replace(training, temperature=temperature, top_p=top_p, max_tokens=max_tokens or training.max_tokens)
+def evaluation_parameters(training: SamplingParameters, config: EvaluationConfig) -> SamplingParameters:
+    """The evaluation's sampling parameters: its own distribution; length, where it has none, and stops of training."""
+    return replace(
+        training,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        max_tokens=config.max_response_tokens or training.max_tokens,
+    )

@@ -58,7 +58,8 @@ def estimate(
     )
     result = spec.function(inputs, **config.advantage_options)
     advantages = whiten(result.advantages, inputs.valid) if config.whiten_advantages else result.advantages
-    return Advantages(advantages, result.returns, {**_metrics(inputs, advantages), **result.metrics})
+    theirs = {name: float(value) for name, value in result.metrics.items()}  # a plug-in's may be tensors
+    return Advantages(advantages, result.returns, {**_metrics(inputs, advantages), **theirs})
 
 
 def _reward_parts(scored: ScoredBatch) -> dict[str, Tensor]:
@@ -134,4 +135,4 @@ def build_train_batch(
                 policy_lag=policy_version - rollout.policy_version,
             )
         )
-    return TrainBatch.from_samples(tuple(samples))
+    return TrainBatch.from_samples(tuple(samples), advantages.metrics)

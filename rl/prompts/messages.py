@@ -71,9 +71,9 @@ def _parse_message(message: Any, location: str) -> Message:
         raise DataError(f"{location} must be an object with role and content, not {_kind(message)}")
     # Columnar formats give every message every key that any message has; templates test for presence.
     present = {key: value for key, value in message.items() if value is not None}
-    calls = present.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise DataError(f"{location}: tool_calls must be a list of objects")
+    calls = present.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(_is_tool_call(call) for call in calls):
+        raise DataError(f"{location}: tool_calls must be a list of objects with name, or with function.name")
     if calls:  # such a turn says nothing else, often
         present.setdefault("content", "")
     for key in ("role", "content"):
@@ -85,6 +85,11 @@ def _parse_message(message: Any, location: str) -> Message:
         if isinstance(value, str) and not _is_encodable(value):
             raise DataError(f"{location}: {key} holds half a surrogate pair, which is not valid Unicode")
     return present
+
+
+def _is_tool_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _last_user_message(messages: list[Message]) -> Message | None:

@@ -101,7 +101,7 @@ def _completion(prompt: str, full: str, response: Message, location: str) -> _Tu
     response's content as it stands; a <think> tag that the prompt has opened already is not repeated.
     """
     parts = [response["content"], *(response[key] for key in ("reasoning_content", "thinking") if key in response)]
-    tools = [str((call.get("function") or call).get("name")) for call in response.get("tool_calls", ())]
+    tools = [call.get("function", call)["name"] for call in response.get("tool_calls") or ()]
     completion = full.removeprefix(prompt)
     if full.startswith(prompt) and all(_words(part) in _words(completion) for part in parts + tools):
         return _Turn(prompt, completion, verbatim=False)

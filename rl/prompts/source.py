@@ -57,11 +57,6 @@ class PromptSource:
         """Prompts drawn so far."""
         return self._num_drawn
 
-    @property
-    def epoch(self) -> int:
-        """Complete passes over the dataset so far."""
-        return self._num_drawn // len(self._prompts)
-
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `load_state_dict` on a source over the same dataset goes on with the next prompt."""
         return {

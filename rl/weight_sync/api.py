@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rl.errors import WeightSyncError
+from rl.errors import ConfigError, WeightSyncError
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,20 @@ _MOST_NAMED = 8  # parameters that one error message names before it counts the 
 
 
 def resolve_transport(transport: Literal["auto", "shm", "nccl", "ipc"], *, cuda: bool, colocate: bool) -> Transport:
-    """What `sync.transport` means on this cluster: shared memory without GPUs, CUDA IPC on shared ones, else NCCL."""
-    if transport != "auto":
-        return transport
-    if not cuda:
-        return "shm"
-    return "ipc" if colocate else "nccl"
+    """What `sync.transport` means on this cluster: shared memory without GPUs, CUDA IPC on shared ones, else NCCL.
+
+    Raises:
+        ConfigError: the one that is asked for cannot work there, which vLLM would say when every model has loaded.
+    """
+    best: Transport = "shm" if not cuda else "ipc" if colocate else "nccl"
+    if transport in ("auto", "shm", best):
+        return best if transport == "auto" else transport
+    needs = {
+        "nccl": "GPUs of their own for learners and engines (NCCL refuses two ranks on one GPU)",
+        "ipc": "learners and engines on the same GPUs (ray.colocate)",
+    }
+    here = "no GPUs" if not cuda else "ray.colocate" if colocate else "GPUs that they do not share"
+    raise ConfigError(f"sync.transport {transport} needs {needs[transport]}, but this run has {here}; set it to auto")
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,8 @@ class Scenarios:
         good = samples()
         bad = [dataclasses.replace(good[0], advantages=np.full_like(good[0].advantages, np.inf)), *good[1:]]
         before = self.weights(learner)
+        masked = [dataclasses.replace(s, loss_mask=np.zeros_like(s.loss_mask)) for s in good]
+        empty = self.update(learner, masked)
         skipped = self.update(learner, bad)
         after = self.weights(learner)
         recovered = self.update(learner, good)
@@ -219,6 +221,7 @@ class Scenarios:
         self.results["non_finite"] = {
             "before": before,
             "after": after,
+            "empty": dict(empty.metrics),
             "skipped": dict(skipped.metrics),
             "recovered": dict(recovered.metrics),
             "error": error,
@@ -249,6 +252,20 @@ class Scenarios:
         learner.export_hf(self.out_dir / "mxfp4_export")
         learner.close()
 
+    def unusual(self) -> None:
+        """A checkpoint with a buffer, and with dropout: the ratios of an update that moves nothing must be 1."""
+        still = OptimizerConfig(name="sgd", lr=1e-30)
+        learner = self.learner(path=self.out_dir / "unusual", layout="bucketed", optimizer=still, mini_batches=2)
+        mine = samples()[learner.rank :: 2]
+        old = learner.annotate(mine).old_logprobs
+        parts: list[Any] = [None, None]
+        torch.distributed.all_gather_object(parts, old)
+        batch = [dataclasses.replace(s, old_logprobs=parts[i % 2][i // 2]) for i, s in enumerate(samples())]
+        self.results["unusual"] = dict(self.update(learner, batch, steps=2).metrics)
+        learner.save_checkpoint(self.out_dir / "unusual_checkpoint")
+        learner.export_hf(self.out_dir / "unusual_export")
+        learner.close()
+
     def run(self) -> None:
         self.splits()
         self.annotate()
@@ -260,6 +277,8 @@ class Scenarios:
         self.resume()
         if self.family == "qwen3":
             self.sft()
+        if self.family == "qwen3_moe":
+            self.unusual()
         if self.family == "gpt_oss":
             self.quantized()
         torch.save(self.results, self.out_dir / f"rank{torch.distributed.get_rank()}.pt")

@@ -14,7 +14,7 @@ from learner_ranks import ALGORITHM, TEMPERATURE, samples
 from mxfp4 import write_mxfp4
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 from two_ranks import run_two_ranks
 
 from launch.tiny_models import FAMILIES, build_tiny_model
@@ -58,8 +58,37 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FAMILIES:
         build_tiny_model(name, out_dir / name / "model")
     write_mxfp4(out_dir / "gpt_oss" / "model", out_dir / "gpt_oss" / "mxfp4")
+    build_unusual_model(out_dir / "qwen3_moe" / "unusual")
     run_two_ranks("learner_ranks.py", out_dir)
     return out_dir
+
+
+def build_unusual_model(path: Path) -> None:
+    """A mixture of experts whose routing bias is a buffer, with dropout, and with a generation configuration that
+    transformers reads but refuses to write."""
+    build_tiny_model("qwen3_moe", path)
+    config = Glm4MoeConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        attention_dropout=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.arange(4.0))
+    model.save_pretrained(path)
+    (path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -248,6 +277,8 @@ def test_the_export_and_the_offline_export_load_with_from_pretrained(family: Fam
 @dense_only
 def test_a_step_that_is_not_finite_is_left_out_and_counted_on_every_rank(family: Family) -> None:
     found = family.results["non_finite"]
+    assert "learner/loss" not in found["empty"], "a batch that is all masked has nothing to learn, and does no harm"
+    assert found["empty"]["learner/skipped_steps"] == 0
     assert_equal(found["before"], found["after"])
     assert found["skipped"]["learner/skipped_steps"] == 1
     assert "learner/loss" not in found["skipped"]  # a loss that is not a number would spoil every mean
@@ -272,6 +303,24 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
     values = torch.cat([magnitudes, -magnitudes])
     pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1).flatten(-2)
     return (pairs * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"], indirect=True)
+def test_buffers_and_generation_settings_are_exported_and_dropout_is_off(family: Family) -> None:
+    metrics = family.results["unusual"]
+    assert metrics["learner/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["learner/clip_frac"] == 0.0
+    source = load_file(family.out_dir / "unusual" / "model.safetensors")
+    offline = family.out_dir / "unusual_offline"
+    model = ModelConfig(path=str(family.out_dir / "unusual"), dtype="float32")
+    export_checkpoint(family.out_dir / "unusual_checkpoint", model, offline)
+    for path in (family.out_dir / "unusual_export", offline):
+        exported = load_file(path / "model.safetensors")
+        assert exported.keys() == source.keys()
+        assert all(torch.equal(exported[name], source[name]) for name in source)
+        assert any(name.endswith("e_score_correction_bias") for name in exported)
+        assert json.loads((path / "generation_config.json").read_text())["temperature"] == 0.6
+        assert json.loads((path / "config.json").read_text())["attention_dropout"] == 0.5
 
 
 @pytest.mark.parametrize("family", ["gpt_oss"], indirect=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_rig import config_dict, run_here
+from training_rig import config_dict, run_here, undocumented
 
 from rl.metrics import read_metrics
 
@@ -37,6 +37,7 @@ def test_the_critic_warms_up_and_the_reward_rises(tmp_path: Path, ray_cluster: N
     assert [row["policy/version"] for row in rows] == list(range(1, STEPS + 1))
     assert ["learner/loss" in row for row in rows] == [step >= WARMUP for step in range(STEPS)]
     assert max(row["sync/probe_diff_max"] for row in rows) < 1e-3
+    assert undocumented(rows[-1]) == []
     rewards = [row["reward/mean"] for row in rows]
     assert np.mean(rewards[-3:]) > np.mean(rewards[: WARMUP + 1]) + 0.15
     assert abs(rows[-1]["critic/value_mean"] - rows[-1]["critic/return_mean"]) < 0.2

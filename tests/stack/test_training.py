@@ -18,7 +18,17 @@ import ray
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_rig import REWARDS, Command, config_dict, finish, gone, run_here, save_config, shared_memory_files
+from training_rig import (
+    REWARDS,
+    Command,
+    config_dict,
+    finish,
+    gone,
+    run_here,
+    save_config,
+    shared_memory_files,
+    undocumented,
+)
 
 from rl.batch import WeightVersion
 from rl.checkpoint import CheckpointStore, read_state
@@ -51,9 +61,10 @@ def test_rollout_and_learner_agree_on_every_step(straight_run):
         "rollout/logprob_diff_mean", "rollout/logprob_diff_max", "learner/loss", "learner/entropy",
         "learner/clip_frac", "learner/ratio_mean", "learner/grad_norm", "learner/lr", "learner/tokens_per_s",
         "sync/seconds", "sync/bytes", "time/step_s", "time/rollout_s", "time/update_s", "policy/version",
-        "learner/memory_peak_gib",
+        "learner/memory_peak_gib", "advantage/signal_frac", "advantage/std",
     }  # fmt: skip
     assert wanted <= set(rows[-1])
+    assert undocumented(rows[-1]) == []
     assert rows[-1]["policy/version"] == STEPS
 
 
@@ -201,7 +212,9 @@ def test_a_reward_that_raises_ends_the_run_with_its_own_exit_code(tmp_path):
 def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(f'{{"prompt": "{i} + 90 =", "ground_truth": "{i + 90}"}}\n' for i in range(90, 94)))
-    config = config_dict(tmp_path, rollout={"num_workers": 2}, evaluation={"at_start": True, "samples_per_prompt": 2})
+    config = config_dict(
+        tmp_path, rollout={"num_workers": 2}, evaluation={"at_start": True, "samples_per_prompt": 2, "temperature": 1.0}
+    )
     config["data"]["eval"] = [{"path": str(held_out), "name": "sums"}]
     said = []
     with run_here(config) as run:
@@ -229,7 +242,9 @@ def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
 @pytest.mark.processes
 def test_supervised_steps_evaluation_export_and_report(tmp_path):
     """The commands after one another, as a user gives them."""
-    rl = config_dict(tmp_path, run_dir=str(tmp_path / "evaluation"), evaluation={"samples_per_prompt": 2})
+    rl = config_dict(
+        tmp_path, run_dir=str(tmp_path / "evaluation"), evaluation={"samples_per_prompt": 2, "temperature": 1.0}
+    )
     rl["data"]["eval"] = [{"path": rl["data"]["train"]["path"], "name": "sums"}]
     examples = tmp_path / "examples.jsonl"
     examples.write_text("".join(f'{{"prompt": "{i} + {i} =", "response": "{2 * i}"}}\n' for i in range(10)))

@@ -212,7 +212,7 @@ def watches(process: psutil.Process, owner: int) -> bool:
 
 def requests(rig: EngineRig, count: int) -> list[GenerationRequest]:
     prompt = tuple(rig.token_ids[0, :PROMPT].tolist())
-    return [GenerationRequest(str(seed), prompt, seed) for seed in range(count)]
+    return [GenerationRequest(prompt, seed) for seed in range(count)]
 
 
 def generate(rig: EngineRig, parameters: SamplingParameters, count: int) -> list[GenerationResult]:

@@ -48,7 +48,7 @@ def test_every_parameter_group_arrives_exactly(rig: EngineRig) -> None:
 
 def test_what_it_generates_is_what_the_model_would(rig: EngineRig) -> None:
     prompt = rig.token_ids[0, :PROMPT]
-    request = GenerationRequest("0", tuple(prompt.tolist()), 0)
+    request = GenerationRequest(tuple(prompt.tolist()), 0)
     (result,) = rig.run(rig.engine.generate([request], SamplingParameters(max_tokens=24, ignore_eos=True)))
     row = torch.cat((prompt, torch.from_numpy(result.token_ids).long()))
     assert np.abs(result.logprobs - rig.reference_logprobs(row)[PROMPT - 1 :].numpy()).max() < EXACT

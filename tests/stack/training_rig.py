@@ -166,6 +166,20 @@ def shared_memory_files() -> list[str]:
     return [p.name for p in Path("/dev/shm").glob("fledge*")]
 
 
+def undocumented(row: dict[str, Any]) -> list[str]:
+    """Metrics of a row that docs/metrics.md does not name. A reward's parts have names of their own."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    known = set(re.findall(r"`(\w+/\w+)`", page))
+    prefixes = tuple(re.findall(r"`(\w+/\w*)…`", page))
+    return [
+        name
+        for name in row
+        if name not in known | {"step", "time"}
+        and not name.startswith(prefixes)
+        and not re.fullmatch(r"reward/[\w/]+_mean", name)
+    ]
+
+
 def gone(processes: list[psutil.Process], timeout_s: float = 60.0) -> list[str]:
     """Names of the processes that are still there after the deadline."""
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)

@@ -156,10 +156,36 @@ def test_clipping() -> None:
 def test_a_response_that_is_right_in_every_task_part_is_solved_whatever_its_weight_and_form() -> None:
     reward = combined({"name": "task", "weight": 0.5}, {"name": "exact", "weight": 0.25}, "shaping")
     right, half = score(reward, sample(shape=-3.0), sample("y", shape=3.0))
-    assert (right.full_marks, right.solved, right.extracted) == (0.75, True, "x")
-    assert (half.full_marks, half.solved, half.extracted) == (0.75, False, "y")
+    assert (right.solved, right.extracted) == (True, "x")
+    assert (half.solved, half.extracted) == (False, "y")
     [one] = score(combined({"name": "task", "weight": 10.0}, clip=(-1.0, 1.0)), sample())
-    assert (one.full_marks, one.solved, one.extracted) == (1.0, True, None)
+    assert (one.solved, one.extracted) == (True, None)
+
+
+def test_clipping_does_not_hide_that_a_part_is_wrong() -> None:
+    reward = combined({"name": "task", "weight": 1.0}, {"name": "exact", "weight": 0.1}, clip=(-1.0, 1.0))
+    right, wrong = score(reward, sample(), sample("y"))
+    assert (right.reward, right.solved) == (1.0, True)
+    assert (wrong.reward, wrong.solved) == (1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("exact", "passes", "fails"),
+    [
+        ({"weight": 0.0}, "y", None),  # only watches
+        ({"weight": 0.0, "gate": True}, "x", "y"),
+        ({"weight": -1.0}, "y", "x"),  # a penalty
+    ],
+)
+def test_watchers_gates_and_penalties_among_the_task_parts(exact, passes, fails) -> None:
+    reward = combined("task", {"name": "exact"} | exact)
+    assert score(reward, sample(passes))[0].solved
+    if fails is not None:
+        assert not score(reward, sample(fails))[0].solved
+
+
+def test_parts_that_only_watch_solve_nothing() -> None:
+    assert not score(combined({"name": "task", "weight": 0.0}), sample())[0].solved
 
 
 def test_only_shaping_parts_have_no_unshaped_reward() -> None:

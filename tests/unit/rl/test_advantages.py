@@ -334,8 +334,8 @@ def test_train_batch_holds_masks_lags_and_global_denominators() -> None:
         assert batch.samples[0].ref_logprobs is None
         # The truncated response still belongs to its group's mean: 2 of 4 are right.
         assert batch.samples[4].advantages[0] == pytest.approx(0.5 / math.sqrt(1 / 3), abs=1e-5)
-    assert advantages.metrics["advantage/valid_frac"] == 7 / 8
-    assert advantages.metrics["advantage/signal_frac"] == 7 / 8
+    assert batch.metrics["advantage/valid_frac"] == 7 / 8
+    assert batch.metrics["advantage/signal_frac"] == 7 / 8
 
 
 def test_kl_in_the_reward_is_taken_from_every_token() -> None:

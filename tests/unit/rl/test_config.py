@@ -53,7 +53,10 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("learner.optimizer.lr=-1", "learner.optimizer.lr is -1: input should be greater than 0"),
         ("rollout.top_p=1.5", "rollout.top_p is 1.5: input should be less than or equal to 1"),
         ("total_steps=true", "total_steps: a number is wanted, not true or false"),
-        ("data.eval=[{path: x, name: a/b}]", r"data.eval.0.name: it becomes part of file names; leave out slashes"),
+        (
+            "data.eval=[{path: x, name: a/b}]",
+            r"data: eval has the name 'a/b', which becomes part of file names; leave",
+        ),
         ("rollout.group_size=many", "rollout.group_size is 'many': input should be a valid integer"),
         ("model.dtype=float16", "model.dtype is 'float16': input should be 'bfloat16' or 'float32'"),
         ("learner.mini_batches=7", "32 x rollout.group_size 8 = 256 samples do not divide into learner.mini_batches 7"),
@@ -69,6 +72,12 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("algorithm.kl.placement=loss", "kl.placement is loss but kl.coefficient is 0"),
         ("deterministic=true", "deterministic needs model.dtype float32"),
         ("algorithm.kl.adaptive_target=0.1", "kl.adaptive_target is set but kl.placement is none"),
+        ("algorithm.kl.reference=x", "kl.reference is set but kl.placement is none"),
+        (
+            "algorithm.rollout_correction={mode: mask, lower: 2}",
+            "lower 2 is not under upper 2: every token would be left out",
+        ),
+        ("evaluation.samples_per_prompt=8", "samples_per_prompt is 8, but at temperature 0 all of them are the same"),
         ("algorithm.dynamic_sampling.max_rounds=1", "max_rounds is 1: input should be greater than or equal to 2"),
         ("algorithm.dynamic_sampling.rounds=3", "unknown key algorithm.dynamic_sampling.rounds; did you mean max_rou"),
         ("rollout.reject_degenerate.min_tokens=2000", "min_tokens 2000 is over rollout.max_response_tokens 1024"),
@@ -82,6 +91,15 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
 def test_errors_name_key_value_and_remedy(config_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, [override], TrainConfig)
+
+
+@pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=20", "min_p=0.1"])
+def test_a_cut_distribution_cannot_be_corrected_by_sequence(config_file, cut):
+    level = "algorithm.rollout_correction.level=sequence"
+    with pytest.raises(ConfigError, match=f"rollout.{cut.partition('=')[0]} cuts the sampler's distribution"):
+        load_config(config_file, [f"rollout.{cut}", level], TrainConfig)
+    for allowed in ([level], [f"rollout.{cut}"], [f"rollout.{cut}", level, "algorithm.rollout_correction.mode=none"]):
+        load_config(config_file, allowed, TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +165,7 @@ def test_what_is_here_is_found_from_the_workers_directories_too(config_file, tmp
     (tmp_path / "plugin.py").touch()
     monkeypatch.chdir(tmp_path)
     overrides = ["model.path=here", "algorithm.plugins=[plugin.py,here]", "algorithm.kl.reference=org/on_the_hub"]
+    overrides += ["algorithm.kl.placement=loss", "algorithm.kl.coefficient=0.1"]
     config = load_config(config_file, overrides, TrainConfig)
     assert config.model.path == str(tmp_path / "here")
     assert config.algorithm.plugins == (str(tmp_path / "plugin.py"), "here")  # the second is a module's name

@@ -34,7 +34,7 @@ def scored_batch(groups: dict[str, list[float]], *, tokens: int = 4) -> ScoredBa
                 Rollout(i, i, j, ids, np.zeros(len(ids), np.float32), FinishReason.STOP, 0, f"{list(groups)[i]}{j}", "")
             )
             scores.append(Score(reward))
-    return ScoredBatch(RolloutBatch(prompts, tuple(rollouts), 1.0), tuple(scores), 0.5)
+    return ScoredBatch(RolloutBatch(prompts, tuple(rollouts), 1.0), tuple(scores))
 
 
 def texts(scored: ScoredBatch) -> list[str]:

@@ -69,8 +69,8 @@ def test_samples_without_an_answer_do_not_vote_and_without_any_there_is_no_vote(
 
 
 def test_shaping_and_weights_do_not_decide_what_is_solved():
-    right = Score(0.55, unshaped_reward=0.9, full_marks=0.9)  # right, weighted 0.9, and penalised for its length
-    wrong = Score(0.1, unshaped_reward=0.0, full_marks=0.9)
+    right = Score(0.55, unshaped_reward=0.9, passed=True)  # right, weighted 0.9, and penalised for its length
+    wrong = Score(0.1, unshaped_reward=0.0, passed=False)
     batch = ScoredBatch(RolloutBatch(PROMPTS[:1], (rollout(0, 0), rollout(0, 1))), (right, wrong))
     metrics = eval_metrics("set", batch, (1,))
     assert metrics["eval/set/pass@1"] == pytest.approx(0.5)

@@ -205,7 +205,7 @@ GOOD = {"prompt": "1+1?", "ground_truth": "2"}
         ({"prompt": [{"role": "user"}], "ground_truth": "2"}, r":2: prompt\[0\]: content must be text, not null"),
         (
             {"prompt": [{"role": "assistant", "tool_calls": ["add"]}], "ground_truth": "2"},
-            r":2: prompt\[0\]: tool_calls must be a list of objects",
+            r":2: prompt\[0\]: tool_calls must be a list of objects with name",
         ),
         ({"prompt": [{"content": "x"}], "ground_truth": "2"}, r":2: prompt\[0\]: role must be text, not null"),
         (

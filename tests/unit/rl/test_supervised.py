@@ -7,6 +7,7 @@ import pytest
 
 from rl.batch import UpdateResult
 from rl.checkpoint import CheckpointStore
+from rl.errors import CheckpointError
 from rl.prompts import SftExample
 from rl.supervised import SupervisedRun
 
@@ -36,9 +37,9 @@ class Learners:
         self.seen = [None] * int((directory / "seen").read_text())
 
 
-def run_in(directory, learners, every):
+def run_in(directory, learners, every, examples=EXAMPLES):
     return SupervisedRun(
-        EXAMPLES,
+        examples,
         learners,
         epochs=2,
         batch_size=3,
@@ -75,3 +76,9 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
     assert again.restore()
     again.execute(lambda done: [])
     assert resumed.seen[4:] == straight.seen[4:]
+
+
+def test_changed_examples_are_not_resumed_on(tmp_path):
+    run_in(tmp_path, Learners(), 2).execute(lambda done: [])
+    with pytest.raises(CheckpointError, match="the worked examples changed since"):
+        run_in(tmp_path, Learners(), 2, [*EXAMPLES[:-1], SftExample(TOKENS, TOKENS)]).restore()

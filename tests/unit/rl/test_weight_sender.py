@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from launch.tiny_models import FAMILIES, build_tiny_model
-from rl.errors import WeightSyncError
+from rl.errors import ConfigError, WeightSyncError
 from rl.weight_sync.api import ParameterInfo, check_digests, resolve_transport
 from rl.weight_sync.buckets import SharedBucket, open_bucket, plan_buckets
 from rl.weight_sync.digest import digest
@@ -96,6 +96,20 @@ def test_verdict_names_engine_version_and_parameters() -> None:
 )
 def test_transport_follows_the_devices(transport: Any, cuda: bool, colocate: bool, expected: str) -> None:
     assert resolve_transport(transport, cuda=cuda, colocate=colocate) == expected
+
+
+@pytest.mark.parametrize(
+    ("transport", "cuda", "colocate", "message"),
+    [
+        ("nccl", False, False, "nccl needs GPUs of their own .* has no GPUs; set it to auto"),
+        ("ipc", False, True, "ipc needs learners and engines on the same GPUs .* has no GPUs"),
+        ("ipc", True, False, "but this run has GPUs that they do not share"),
+        ("nccl", True, True, "but this run has ray.colocate"),
+    ],
+)
+def test_a_transport_that_cannot_work_is_refused(transport: Any, cuda: bool, colocate: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_transport(transport, cuda=cuda, colocate=colocate)
 
 
 # ---- buckets ----

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launch.tiny_models import HARMONY_SPECIAL_TOKENS, QWEN_SPECIAL_TOKENS, build_tokenizer
-from rollout.chat import AnswerExtractor, ChatFormat, think_answer
+from rollout.chat import AnswerExtractor, think_answer
 from rollout.harmony import HarmonyTokens, open_message, parse
 
 QWEN = build_tokenizer("qwen3")
@@ -31,11 +31,6 @@ def qwen_answer(response: str, prompt: str = "<|im_start|>assistant\n") -> str:
 
 def harmony_answer(response: str, prompt: str = ASSISTANT) -> str:
     return HARMONY_EXTRACTOR.extract(encode(HARMONY, prompt), encode(HARMONY, response)).answer
-
-
-def test_the_format_is_read_from_the_tokenizer():
-    assert QWEN_EXTRACTOR.format is ChatFormat.THINK
-    assert HARMONY_EXTRACTOR.format is ChatFormat.HARMONY
 
 
 @pytest.mark.parametrize(
@@ -138,13 +133,9 @@ def test_harmony_messages_have_exact_ranges():
     assert tokens is not None
     ids = encode(HARMONY, f"{ANALYSIS}ab<|end|>{ASSISTANT}{FINAL}4")
     first, second = parse(ids, tokens, HARMONY.decode)
-    assert (first.role, first.channel, HARMONY.decode(ids[first.content.start : first.content.stop]), first.closed) == (
-        "assistant",
-        "analysis",
-        "ab",
-        True,
-    )
-    assert (second.channel, second.content, second.closed) == ("final", range(len(ids) - 1, len(ids)), False)
+    assert (first.role, first.channel) == ("assistant", "analysis")
+    assert HARMONY.decode(ids[first.content.start : first.content.stop]) == "ab"
+    assert (second.channel, second.content) == ("final", range(len(ids) - 1, len(ids)))
     assert open_message(encode(HARMONY, f"<|start|>user<|message|>x<|end|>{ASSISTANT}"), tokens) == encode(
         HARMONY, ASSISTANT
     )

@@ -45,6 +45,15 @@ def test_child_dies_with_a_killed_owner_and_takes_the_sockets_along() -> None:
     assert not sockets.exists()
 
 
+def test_each_engine_has_a_directory_of_its_own_where_the_user_wants_it(tmp_path) -> None:
+    environment = {"VLLM_RPC_BASE_PATH": str(tmp_path)}
+    first = own(environment)
+    assert Path(first.name).parent == tmp_path
+    first.cleanup()
+    with own(environment) as second:
+        assert Path(second).is_dir() and environment["VLLM_RPC_BASE_PATH"] == second != first.name
+
+
 def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
     environment = dict(os.environ)
     with own(environment) as sockets:

@@ -1,0 +1,152 @@
+"""The pool over real Ray actors whose engine is a plain object: routing, deadlines, what becomes of lost workers."""
+
+import asyncio
+import os
+
+import numpy as np
+import pytest
+import ray
+
+from rl.batch import FinishReason, Prompt
+from rl.config import RolloutConfig
+from rl.errors import RolloutError, WeightSyncError
+from rollout.engine import GenerationResult, SamplingParameters
+from rollout.workers import RolloutPool, RolloutWorker
+
+pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("ray_cluster")]
+PROMPTS = tuple(Prompt(f"p{i}", tuple(range(i + 1)), text=str(i)) for i in range(6))
+
+
+def builder(index, faults):
+    """What makes worker `index`; `faults` says what is wrong with which worker."""
+    fault = faults.get(index)
+
+    def build():  # a function in a function travels as it is; the workers cannot import this file
+        class Engine:
+            """Answers with its worker's index and the sample's seed."""
+
+            async def start(self):
+                if fault == "no start":
+                    raise RolloutError(f"rollout engine {index} did not start: no memory")
+                if fault == "slow start":
+                    await asyncio.sleep(60)
+
+            async def generate(self, requests, parameters):
+                if fault == "stale":
+                    raise WeightSyncError("told to serve policy version 3, not 2")
+                if fault == "hangs":
+                    await asyncio.sleep(60)
+                if fault == "dies":
+                    os._exit(1)
+                if fault == "slow":
+                    await asyncio.sleep(1)
+                ids = [np.array([index, request.seed % 7], np.int32) for request in requests]
+                return [GenerationResult(i, np.zeros(2, np.float32), FinishReason.STOP, 0, 0) for i in ids]
+
+            async def check_health(self):
+                if fault == "hangs":
+                    raise RolloutError("no progress")
+
+            async def shutdown(self):
+                pass
+
+        return Engine(), lambda prompt, ids: ("", "")
+
+    return build
+
+
+class Pools:
+    """Makes pools, and ends them."""
+
+    def __init__(self):
+        self.pools, self.started = [], []
+
+    def make(self, workers, faults=None, **settings):
+        faults = dict(faults or {})
+        deterministic = settings.pop("deterministic", False)
+        config = RolloutConfig(num_workers=workers, **({"timeout_s": 20, "start_timeout_s": 60} | settings))
+        parameters = SamplingParameters(max_tokens=2)
+
+        def start(index):
+            options = {"max_concurrency": 100, "num_cpus": 0.01, "max_restarts": 0}
+            worker = ray.remote(RolloutWorker).options(**options).remote(builder(index, faults))
+            faults.pop(index, None)  # the one that replaces it is well
+            self.started.append(worker)
+            return worker
+
+        pool = RolloutPool(
+            start, config, training=parameters, evaluation=parameters, deterministic=deterministic, seed=1
+        )
+        self.pools.append(pool)
+        return pool
+
+
+@pytest.fixture
+def pools():
+    made = Pools()
+    yield made
+    for pool in made.pools:
+        pool.shutdown()
+
+
+def places(batch):
+    """(prompt, worker) of every sample, in order."""
+    return [(r.prompt_index, int(r.token_ids[0])) for r in batch.rollouts]
+
+
+def test_every_sample_comes_once_in_order_and_a_slow_worker_hoards_none(pools):
+    pool = pools.make(2, {0: "slow"}, max_concurrent_sequences=2)
+    batch = pool.generate(PROMPTS, group_size=2, step=0)
+    assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in range(6) for s in range(2)]
+    groups = [worker for _, worker in places(batch)][::2]
+    assert places(batch)[1::2] == places(batch)[::2], "a group is drawn by one worker"
+    assert groups.count(0) == 1 and groups.count(1) == 5
+
+
+def test_in_deterministic_mode_the_place_decides_who_draws(pools):
+    batch = pools.make(2, {0: "slow"}, deterministic=True).generate(PROMPTS, group_size=1, step=0)
+    assert places(batch) == [(p, p % 2) for p in range(6)]
+
+
+def test_samples_do_not_depend_on_the_workers(pools):
+    seeds = [
+        [int(r.token_ids[1]) for r in pools.make(workers).generate(PROMPTS, group_size=2, step=3).rollouts]
+        for workers in (1, 2)
+    ]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) > 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        ("stale", WeightSyncError, "^told to serve policy version 3, not 2$"),
+        ("dies", RolloutError, "rollout worker 1 was lost before it could generate"),
+        ("hangs", RolloutError, r"rollout workers \[1\] finished none of . groups within rollout.timeout_s 2"),
+    ],
+)
+def test_a_worker_that_fails_is_named_and_replaced(pools, fault, kind, message):
+    pool = pools.make(2, {1: fault}, timeout_s=2)
+    with pytest.raises(kind, match=message):
+        pool.generate(PROMPTS, group_size=2, step=0)
+    lost = pool.replace_lost_workers()
+    assert lost == (0 if fault == "stale" else 1)
+    assert pool.metrics()["rollout/worker_restarts"] == lost
+    if lost:
+        assert len(pool.generate(PROMPTS, group_size=2, step=0).rollouts) == 12
+
+
+def test_a_start_that_fails_is_told_at_once_and_leaves_no_actor(pools):
+    with pytest.raises(RolloutError, match="worker 1 failed to start its engine: rollout engine 1 did not start: no m"):
+        pools.make(2, {0: "slow start", 1: "no start"}, start_timeout_s=20)
+    for worker in pools.started:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(worker.__ray_ready__.remote(), timeout=20)
+
+
+def test_restarts_are_used_up(pools):
+    pool = pools.make(1, {0: "dies"}, max_restarts=0)
+    with pytest.raises(RolloutError, match="was lost"):
+        pool.generate(PROMPTS, group_size=1, step=0)
+    with pytest.raises(RolloutError, match=r"workers \[0\] are lost and rollout.max_restarts 0 is used up"):
+        pool.replace_lost_workers()

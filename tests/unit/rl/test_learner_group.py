@@ -1,0 +1,72 @@
+"""What a group of learners decides before it asks any of them; and how their failures are told."""
+
+import numpy as np
+import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from rl import actors
+from rl.actors import Crew
+from rl.batch import TrainBatch, TrainSample
+from rl.config import LearnerConfig, ModelConfig
+from rl.errors import LearnerError, RolloutError, WeightSyncError
+from rl.workers import LearnerGroup, LearnerSpec
+
+
+def batch(masked):
+    ids = np.arange(3, dtype=np.int32)
+    values = np.zeros(3, dtype=np.float32)
+    return TrainBatch.from_samples((TrainSample(ids, ids, np.full(3, not masked), values, values),))
+
+
+def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
+    spec = LearnerSpec(
+        LearnerConfig(max_skipped_steps=2),
+        ModelConfig(path="unused"),
+        None,
+        seed=0,
+        deterministic=False,
+        device="cpu",
+        total_optimizer_steps=1,
+    )
+    group = LearnerGroup(spec, [])
+    for masked in (True, True, False, True, True):
+        group._count_empty(batch(masked))
+    with pytest.raises(LearnerError, match="none of the 1 samples has a token to learn from .* in 3 steps in a row"):
+        group._count_empty(batch(masked=True))
+
+
+CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
+
+
+def fails_with(monkeypatch, error):
+    monkeypatch.setattr(actors.ray, "get", lambda call: (_ for _ in ()).throw(error))
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("the node is out of memory"), RayActorError(error_msg="it died")])
+def test_a_member_that_is_lost_however_it_went_is_an_error_of_the_crew(monkeypatch, error):
+    fails_with(monkeypatch, error)
+    with pytest.raises(RolloutError, match="rollout worker 3 was lost before it could generate"):
+        CREW.get("call", 3, "generate")
+
+
+def task_error(cause):
+    return RayTaskError("generate", "", cause)
+
+
+def test_an_error_of_a_member_passes_or_is_told_with_its_name(monkeypatch):
+    fails_with(monkeypatch, task_error(WeightSyncError("version 3, not 4")))
+    with pytest.raises(WeightSyncError, match="^version 3, not 4$"):
+        CREW.get("call", 0, "generate")
+    fails_with(monkeypatch, task_error(ValueError("no such token")))
+    with pytest.raises(RolloutError, match="rollout worker 1 failed to generate: ValueError..no such token"):
+        CREW.get("call", 1, "generate")
+
+
+def test_the_first_failure_ends_the_wait_and_late_members_are_named(monkeypatch):
+    monkeypatch.setattr(actors.ray, "wait", lambda calls, num_returns, timeout: ([calls[-1]], calls[:-1]))
+    fails_with(monkeypatch, RayActorError(error_msg="it died"))
+    with pytest.raises(RolloutError, match="worker 7 was lost"):
+        CREW.wait(["a", "b"], "start", timeout_s=9, setting="x", members=[4, 7])
+    monkeypatch.setattr(actors.ray, "wait", lambda calls, num_returns, timeout: ([], calls))
+    with pytest.raises(RolloutError, match=r"rollout workers \[4, 7\] did not start within rollout.timeout_s 9 s"):
+        CREW.wait(["a", "b"], "start", timeout_s=9, setting="rollout.timeout_s", members=[4, 7])
