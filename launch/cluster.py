@@ -24,7 +24,7 @@ from launch.environment import cluster_address
 from rl.config import RayConfig, TrainConfig
 from rl.errors import ConfigError
 
-_OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most; a token of a step takes 30
+_OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most
 _SHARED_MEMORY = "/dev/shm"
 _CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
 _PLACEMENT_TIMEOUT_S = 120.0

@@ -202,18 +202,12 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             group_size=config.rollout.group_size,
             report=display.message,
         )
-        bounds = agreement_bounds(config)
-        if not _comparable(config.rollout):
-            display.message(
-                "note: rollout.top_p, top_k, min_p or temperature 0 cuts the sampler's distribution, so its "
-                "log-probabilities are not compared with the learner's at each step (sync.probe_every still counts)"
-            )
         yield TrainingRun(
             _plan(config, run_dir),
             controller,
             checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
-            probe=WeightProbe(every=config.sync.probe_every, bounds=bounds),
-            bounds=bounds if _comparable(config.rollout) else AgreementBounds(float("inf"), float("inf")),
+            probe=WeightProbe(every=config.sync.probe_every, bounds=agreement_bounds(config)),
+            bounds=_step_bounds(config, display),
             open_sinks=lambda done_steps: open_sinks(config, run_dir, done_steps),
             display=display,
             evaluator=Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at) if eval_sets else None,
@@ -263,6 +257,17 @@ def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
 
 def agreement_bounds(config: TrainConfig) -> AgreementBounds:
     return AgreementBounds.for_dtype(config.model.dtype, config.sync.probe_tolerance)
+
+
+def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:
+    """Of the comparison at every step; none, and a message, where the sampler's distribution is not the learner's."""
+    if _comparable(config.rollout):
+        return agreement_bounds(config)
+    display.message(
+        "note: rollout.top_p, top_k, min_p or temperature 0 cuts the sampler's distribution, so its log-probabilities "
+        "are not compared with the learner's at each step; the probe (sync.probe_every) is not affected"
+    )
+    return AgreementBounds(float("inf"), float("inf"))
 
 
 def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> list[MetricSink]:

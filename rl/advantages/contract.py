@@ -51,6 +51,9 @@ class _AnyPart(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         return self["reward"]
 
+    def get(self, name: str, default: Any = None) -> Tensor:
+        return self[name]
+
     def __contains__(self, name: object) -> bool:
         return True
 

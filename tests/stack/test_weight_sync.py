@@ -173,7 +173,6 @@ def test_engine_ends_as_it_should(rig: EngineRig) -> None:
         child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in str(child.cmdline())
     ]
     assert [c for c in left if "vllm" in c.name().lower() or "spawn_main" in str(c.cmdline())] == []
-    assert not list(Path("/dev/shm").glob("fledge*"))
     with pytest.raises(RolloutError, match="engine 0 is not running"):
         generate(rig, SamplingParameters(max_tokens=1), 1)
 

@@ -157,13 +157,9 @@ class Command:
         self.process.kill()
 
     def files_left(self) -> list[str]:
-        """In the temporary directory, but for Ray's logs and torch's cache; and all of ours in shared memory."""
+        """In the temporary directory, but for Ray's logs and torch's cache. (Weight buckets have no name to leave.)"""
         temporary = [p.name for p in Path(self._temporary.name).iterdir()]
-        return shared_memory_files() + [name for name in temporary if not re.match(r"ray$|torchinductor_", name)]
-
-
-def shared_memory_files() -> list[str]:
-    return [p.name for p in Path("/dev/shm").glob("fledge*")]
+        return [name for name in temporary if not re.match(r"ray$|torchinductor_", name)]
 
 
 def undocumented(row: dict[str, Any]) -> list[str]:

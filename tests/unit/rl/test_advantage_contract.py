@@ -36,7 +36,7 @@ def test_parts_of_the_reward_that_an_option_names_are_there():
 
 
 @pytest.mark.parametrize(
-    "parts", [lambda p: p["math"], lambda p: torch.stack(list(p.values())).sum(0), lambda p: p.get("reward")]
+    "parts", [lambda p: p["math"], lambda p: torch.stack(list(p.values())).sum(0), lambda p: p.get("math")]
 )
 def test_a_plugin_may_read_any_part_of_the_reward(parts):
     def function(inputs):
