@@ -30,7 +30,7 @@ def resolve_transport(transport: Literal["auto", "shm", "nccl", "ipc"], *, cuda:
     if transport in ("auto", "shm", best):
         return best if transport == "auto" else transport
     needs = {
-        "nccl": "GPUs of their own for learners and engines (NCCL refuses two ranks on one GPU)",
+        "nccl": "GPUs of their own for learners and engines (NCCL refuses two ranks on one GPU by default)",
         "ipc": "learners and engines on the same GPUs (ray.colocate)",
     }
     here = "no GPUs" if not cuda else "ray.colocate" if colocate else "GPUs that they do not share"

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=INFO tests/
 
 # dtype -> (differences of two implementations, in log-probability; what an update that was not served must exceed)
 BOUNDS = {"float32": (1e-3, 3e-3), "bfloat16": (0.2, 0.3)}
+MULTI_RANK_NCCL = 23000  # the first that can serve two ranks on one GPU, when asked to
 BROAD_PARTS = ("embed_tokens", "self_attn", "mlp", "norm")  # one part alone does not show through bfloat16's rounding
 
 
@@ -30,18 +31,30 @@ def test_digest_is_the_same_on_both_devices() -> None:
         assert digest(tensor.cuda()) == digest(tensor)
 
 
+def nccl_version() -> int:
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    return int(NCCLLibrary().ncclGetRawVersion())
+
+
 @pytest.fixture(
     scope="module", params=[(f, t, d) for d in BOUNDS for t in ("ipc", "nccl") for f in FAMILIES], ids="-".join
 )
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRig]:
     family, transport, dtype = request.param
-    if transport == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip("NCCL needs a GPU for each side")
-    device = torch.device("cuda", 1 if transport == "nccl" else 0)  # the engine takes the first
+    shared = torch.cuda.device_count() < 2
+    if transport == "nccl" and shared and nccl_version() < MULTI_RANK_NCCL:
+        pytest.skip(
+            "NCCL before 2.30 needs a GPU for each side; a newer libnccl.so.2 may be named in VLLM_NCCL_SO_PATH"
+        )
+    device = torch.device("cuda", 0 if transport == "ipc" or shared else 1)  # the engine takes the first
     torch.cuda.set_device(device)
-    rig = EngineRig(family, tmp_path_factory.mktemp(family), transport=transport, dtype=dtype, device=str(device))
-    yield rig
-    rig.close()
+    with pytest.MonkeyPatch.context() as patch:
+        if transport == "nccl" and shared:
+            patch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+        rig = EngineRig(family, tmp_path_factory.mktemp(family), transport=transport, dtype=dtype, device=str(device))
+        yield rig
+        rig.close()
 
 
 def test_engine_follows_the_model(rig: EngineRig) -> None:
