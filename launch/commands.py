@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launch.cluster import place_learners, ray_cluster, resolve_device
-from launch.compose import evaluator_of, fingerprint, open_sinks, start_learners, training_run
+from launch.compose import checkpoint_store, evaluator_of, open_sinks, start_learners, training_run
 from launch.display import ProgressDisplay
 from launch.preflight import check_checkpoint, check_layout, check_logging
-from rl.checkpoint import LEARNER, CheckpointStore
+from rl.checkpoint import LEARNER
 from rl.config import SftConfig, TrainConfig
 from rl.config_loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
@@ -85,9 +85,8 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             epochs=config.epochs,
             batch_size=config.batch_size,
             seed=config.seed,
-            checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
+            checkpoints=checkpoint_store(config, run_dir),
             checkpoint_every=config.checkpoint.every,
-            fingerprint=fingerprint(config),
             display=display,
         )
         if resume and not run.restore():
@@ -117,7 +116,7 @@ def export(run_dir: Path, out_dir: Path) -> Path:
     if not config_file.is_file():
         raise CheckpointError(f"{run_dir} has no config.yaml, so it is no run directory")
     config = load_config(config_file, (), TrainConfig if _is_train_config(config_file) else SftConfig)
-    checkpoint = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).latest()
+    checkpoint = checkpoint_store(config, run_dir).latest()
     if checkpoint is None:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
     try:
@@ -163,7 +162,7 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
                 f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
             )
         if resume:
-            CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep).resume(fingerprint(config))
+            checkpoint_store(config, run_dir).resume()
         yield run_dir
 
 

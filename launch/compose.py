@@ -6,8 +6,6 @@ Left out: the command line (`launch.cli`), and what the parts do.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
 from rl.checkpoint import CheckpointStore
-from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
+from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.errors import ConfigError, DataError
@@ -36,6 +34,14 @@ from rl.weight_sync.api import resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
 from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
+
+# What a resumed run must share with its checkpoint. How long, how often and where it runs may change.
+_LEARNER_FIXED = ("seed", "model.path", "model.dtype", "learner.num_workers", "learner.optimizer.name")
+_SFT_FIXED = (*_LEARNER_FIXED, "data", "batch_size")
+_TRAIN_FIXED = (
+    *(*_LEARNER_FIXED, "learner.epochs", "learner.mini_batches", "critic.path", "critic.optimizer.name"),
+    *("data.train", "rollout.prompts_per_step", "rollout.group_size"),
+)
 
 
 def build_engine(
@@ -205,7 +211,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
         yield TrainingRun(
             _plan(config, run_dir),
             controller,
-            checkpoints=CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep),
+            checkpoints=checkpoint_store(config, run_dir),
             probe=WeightProbe(every=config.sync.probe_every, bounds=agreement_bounds(config)),
             bounds=_step_bounds(config, display),
             open_sinks=lambda done_steps: open_sinks(config, run_dir, done_steps),
@@ -288,20 +294,14 @@ def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> list[Metric
     return sinks
 
 
-def fingerprint(config: TrainConfig | SftConfig) -> str:
-    """Of what a resumed run must share with its checkpoint. How long, how often and where it runs may change."""
-    shared: dict[str, Any] = {"seed": True, "model": {"path", "dtype"}}
-    if isinstance(config, TrainConfig):
-        shared |= {
-            "data": {"train"},
-            "rollout": {"prompts_per_step", "group_size"},
-            "learner": {"num_workers": True, "epochs": True, "mini_batches": True, "optimizer": {"name"}},
-            "critic": {"path": True, "optimizer": {"name"}},
-        }
-    else:
-        shared |= {"data": True, "batch_size": True, "learner": {"num_workers": True, "optimizer": {"name"}}}
-    kept = config.model_dump(mode="json", include=shared)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+def checkpoint_store(config: RunConfig, run_dir: Path) -> CheckpointStore:
+    """Where the run's checkpoints are, with what a resumed run must share with them."""
+    return CheckpointStore(
+        run_dir / "checkpoints",
+        keep=config.checkpoint.keep,
+        settings=config.model_dump(mode="json"),
+        fixed=_TRAIN_FIXED if isinstance(config, TrainConfig) else _SFT_FIXED,
+    )
 
 
 def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
@@ -371,5 +371,4 @@ def _plan(config: TrainConfig, run_dir: Path) -> RunPlan:
         evaluate_at_start=config.evaluation.at_start,
         samples_every=config.logging.samples_every,
         samples_per_step=config.logging.samples_per_step,
-        fingerprint=fingerprint(config),
     )

@@ -11,16 +11,31 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rl.errors import CheckpointError
 
 _NAME = re.compile(r"step_\d+")
 _STATE = "state.json"
 _DISCARDED = ".discarded_"
+_SETTINGS = "settings"
+_UNSET = "unset"
 LEARNER = "learner"  # the sub-folder that the learner writes
+
+
+class Resumable(NamedTuple):
+    """What a run can go on from."""
+
+    path: Path
+    state: dict[str, Any]
+    changed: list[str]  # settings that are other ones now, as "key old -> new"
+
+    def describe(self) -> str:
+        """For people: where the run goes on, and what is different from now on."""
+        changes = f"; changed since: {', '.join(self.changed)}" if self.changed else ""
+        return f"resumed from {self.path} ({self.state['step']} steps done){changes}"
 
 
 class CheckpointStore:
@@ -29,11 +44,17 @@ class CheckpointStore:
     Args:
         directory: created when the first checkpoint is saved.
         keep: how many of the newest checkpoints stay on disk.
+        settings: the run's configuration, in plain nested dicts; it goes into every checkpoint.
+        fixed: dotted keys of the settings and sections that a run must share with the checkpoint it goes on from.
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int, settings: Mapping[str, Any] | None = None, fixed: Sequence[str] = ()
+    ) -> None:
         self.directory = directory
         self.keep = keep
+        self._settings = settings or {}
+        self._fixed = fixed
 
     def save(self, step: int, state: Mapping[str, Any], write_learner: Callable[[Path], None]) -> Path:
         """Write a checkpoint of `step` completed steps; `write_learner` fills its learner folder.
@@ -55,7 +76,7 @@ class CheckpointStore:
                 "system that every node shares"
             )
         with (temporary / _STATE).open("w") as file:
-            json.dump({"step": step, **state}, file, indent=1)
+            json.dump({"step": step, _SETTINGS: self._settings, **state}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         if final.exists():
@@ -79,13 +100,13 @@ class CheckpointStore:
         complete = self._complete()
         return complete[-1] if complete else None
 
-    def resume(self, fingerprint: str) -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint and its state, for the run that goes on from it; None when there is none.
+    def resume(self) -> Resumable | None:
+        """The newest complete checkpoint, for the run that goes on from it; None when there is none.
 
         Folders that a killed run left half-written are removed.
 
         Raises:
-            CheckpointError: it cannot be read, or its "fingerprint" is another one.
+            CheckpointError: it cannot be read, or a fixed setting is another one; the message names each.
         """
         for leftover in (*self.directory.glob(".writing_*"), *self.directory.glob(f"{_DISCARDED}*")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -93,12 +114,17 @@ class CheckpointStore:
         if path is None:
             return None
         state = read_state(path)
-        if state["fingerprint"] != fingerprint:
+        changed = dict(_differences(state[_SETTINGS], self._settings))
+        if refused := [change for key, change in changed.items() if self._is_fixed(key)]:
             raise CheckpointError(
-                f"{path} was written under another configuration (seed, model, data, batch or learner changed); "
-                "resume with the run's own config.yaml, or choose another run_dir"
+                f"{path} cannot be resumed under another configuration: {', '.join(refused)}; "
+                "set back what changed, or choose another run_dir"
             )
-        return path, state
+        return Resumable(path, state, list(changed.values()))
+
+    def _is_fixed(self, key: str) -> bool:
+        # A section that is None on one side differs as a whole, so what is fixed may also be inside the key.
+        return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in self._fixed)
 
     def _complete(self) -> list[Path]:
         if not self.directory.is_dir():
@@ -117,9 +143,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is not a complete checkpoint: {path.name} cannot be read ({error}); "
             "remove the folder to resume from the one before it"
         ) from error
-    if not isinstance(state, dict) or "step" not in state:
-        raise CheckpointError(f"{path} holds no run state; remove {checkpoint} to resume from the one before it")
+    if not isinstance(state, dict) or not {"step", _SETTINGS} <= state.keys():
+        raise CheckpointError(
+            f"{path} holds no run state that this version reads; remove {checkpoint} to resume from the one before it"
+        )
     return state
+
+
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys of the leaves that differ, each with "key old -> new"."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in (*before, *(name for name in after if name not in before)):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _differences(before.get(name, _UNSET), after.get(name, _UNSET), inner)
+    elif before != after:
+        yield key, f"{key} {_shown(before)} -> {_shown(after)}"
+
+
+def _shown(value: Any) -> str:
+    return "a section" if isinstance(value, Mapping) else str(value)
 
 
 def _fsync_directory(directory: Path) -> None:

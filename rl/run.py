@@ -39,7 +39,6 @@ class RunPlan:
     evaluate_at_start: bool = False
     samples_every: int = 1  # steps; 0: none
     samples_per_step: int = 64
-    fingerprint: str = ""  # of the configuration's parts that a resumed run must share
 
 
 class TrainingRun:
@@ -75,16 +74,16 @@ class TrainingRun:
         Raises:
             CheckpointError: it cannot be read, or belongs to a run with another configuration.
         """
-        found = self.checkpoints.resume(self.plan.fingerprint)
+        found = self.checkpoints.resume()
         if found is None:
             return False
-        path, state = found
-        self.controller.learners.load_checkpoint(path / LEARNER)
+        state = found.state
+        self.controller.learners.load_checkpoint(found.path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
         self.next_step = self._last_row = int(state["step"])
         if "metrics" in state and not self._row_is_whole(self.next_step):
             self._last_row, self._owed = self.next_step - 1, state["metrics"]
-        self.display.message(f"resumed from {path} ({self.next_step} steps done)")
+        self.display.message(found.describe())
         return True
 
     def _row_is_whole(self, step: int) -> bool:
@@ -185,7 +184,6 @@ class TrainingRun:
     def _save(self, metrics: Mapping[str, float]) -> None:
         state: dict[str, Any] = {
             "metrics": dict(metrics),
-            "fingerprint": self.plan.fingerprint,
             "prompt_source": self.controller.prompt_source.state_dict(),
         }
         path = self.checkpoints.save(self.next_step, state, self.controller.learners.save_checkpoint)

@@ -32,10 +32,9 @@ class SupervisedRun:
         examples: of every epoch.
         epochs, batch_size: how often, and how many examples a step.
         seed: of the order, which depends on (seed, epoch) alone.
-        fingerprint: of what a resumed run must share.
     """
 
-    def __init__(  # noqa: PLR0913 - one call site, all by name
+    def __init__(
         self,
         examples: Sequence[SftExample],
         learners: SupervisedLearners,
@@ -45,7 +44,6 @@ class SupervisedRun:
         seed: int,
         checkpoints: CheckpointStore,
         checkpoint_every: int,
-        fingerprint: str,
         display: Display,
     ) -> None:
         self._examples = examples
@@ -55,7 +53,6 @@ class SupervisedRun:
         self._seed = seed
         self._checkpoints = checkpoints
         self._checkpoint_every = checkpoint_every
-        self._fingerprint = fingerprint
         self._display = display
         self.steps_per_epoch = steps_per_epoch(len(examples), batch_size)
         self.total_steps = epochs * self.steps_per_epoch
@@ -67,11 +64,11 @@ class SupervisedRun:
         Raises:
             CheckpointError: it is of another configuration, or of other examples.
         """
-        found = self._checkpoints.resume(self._fingerprint)
+        found = self._checkpoints.resume()
         if found is None:
             return False
-        path, state = found
-        if state.get("examples", self._digest) != self._digest:
+        path, state = found.path, found.state
+        if state["examples"] != self._digest:
             raise CheckpointError(
                 f"the worked examples changed since {path} was written, so its {state['step']} steps are not steps of "
                 "these; restore the data (and data.max_tokens, on which it depends), or start a new run from the "
@@ -79,7 +76,7 @@ class SupervisedRun:
             )
         self._learners.load_checkpoint(path / LEARNER)
         self.next_step = int(state["step"])
-        self._display.message(f"resumed from {path} ({self.next_step} steps done)")
+        self._display.message(found.describe())
         return True
 
     def execute(self, open_sinks: Callable[[int], Sequence[MetricSink]]) -> dict[str, float]:
@@ -109,8 +106,7 @@ class SupervisedRun:
         return TrainBatch.from_samples(tuple(_train_sample(self._examples[i]) for i in chosen))
 
     def _save(self) -> None:
-        state = {"fingerprint": self._fingerprint, "examples": self._digest}
-        path = self._checkpoints.save(self.next_step, state, self._learners.save_checkpoint)
+        path = self._checkpoints.save(self.next_step, {"examples": self._digest}, self._learners.save_checkpoint)
         self._display.message(f"checkpoint {path}")
 
 

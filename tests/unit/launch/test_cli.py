@@ -11,10 +11,11 @@ import yaml
 
 from launch import cli, doctor
 from launch.commands import _claimed_run_dir
+from launch.compose import checkpoint_store
 from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
-from rl.checkpoint import CheckpointStore
 from rl.config import TrainConfig
+from rl.config_loading import load_config
 from rl.errors import CheckpointError, ConfigError
 
 
@@ -121,12 +122,14 @@ def test_a_run_directory_is_not_overwritten(fledge, tmp_path, config):
 
 
 def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tmp_path, config):
-    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
-    store.save(1, {"fingerprint": "of another"}, lambda folder: (folder / "w").write_text("1"))
-    (tmp_path / "run" / "config.yaml").write_text("seed: 7\n")
-    exit_code, said = fledge("train", save(tmp_path, config), "--resume")
-    assert (exit_code, "resume with the run's own config.yaml" in said) == (CheckpointError.exit_code, True)
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 7\n"
+    store = checkpoint_store(load_config(save(tmp_path, config), (), TrainConfig), tmp_path / "run")
+    store.save(1, {}, lambda folder: (folder / "w").write_text("1"))
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    changes = ("seed=7", "rollout.group_size=4", "learner.optimizer.lr=1e-3", "total_steps=9", "critic={}")
+    exit_code, said = fledge("train", save(tmp_path, config), *changes, "--resume")
+    refused = "another configuration: seed 0 -> 7, rollout.group_size 8 -> 4, critic None -> a section; set back"
+    assert (exit_code, refused in " ".join(said.split())) == (CheckpointError.exit_code, True), said
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
 
 
 def test_a_run_directory_that_cannot_be(fledge, tmp_path, config):

@@ -1,6 +1,7 @@
 """What happens around the steps: metrics, samples, probe, agreement, checkpoints, resume."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,23 @@ class EvalPool(FakeRolloutPool):
 
 
 def make_run(
-    run_dir: Path, *, total_steps=4, learners=None, pool=None, source=None, probe_every=1, shaping=None, **plan
+    run_dir: Path,
+    *,
+    total_steps=4,
+    learners=None,
+    pool=None,
+    source=None,
+    probe_every=1,
+    shaping=(),
+    store=None,
+    **plan,
 ):
     pool, learners, source = pool or EvalPool(), learners or FakeLearners(), source or FakePromptSource()
-    loop = controller(pool, learners, source, **(shaping or {}))
+    loop = controller(pool, learners, source, **dict(shaping))
     return TrainingRun(
-        RunPlan(run_dir, total_steps, **({"checkpoint_every": 2, "fingerprint": "f"} | plan)),
+        RunPlan(run_dir, total_steps, **({"checkpoint_every": 2} | plan)),
         loop,
-        checkpoints=CheckpointStore(run_dir / "checkpoints", keep=2),
+        checkpoints=store or CheckpointStore(run_dir / "checkpoints", keep=2),
         probe=WeightProbe(every=probe_every, bounds=BOUNDS),
         bounds=BOUNDS,
         open_sinks=lambda done_steps: [JsonlSink(run_dir, done_steps=done_steps)],
@@ -195,10 +205,27 @@ def test_rows_after_the_checkpoint_are_replaced_when_resuming(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_another_configuration_cannot_be_resumed(tmp_path):
-    make_run(tmp_path).execute()
-    with pytest.raises(CheckpointError, match="another configuration"):
-        make_run(tmp_path, fingerprint="g").restore()
+def test_a_resumed_run_says_what_changed_and_refuses_what_must_not(tmp_path):
+    def store(**changes):
+        settings = {"seed": 0, "critic": None, "lr": 0.1, "data": {"train": {"path": "a", "options": {}}, "eval": []}}
+        fixed = ("seed", "critic.path", "data.train")
+        return CheckpointStore(tmp_path / "checkpoints", keep=2, settings={**settings, **changes}, fixed=fixed)
+
+    make_run(tmp_path, store=store()).execute()
+    resumed = make_run(tmp_path, store=store())
+    assert resumed.restore()
+    assert resumed.display.messages[0].endswith("(4 steps done)")
+    data = {"train": {"path": "a", "options": {}}, "eval": ["b"]}
+    resumed = make_run(tmp_path, store=store(lr=0.2, data=data))
+    assert resumed.restore()
+    assert resumed.display.messages[0].endswith("changed since: lr 0.1 -> 0.2, data.eval [] -> ['b']")
+    for change, named in (
+        ({"seed": 7, "lr": 0.2}, "another configuration: seed 0 -> 7;"),
+        ({"critic": {"path": None, "clip": 1}}, "critic None -> a section;"),
+        ({"data": {"train": {"path": "a", "options": {"k": 1}}, "eval": []}}, "data.train.options.k unset -> 1;"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(named)):
+            make_run(tmp_path, store=store(**change)).restore()
 
 
 def test_disagreement_of_the_log_probabilities_stops_the_run(tmp_path):
@@ -225,7 +252,7 @@ def test_the_probe_runs_after_the_first_sync_and_then_every_so_many():
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    store.save(1, {"fingerprint": "f"}, lambda folder: (folder / "w").write_text("1"))
+    store.save(1, {}, lambda folder: (folder / "w").write_text("1"))
 
     def dies(folder):
         (folder / "w").write_text("2")
@@ -237,15 +264,15 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     (tmp_path / ".writing_000002").mkdir()  # as a killed run leaves it
     assert store.latest().name == "step_000001"
     assert (tmp_path / ".writing_000002").is_dir()  # whoever only looks must not take it from a run that is alive
-    assert store.resume("f")[0].name == "step_000001"
+    assert store.resume().path.name == "step_000001"
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_a_checkpoint_that_the_learners_wrote_elsewhere_is_none(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
-    store.save(1, {"fingerprint": "f"}, lambda folder: (folder / "w").write_text("1"))
+    store.save(1, {}, lambda folder: (folder / "w").write_text("1"))
     with pytest.raises(CheckpointError, match="must be on a file system that every node shares"):
-        store.save(2, {"fingerprint": "f"}, lambda folder: None)
+        store.save(2, {}, lambda folder: None)
     assert store.latest().name == "step_000001"
 
 

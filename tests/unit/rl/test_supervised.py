@@ -46,7 +46,6 @@ def run_in(directory, learners, every, examples=EXAMPLES):
         seed=1,
         checkpoints=CheckpointStore(directory, keep=5),
         checkpoint_every=every,
-        fingerprint="f",
         display=Silent(),
     )
 
