@@ -6,6 +6,7 @@ Loading and composing files is in `rl.config_loading`. Left out: torch, ray, vll
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -503,6 +504,15 @@ class SftConfig(RunConfig):
                     f"learner.{key} is {getattr(self.learner, key)}, but a supervised step is one update of its batch; "
                     "leave it out, and set epochs (at the top level) and batch_size"
                 )
+        for section, keys in (
+            ("data.train", ("reward",)),
+            ("learner", ("offload_reference",)),
+            ("learner.moe", ("router_replay",)),
+            ("logging", ("samples_every", "samples_per_step")),
+            ("ray", ("colocate", "rollout_resources")),
+        ):
+            for key in filter(attrgetter(section)(self).sets, keys):
+                raise ValueError(f"{section}.{key} has no effect in a supervised run; leave it out, or set it to null")
         if self.learner.max_tokens_per_microbatch < self.data.max_tokens:
             raise ValueError(
                 f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under data.max_tokens "

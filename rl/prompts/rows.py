@@ -225,7 +225,7 @@ def _create_task(task: str, config: DatasetConfig) -> Any:
 def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ...]) -> None:
     """A setting that would be ignored is an error."""
     for name in settings:
-        if getattr(config, name) != type(config).model_fields[name].get_default(call_default_factory=True):
+        if config.sets(name):
             raise DataError(
                 f"dataset {config.path}: {name} does not apply to {source}; leave it out, or set "
                 "it to null where a file that is extended sets it"

@@ -158,6 +158,11 @@ def test_supervised_runs_refuse_what_they_would_ignore(tmp_path, key):
         load_config(path, [f"learner.{key}=2"], SftConfig)
     with pytest.raises(ConfigError, match=r"max_tokens_per_microbatch 16384 is under data.max_tokens 20000"):
         load_config(path, ["data.max_tokens=20000"], SftConfig)
+    for change in ("data.train.reward=math", "learner.moe.router_replay=true", "ray.colocate=true"):
+        key = change.partition("=")[0]
+        with pytest.raises(ConfigError, match=f"{key} has no effect in a supervised run"):
+            load_config(path, [change], SftConfig)
+        load_config(path, [f"{key}=null"], SftConfig)
 
 
 def test_what_is_here_is_found_from_the_workers_directories_too(config_file, tmp_path, monkeypatch):
