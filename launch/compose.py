@@ -168,15 +168,17 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     """
     run_dir = Path(config.run_dir)
     check_checkpoint(config.model.path, "model.path")
-    check_algorithm(config)
     if config.critic is not None and config.critic.path is not None:
         check_checkpoint(config.critic.path, "critic.path")
+    if config.algorithm.kl.reference is not None:
+        check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
+    check_algorithm(config)
     check_layout(config)
     check_logging(config)
     train_prompts, eval_sets = load_data(config, display)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
-        device = resolve_device(config.device)
+        device = resolve_device(config)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
         transport = resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=config.ray.colocate)
@@ -229,7 +231,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
-        device = resolve_device(config.device)
+        device = resolve_device(config)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
         placement = place_rollouts(config, device=device)

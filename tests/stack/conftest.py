@@ -7,6 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from launch.cluster import engine_for_gpus
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_for_cpus() -> None:
+    if version := engine_for_gpus():
+        pytest.skip(f"these run on CPUs, and vllm {version} is a build for GPUs; tests/gpu is for this environment")
+
 
 @pytest.fixture(autouse=True)
 def no_command_left() -> Iterator[None]:

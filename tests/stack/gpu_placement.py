@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from launch.cluster import Placement, place_train_workers, resolve_device
+from launch.cluster import Placement, place_train_workers
 from rl.config import TrainConfig
 from rl.config_loading import load_config
 from rl.errors import ConfigError
@@ -43,7 +43,7 @@ def describe(placement: Placement) -> dict[str, Any]:
 def place(config_path: str, *overrides: str) -> Any:
     config = load_config(config_path, overrides, TrainConfig)
     try:
-        return describe(place_train_workers(config, device=resolve_device("auto")))
+        return describe(place_train_workers(config, device="cuda"))
     except ConfigError as error:
         return str(error)
 

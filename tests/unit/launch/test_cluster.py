@@ -1,8 +1,14 @@
 """How much memory a local cluster's object store asks for: Ray refuses more than there is."""
 
-import pytest
+import importlib.metadata
 
-from launch.cluster import _object_store_bytes
+import pytest
+import ray
+import torch
+
+from launch.cluster import _object_store_bytes, place_learners, place_rollouts, place_train_workers, resolve_device
+from rl.config import RayConfig, RunConfig, TrainConfig
+from rl.errors import ConfigError
 
 GIB = 1 << 30
 
@@ -19,3 +25,56 @@ GIB = 1 << 30
 )
 def test_the_object_store_fits(memory, shared_memory, expected):
     assert _object_store_bytes(memory, shared_memory) == expected
+
+
+def run_on(device, **settings):
+    return RunConfig(model={"path": "m", "dtype": "float32"}, device=device, **settings)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "torch_for_gpus", "wanted", "found"),
+    [
+        (0, False, "auto", "cpu"),
+        (8, False, "auto", "cpu"),  # as after `make setup` on a workstation
+        (0, True, "auto", "cpu"),
+        (8, True, "auto", "cuda"),
+        (8, True, "cpu", "cpu"),
+        (0, True, "cuda", "the Ray cluster has no GPU"),
+        (8, False, "cuda", "is a build for CPUs"),
+    ],
+)
+def test_the_device_is_one_that_the_cluster_has_and_torch_can_use(monkeypatch, gpus, torch_for_gpus, wanted, found):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: torch_for_gpus)
+    if found in ("cpu", "cuda"):
+        assert resolve_device(run_on(wanted)) == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            resolve_device(run_on(wanted))
+    if found == "cuda":
+        with pytest.raises(ConfigError, match="which GPUs do not keep"):
+            resolve_device(run_on(wanted, deterministic=True))
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.31.0", True), ("0.31.0+cpu", False), (None, False)])
+def test_a_run_on_cpus_needs_an_engine_that_has_a_build_for_them(monkeypatch, version, refused):
+    def installed(name):
+        if name == "vllm" and version:
+            return version
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    config = TrainConfig(model={"path": "m"}, data={"train": {"path": "d"}}, rollout={"num_workers": 2})
+    for place in (place_train_workers, place_rollouts):
+        if refused:
+            with pytest.raises(ConfigError, match=r"vllm 0.31.0 of this environment is a build for GPUs"):
+                place(config, device="cpu")
+        else:
+            assert len(place(config, device="cpu").rollouts) == 2
+
+
+@pytest.mark.parametrize(("torch_for_gpus", "environment"), [(False, None), (True, {"CUDA_VISIBLE_DEVICES": ""})])
+def test_workers_on_cpus_do_not_see_gpus_that_their_torch_could_use(monkeypatch, torch_for_gpus, environment):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: torch_for_gpus)
+    options = place_learners(1, RayConfig(), device="cpu").learners[0]
+    assert options.get("runtime_env", {}).get("env_vars") == environment
