@@ -26,6 +26,12 @@ from rl.config_types import (
     Seed,
 )
 
+# vLLM's arguments that other settings, placement or weight sync decide
+_ENGINE_OWN = (
+    *("model", "revision", "seed", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *("worker_extension_cls", "weight_transfer_config", "logprobs_mode"),
+)
+
 
 class ModelConfig(Section):
     """The policy."""
@@ -126,6 +132,30 @@ class RolloutConfig(Section):
     max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs as is")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutConfig:
+        if taken := [key for key in _ENGINE_OWN if key in self.engine_options]:
+            raise ValueError(
+                f"engine_options holds {', '.join(taken)}, on which placement and weight sync depend; leave it out "
+                "(rollout.tensor_parallel_size, model and seed are keys of their own)"
+            )
+        if self.kv_cache_gib is not None and self.sets("gpu_memory_utilization"):
+            raise ValueError(
+                f"kv_cache_gib {self.kv_cache_gib:g} fixes the cache, so gpu_memory_utilization "
+                f"{self.gpu_memory_utilization:g} has no effect; leave one of them out"
+            )
+        _refuse_cuts_of_greedy(self)
+        return self
+
+
+def _refuse_cuts_of_greedy(config: RolloutConfig | EvaluationConfig) -> None:
+    for key in ("top_p", "top_k", "min_p"):
+        if config.temperature == 0 and config.sets(key):
+            raise ValueError(
+                f"{key} has no effect at temperature 0, which takes the likeliest token; set a temperature, or leave "
+                f"{key} out"
+            )
+
 
 class RewardFunctionConfig(Section):
     """One reward of the weighted sum."""
@@ -169,9 +199,11 @@ class KLConfig(Section):
             raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
         if self.placement == "none" and self.coefficient > 0.0:
             raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
-        for key in ("adaptive_target", "reference"):
-            if self.placement == "none" and getattr(self, key) is not None:
+        for key in ("estimator", "adaptive_target", "adaptive_horizon", "reference"):
+            if self.placement == "none" and self.sets(key):
                 raise ValueError(f"kl.{key} is set but kl.placement is none; set placement to loss or reward")
+        if self.adaptive_target is None and self.sets("adaptive_horizon"):
+            raise ValueError("kl.adaptive_horizon is set but kl.adaptive_target is not; set it, or leave both out")
         return self
 
 
@@ -185,6 +217,8 @@ class RolloutCorrectionConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutCorrectionConfig:
+        if self.mode in ("truncate", "none") and self.lower > 0:
+            raise ValueError(f"lower {self.lower:g} has no effect with mode {self.mode}; set mode to mask or reject")
         if self.mode in ("mask", "reject") and self.lower >= self.upper:
             raise ValueError(f"lower {self.lower:g} is not under upper {self.upper:g}: every token would be left out")
         return self
@@ -231,6 +265,15 @@ class OptimizerConfig(Section):
         0, description="optimizer steps: epochs x mini_batches of them a training step"
     )
     min_lr_ratio: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerConfig:
+        if self.schedule == "constant" and self.min_lr_ratio > 0:
+            raise ValueError("min_lr_ratio has no effect with schedule constant; set schedule to linear or cosine")
+        for key in ("betas", "eps"):
+            if self.name == "sgd" and self.sets(key):
+                raise ValueError(f"{key} has no effect with optimizer.name sgd; leave it out, or set name to adamw")
+        return self
 
 
 class MoEConfig(Section):
@@ -296,7 +339,9 @@ class SyncConfig(Section):
         20, description="syncs between log-probability probes after the first; 0: never"
     )
     probe_tolerance: PositiveFloat | None = Field(
-        None, description="largest mean |difference| allowed; None: 1e-4 in float32, 0.05 in bfloat16"
+        None,
+        description="largest mean |difference| allowed; None: 1e-4 in float32, 0.05 in bfloat16. In float32 one token "
+        "may differ by ten times as much",
     )
 
 
@@ -322,6 +367,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
+        _refuse_cuts_of_greedy(self)
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError(
                 f"samples_per_prompt is {self.samples_per_prompt}, but at temperature 0 all of them are the same "

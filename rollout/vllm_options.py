@@ -24,6 +24,7 @@ _CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would tak
 # The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
 # process with its 15 s import, and keeps one core from the worker.
 _ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_UNUSED_SHARE = 0.01  # of the GPU: vLLM wants its share free even where a fixed cache makes no other use of it
 _CPU_BLOCK_TOKENS = 32  # vLLM's 128 are more than a short prompt has, and only whole blocks of it are shared
 _CPU_BATCHED_TOKENS = 8192  # tokens a step; at least the model's length, because prompts are not cut
 _NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
@@ -63,7 +64,7 @@ def engine_args(
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else _ONE_WORKER_EXECUTOR,
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization if kv_cache_gib is None else _UNUSED_SHARE,
         "enforce_eager": rollout.enforce_eager,
         "enable_prefix_caching": rollout.enable_prefix_caching and not deterministic,
         "logprobs_mode": "processed_logprobs",

@@ -93,6 +93,35 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
         load_config(config_file, [override], TrainConfig)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.top_k=20"], "evaluation: top_k has no effect at temperature 0"),
+        (["rollout.min_p=0.1", "rollout.temperature=0"], "rollout: min_p has no effect at temperature 0"),
+        (
+            ["rollout.kv_cache_gib=2", "rollout.gpu_memory_utilization=0.5"],
+            "kv_cache_gib 2 fixes the cache, so gpu_mem",
+        ),
+        (["algorithm.kl.estimator=k1"], "kl.estimator is set but kl.placement is none"),
+        (["algorithm.kl.adaptive_horizon=9"], "kl.adaptive_horizon is set but kl.placement is none"),
+        (
+            ["algorithm.kl={placement: loss, coefficient: 0.1, adaptive_horizon: 9}"],
+            "kl.adaptive_horizon is set but kl.adaptive_target is not",
+        ),
+        (["algorithm.rollout_correction.lower=0.5"], "lower 0.5 has no effect with mode truncate; set mode to mask"),
+        (["learner.optimizer={name: sgd, eps: 0.1}"], "eps has no effect with optimizer.name sgd"),
+        (["learner.optimizer.min_lr_ratio=0.1"], "min_lr_ratio has no effect with schedule constant"),
+        (
+            ["rollout.engine_options={tensor_parallel_size: 2, max_num_seqs: 3}"],
+            "engine_options holds tensor_parallel_size, on which placement and weight sync depend",
+        ),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(config_file, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, overrides, TrainConfig)
+
+
 @pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=20", "min_p=0.1"])
 def test_a_cut_distribution_cannot_be_corrected_by_sequence(config_file, cut):
     level = "algorithm.rollout_correction.level=sequence"

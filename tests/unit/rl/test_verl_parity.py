@@ -439,7 +439,7 @@ def test_rollout_weights_equal_verls(mode: str, threshold: float | str, level: s
     mask = padded(batch, batch.loss_mask.to(torch.float64))
     difference = padded(batch, batch.old_logprobs - batch.rollout_logprobs)
     expected, _ = compute_rollout_correction_weights(difference, mask, level, threshold)
-    config = RolloutCorrectionConfig(mode=mode, level=level, upper=1.1, lower=0.9)
+    config = RolloutCorrectionConfig(mode=mode, level=level, upper=1.1, lower=0.9 if mode == "mask" else 0.0)
     weights, _, sums = rollout_weights(
         batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, batch.sequence_index, batch.num_sequences, config
     )
