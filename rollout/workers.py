@@ -154,6 +154,8 @@ class RolloutPool:
         self._deterministic = deterministic
         self._restarts = 0
         self._memory_peak_gib = 0.0
+        self._finished: dict[GroupRequest, list[Rollout]] = {}  # what a call that failed had got already
+        self._policy_version: int | None = None  # of the weights that `_finished` comes from
         self.workers: list[ActorHandle] = [start_worker(index) for index in range(config.num_workers)]
         try:
             self._wait([worker.start.remote() for worker in self.workers], "start its engine", "start_timeout_s")
@@ -205,11 +207,13 @@ class RolloutPool:
         """Each group goes to the worker with the fewest samples in flight, longest prompts first; a worker holds at
         most one engine's worth, so that a slow worker does not hoard work that an idle one could do.
 
-        The deadline is one of progress: an evaluation set may take hours, a group may not."""
-        waiting = sorted(groups, key=lambda g: len(g.prompt_ids))  # popped from the end: longest first
+        The deadline is one of progress: an evaluation set may take hours, a group may not. When a worker is lost, what
+        the others have finished is kept for the call that is made again under the same weights."""
+        finished = self._finished
+        waiting = [group for group in groups if group not in finished]
+        waiting.sort(key=lambda g: len(g.prompt_ids))  # popped from the end: longest first
         in_flight = [0] * len(self.workers)
         calls: dict[Any, tuple[int, GroupRequest]] = {}
-        done: list[list[Rollout]] = []
         try:
             while waiting or calls:
                 self._submit(waiting, calls, in_flight, parameters)
@@ -223,8 +227,9 @@ class RolloutPool:
                 for call in ready:
                     index, group = calls.pop(call)
                     in_flight[index] -= len(group.seeds)
-                    done.extend(_CREW.get(call, index, "generate"))
-            return done
+                    [finished[group]] = _CREW.get(call, index, "generate")
+            self._finished = {}
+            return [finished[group] for group in groups]
         finally:
             for call in calls:  # empty unless an error is on its way out
                 ray.cancel(call)
@@ -250,6 +255,9 @@ class RolloutPool:
 
     def load_weights(self, version: WeightVersion) -> None:
         """Serve the weights that the learner has just sent; see `rl.controller.RolloutPool`."""
+        if version.policy_version != self._policy_version:
+            self._finished = {}
+        self._policy_version = version.policy_version
         calls = [worker.activate.remote(version.policy_version) for worker in self.workers]
         self._memory_peak_gib = max(self._wait(calls, f"activate policy version {version.policy_version}"))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 
-from rl.batch import FinishReason, Prompt
+from rl.batch import FinishReason, Prompt, WeightVersion
 from rl.config import RolloutConfig
 from rl.errors import RolloutError, WeightSyncError
 from rollout.engine import GenerationResult, SamplingParameters
@@ -23,7 +23,9 @@ def builder(index, faults):
 
     def build():  # a function in a function travels as it is; the workers cannot import this file
         class Engine:
-            """Answers with its worker's index and the sample's seed."""
+            """Answers with its worker's index, the sample's seed and how many samples it has drawn so far."""
+
+            drawn = 0
 
             async def start(self):
                 if fault == "no start":
@@ -36,12 +38,19 @@ def builder(index, faults):
                     raise WeightSyncError("told to serve policy version 3, not 2")
                 if fault == "hangs":
                     await asyncio.sleep(60)
-                if fault == "dies":
-                    os._exit(1)
-                if fault == "slow":
+                if fault in ("slow", "dies late"):
                     await asyncio.sleep(1)
-                ids = [np.array([index, request.seed % 7], np.int32) for request in requests]
-                return [GenerationResult(i, np.zeros(2, np.float32), FinishReason.STOP, 0, 0) for i in ids]
+                if fault in ("dies", "dies late"):
+                    os._exit(1)
+                ids = [np.array([index, r.seed % 7, self.drawn + i], np.int32) for i, r in enumerate(requests)]
+                self.drawn += len(requests)
+                return [GenerationResult(i, np.zeros(3, np.float32), FinishReason.STOP, 0, 0) for i in ids]
+
+            async def activate(self, policy_version):
+                pass
+
+            async def memory_peak_gib(self):
+                return 0.0
 
             async def check_health(self):
                 if fault == "hangs":
@@ -134,6 +143,31 @@ def test_a_worker_that_fails_is_named_and_replaced(pools, fault, kind, message):
     assert pool.metrics()["rollout/worker_restarts"] == lost
     if lost:
         assert len(pool.generate(PROMPTS, group_size=2, step=0).rollouts) == 12
+
+
+def test_what_was_finished_before_a_worker_was_lost_is_not_drawn_again_under_the_same_weights(pools):
+    pool = pools.make(2, {1: "dies late"}, max_concurrent_sequences=2)
+    pool.load_weights(WeightVersion(3, {}, 0))
+    with pytest.raises(RolloutError, match="rollout worker 1 was lost"):
+        pool.generate(PROMPTS, group_size=2, step=0)  # five groups of worker 0, and one that is lost
+    pool.replace_lost_workers()
+    pool.load_weights(WeightVersion(3, {}, 0))
+    batch = pool.generate(PROMPTS, group_size=2, step=0)
+    drawn = {int(r.token_ids[2]) for r in batch.rollouts if r.token_ids[0] == 0}
+    assert len(batch.rollouts) == 12 and set(range(10)) <= drawn <= set(range(12))
+    again = pool.generate(PROMPTS, group_size=2, step=0)
+    assert min(int(r.token_ids[2]) for r in again.rollouts if r.token_ids[0] == 0) >= 10
+
+
+def test_what_was_finished_under_other_weights_is_drawn_again(pools):
+    pool = pools.make(2, {1: "dies late"}, max_concurrent_sequences=2)
+    pool.load_weights(WeightVersion(3, {}, 0))
+    with pytest.raises(RolloutError, match="rollout worker 1 was lost"):
+        pool.generate_eval(PROMPTS)
+    pool.replace_lost_workers()
+    pool.load_weights(WeightVersion(4, {}, 0))
+    batch = pool.generate_eval(PROMPTS)
+    assert min(int(r.token_ids[2]) for r in batch.rollouts if r.token_ids[0] == 0) >= 4
 
 
 def test_a_start_that_fails_is_told_at_once_and_leaves_no_actor(pools):
