@@ -68,7 +68,7 @@ class Rollout:
     text: str  # token_ids decoded; of special tokens only those that mark thinking or channels
     answer: str  # the part of `text` that counts as the final answer (after thinking tags or harmony channels)
     last_policy_version: int = -1  # of the weights that generated the last token; -1 means the same as the first
-    routed_experts: npt.NDArray[np.int16] | None = None  # [P+R-1, layers, top_k] for router replay, when recorded
+    routed_experts: npt.NDArray[np.integer] | None = None  # [P+R-1, layers, top_k] for router replay, when recorded
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.rollout_logprobs):
@@ -160,7 +160,7 @@ class TrainSample:
     ref_logprobs: FloatArray | None = None  # [R], see Annotations
     values: FloatArray | None = None  # [R], see Annotations
     returns: FloatArray | None = None  # [R], the critic's target
-    routed_experts: npt.NDArray[np.int16] | None = None  # see Rollout
+    routed_experts: npt.NDArray[np.integer] | None = None  # see Rollout
     policy_lag: int = 0  # learner version at the update minus Rollout.policy_version
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class TokenSequence:
 
     prompt_ids: IntArray  # [P]
     response_ids: IntArray  # [R]
-    routed_experts: npt.NDArray[np.int16] | None = None  # [P+R-1, layers, top_k]
+    routed_experts: npt.NDArray[np.integer] | None = None  # [P+R-1, layers, top_k]
 
     @classmethod
     def of(cls, sample: TrainSample) -> TokenSequence:

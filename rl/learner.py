@@ -143,7 +143,7 @@ class Learner:
         state = {
             "policy_version": self.policy_version,
             "skipped_in_a_row": self._policy.skipped_in_a_row,
-            "kl_coefficient": self._objective.kl.coefficient if self._objective else None,
+            "kl_coefficient": self._objective.kl.adapted if self._objective else None,
         }
         save_checkpoint(self._policy.engine, Path(directory), state)
 
@@ -152,8 +152,8 @@ class Learner:
         state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]
-        if self._objective is not None and state["kl_coefficient"] is not None:
-            self._objective.kl.coefficient = state["kl_coefficient"]
+        if self._objective is not None:
+            self._objective.kl.restore(state["kl_coefficient"])
 
     def export_hf(self, directory: str | Path) -> None:
         """Write a Hugging Face checkpoint: safetensors in checkpoint names, configuration, tokenizer."""

@@ -23,6 +23,7 @@ from rl.weight_sync.source import Zero3WeightSource
 
 _TAG = "zero3"
 _META = "learner.json"
+_OF_ONE_RANK = re.compile(r"(?:random|(?:bf16_)?zero_pp_rank)_(\d+)")  # all other files are rank 0's
 _SHARD_BYTES = 4 * 2**30
 _BUCKET_BYTES = 256 * 2**20
 
@@ -35,7 +36,7 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
     torch.save(_random_state(), directory / f"random_{rank}.pt")
     if rank == 0:
         (directory / _META).write_text(json.dumps({"world_size": world_size, "state": state}, indent=1))
-    _flush(directory)
+    _flush(directory, rank)
     torch.distributed.barrier()
     missing = [r for r in range(world_size) if not (directory / f"random_{r}.pt").exists()]
     if missing:
@@ -45,11 +46,11 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
         )
 
 
-def _flush(directory: Path) -> None:
-    """Put on disk what this rank has written, so that a node that loses power keeps a checkpoint that says it is whole.
-    (What others are writing at this moment, they flush themselves.)"""
+def _flush(directory: Path, rank: int) -> None:
+    """Put on disk what this rank has written, so that a node that loses power keeps a checkpoint that is whole."""
     for path in directory.rglob("*"):
-        if path.is_file():
+        numbered = _OF_ONE_RANK.match(path.name)
+        if path.is_file() and int(numbered[1] if numbered else 0) == rank:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -68,6 +69,8 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
         path, _ = engine.load_checkpoint(str(directory), tag=_TAG)
         random_state = torch.load(directory / f"random_{rank}.pt", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and DeepSpeed's assertions, each in its own words
+        if isinstance(error, torch.OutOfMemoryError | OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the machine's fault, and a whole checkpoint must not be removed for it
         raise CheckpointError(_damaged(directory, f"{type(error).__name__}: {error}")) from error
     if path is None:
         raise CheckpointError(_damaged(directory, f"DeepSpeed found nothing in {_TAG}"))

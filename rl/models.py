@@ -21,8 +21,9 @@ from rl.quantization import MXFP4, quantization_method
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_attention(requested: str, model_class: type, device: str) -> str:
-    """The attention that `model.attention` means: `auto` is flash attention on a GPU that has it, else sdpa or eager.
+def choose_attention(requested: str, model_class: type, device: str, dtype: str) -> str:
+    """The attention that `model.attention` means: `auto` is flash attention for bfloat16 on a GPU with the package
+    `flash_attn` or `flash_attn_interface`, else sdpa or eager.
 
     GPT-OSS runs with eager unless asked otherwise: its attention sinks have no sdpa form, and flash attention with
     sinks needs the `kernels` package.
@@ -32,7 +33,7 @@ def choose_attention(requested: str, model_class: type, device: str) -> str:
     flash = getattr(model_class, "_supports_flash_attn", False) and not getattr(
         model_class, "_compatible_flash_implementations", None
     )
-    if device == "cuda" and flash:
+    if device == "cuda" and dtype == "bfloat16" and flash:
         if is_flash_attn_3_available():
             return "flash_attention_3"
         if is_flash_attn_2_available():
@@ -42,9 +43,13 @@ def choose_attention(requested: str, model_class: type, device: str) -> str:
 
 def attention_of(model: ModelConfig, config: Any, device: str) -> str:
     """The attention of a model with this transformers configuration. Raises LearnerError where the device has none."""
-    attention = choose_attention(model.attention, _model_class(config), device)
+    attention = choose_attention(model.attention, _model_class(config), device, model.dtype)
     if attention.startswith("flash") and device == "cpu":
         raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager for a CPU")
+    if attention.startswith("flash") and model.dtype == "float32":
+        raise LearnerError(
+            f"model.attention {attention} has no float32; set model.dtype to bfloat16 or attention to auto"
+        )
     return attention
 
 

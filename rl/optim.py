@@ -16,18 +16,22 @@ from rl.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters. Vectors (norms, biases, attention sinks) are not decayed.
+    """The optimizer over the trainable parameters. Vectors (norms, attention sinks) and biases are not decayed.
 
     adamw is torch's; fused_adamw its fused kernel; cpu_adam DeepSpeed's, for offloaded states, which is compiled at
     first use; sgd has no momentum.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # Under ZeRO-3 a parameter's own shape is empty; its whole shape is ds_shape.
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a parameter's own shape is empty; its whole shape is ds_shape. The biases of all experts are
+            # one matrix in GPT-OSS.
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias")
+            (decayed if is_matrix else others).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        for parameters, decay in ((decayed, config.weight_decay), (others, 0.0))
         if parameters
     ]
     if config.name == "sgd":
@@ -45,7 +49,7 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
     """Learning rate over `config.lr` as a function of the optimizer steps already taken.
 
     Warm-up is linear and reaches 1 at step `warmup_steps`; step 0 already moves (factor 1 / (warmup_steps + 1)). Then
-    constant, or linear or cosine decay to `min_lr_ratio` at the last of `total_steps`.
+    constant, or linear or cosine decay to `min_lr_ratio` after the last of `total_steps`, which still moves.
     """
     warmup, floor = config.warmup_steps, config.min_lr_ratio
 
@@ -54,7 +58,7 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
             return (step + 1) / (warmup + 1)
         if config.schedule == "constant":
             return 1.0
-        progress = min((step - warmup) / max(total_steps - 1 - warmup, 1), 1.0)
+        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
         decay = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
         return floor + (1.0 - floor) * decay
 

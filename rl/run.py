@@ -4,6 +4,7 @@ checkpoints). Left out: processes and placement (`launch`), and what a step is (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,16 @@ class TrainingRun:
         plan = self.plan
         result = self.controller.step(self.next_step)
         metrics = step_metrics(result)
-        self._check_agreement(metrics)
+        self._write_samples(result)
+        try:
+            self._check_agreement(metrics)
+        except WeightSyncError:
+            self._record(sinks, self.next_step + 1, metrics)  # what led to it, for whoever looks into it
+            raise
         if self.probe.due():
             metrics |= self.controller.surviving_losses(lambda: self._probe(result))
         self.next_step += 1
         done = self.next_step
-        self._write_samples(result)
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
             self._save(metrics)  # before the evaluation, so that one which fails costs no step
         return self._evaluate_and_record(sinks, metrics)
@@ -147,8 +152,13 @@ class TrainingRun:
         )
 
     def _check_agreement(self, metrics: Mapping[str, float]) -> None:
-        """On-policy rollouts must have the learner's own log-probabilities; the comparison costs nothing."""
+        """On-policy rollouts must have the learner's own log-probabilities; the comparison costs nothing.
+
+        Where the learner had to skip a step there is nothing to compare: its numbers were not finite, and it bears
+        learner.max_skipped_steps of that."""
         mean, maximum = metrics.get(DIFF_MEAN, 0.0), metrics.get(DIFF_MAX, 0.0)
+        if not math.isfinite(mean) and metrics.get("learner/skipped_steps", 0.0) > 0:
+            return
         if mean <= self.bounds.mean and maximum <= self.bounds.maximum:
             return
         raise WeightSyncError(

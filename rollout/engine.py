@@ -43,7 +43,7 @@ class GenerationResult:
     finish_reason: FinishReason
     policy_version: int  # when the first token was generated
     last_policy_version: int  # when the last token was generated
-    routed_experts: npt.NDArray[np.int16] | None = None  # [P+R-1, layers, top_k] where the engine records it
+    routed_experts: npt.NDArray[np.integer] | None = None  # [P+R-1, layers, top_k] where the engine records it
 
 
 class RolloutEngine(Protocol):

@@ -197,9 +197,7 @@ class VLLMEngine:
             finish_reason=_finish_reason(completion.finish_reason),
             policy_version=first_version,
             last_policy_version=self._policy_version,
-            routed_experts=None
-            if completion.routed_experts is None
-            else np.asarray(completion.routed_experts, dtype=np.int16),
+            routed_experts=None if completion.routed_experts is None else np.asarray(completion.routed_experts),
         )
 
     @staticmethod

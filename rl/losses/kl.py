@@ -11,7 +11,6 @@ from typing import Literal, assert_never
 
 from torch import Tensor
 
-from rl.errors import LearnerError
 from rl.losses.api import LOG_RATIO_BOUND
 
 KLEstimator = Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"]
@@ -54,19 +53,30 @@ def _straight_through(value: Tensor, difference: Tensor) -> Tensor:
 class KLController:
     """Coefficient of the KL penalty: fixed, or adapted towards a target KL.
 
-    Ziegler et al. 2019, arXiv 1909.08593, section 2.2. Plain numbers, so that it pickles into a checkpoint.
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
     """
 
     coefficient: float
     target: float | None = None  # None: fixed
     horizon: int = 10000  # samples over which a proportional error of 1 would double the coefficient
 
+    @property
+    def adapted(self) -> float | None:
+        """The coefficient as far as it has adapted, for a checkpoint; None where it is fixed."""
+        return None if self.target is None else self.coefficient
+
+    def restore(self, adapted: float | None) -> None:
+        """Go on from a checkpoint's `adapted`. A fixed coefficient is the configuration's, whatever it was before."""
+        if self.target is not None and adapted is not None:
+            self.coefficient = adapted
+
     def update(self, current_kl: float, num_samples: int) -> float:
-        """Take in the mean KL of a step of `num_samples` samples; return the coefficient of the next step."""
-        if self.target is None:
+        """Take in the mean KL of a step of `num_samples` samples; return the coefficient of the next step.
+
+        A step whose KL is not finite is one that the learner skips, and so does the coefficient.
+        """
+        if self.target is None or not math.isfinite(current_kl):
             return self.coefficient
-        if math.isnan(current_kl):
-            raise LearnerError("the measured KL to the reference is NaN; the adaptive coefficient cannot follow it")
         error = min(max(current_kl / self.target - 1.0, -0.2), 0.2)
         self.coefficient *= 1.0 + error * num_samples / self.horizon
         return self.coefficient

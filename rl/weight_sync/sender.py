@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 
 from rl.batch import WeightVersion
-from rl.errors import WeightSyncError
+from rl.errors import BrokenSyncError, WeightSyncError
 from rl.weight_sync.api import Transport, WeightSource, WeightSyncClient, check_digests
 from rl.weight_sync.transports import SendReport, ShmTransport
 
@@ -102,11 +102,17 @@ class WeightSender:
         return WeightVersion(policy_version, report.sent, report.num_bytes, time.monotonic() - started)
 
     def _agree(self, action: Callable[[], T]) -> T:
-        """Run `action` on this rank; every rank returns rank 0's result or raises rank 0's error (or its own)."""
+        """Run `action` on this rank; every rank returns rank 0's result or raises rank 0's error (or its own).
+
+        A broken sync is raised on its rank alone: the others may be in a gather of the same group still, where no
+        verdict would reach them. It ends the run.
+        """
         result: T | None = None
         error: WeightSyncError | None = None
         try:
             result = action()
+        except BrokenSyncError:
+            raise
         except WeightSyncError as caught:
             error = caught
         if self._world_size > 1:

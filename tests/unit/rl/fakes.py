@@ -117,6 +117,7 @@ class FakeRewardPool:
 class FakeLearners:
     version: int = 0
     logprob_diff: float = 0.0
+    skipped_steps: float = 0.0
 
     def annotate(self, scored: ScoredBatch) -> Annotations:
         return Annotations()
@@ -127,6 +128,7 @@ class FakeLearners:
             "learner/loss": 0.1,
             "rollout/logprob_diff_mean": self.logprob_diff,
             "rollout/logprob_diff_max": self.logprob_diff,
+            "learner/skipped_steps": self.skipped_steps,
         }
         return UpdateResult(self.version, metrics)
 

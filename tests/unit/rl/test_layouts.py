@@ -340,7 +340,8 @@ def test_attention_is_chosen_by_model_and_device(monkeypatch: pytest.MonkeyPatch
     sinks = type("Sinks", (), {"_supports_flash_attn": True, "_compatible_flash_implementations": ["kernels/x"]})
     monkeypatch.setattr("rl.models.is_flash_attn_3_available", lambda: False)
     monkeypatch.setattr("rl.models.is_flash_attn_2_available", lambda: True)
-    assert choose_attention("auto", dense, "cuda") == "flash_attention_2"
-    assert choose_attention("auto", dense, "cpu") == "sdpa"
-    assert choose_attention("auto", sinks, "cuda") == "eager"
-    assert choose_attention("flex_attention", sinks, "cuda") == "flex_attention"
+    assert choose_attention("auto", dense, "cuda", "bfloat16") == "flash_attention_2"
+    assert choose_attention("auto", dense, "cuda", "float32") == "sdpa"
+    assert choose_attention("auto", dense, "cpu", "bfloat16") == "sdpa"
+    assert choose_attention("auto", sinks, "cuda", "bfloat16") == "eager"
+    assert choose_attention("flex_attention", sinks, "cuda", "float32") == "flex_attention"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -296,11 +295,16 @@ def test_adaptive_coefficient_follows_the_paper_and_survives_a_checkpoint() -> N
     """arXiv 1909.08593, section 2.2: e = clip(KL / target - 1, -0.2, 0.2), beta <- beta (1 + K e)."""
     controller = KLController(0.1, target=0.5, horizon=1000)
     assert controller.update(5.0, 100) == pytest.approx(0.1 * (1 + 0.2 * 100 / 1000))
-    resumed = pickle.loads(pickle.dumps(controller))
+    resumed = KLController(0.1, target=0.5, horizon=1000)
+    resumed.restore(controller.adapted)
     assert resumed.update(0.55, 100) == controller.update(0.55, 100)
+    fixed, newly_adaptive = KLController(0.3), KLController(0.3, target=0.5)
+    fixed.restore(controller.adapted)
+    newly_adaptive.restore(KLController(0.1).adapted)
+    assert fixed.coefficient == newly_adaptive.coefficient == 0.3
     assert KLController(0.1).update(99.0, 100) == 0.1
-    with pytest.raises(LearnerError, match="NaN"):
-        controller.update(math.nan, 1)
+    before = controller.coefficient
+    assert controller.update(math.nan, 1) == controller.update(math.inf, 1) == before  # of a step that is skipped
 
 
 # Critic

@@ -233,6 +233,15 @@ def test_disagreement_of_the_log_probabilities_stops_the_run(tmp_path):
         make_run(tmp_path, learners=FakeLearners(logprob_diff=2e-3)).execute()
     with pytest.raises(WeightSyncError, match="nan"):
         make_run(tmp_path / "b", learners=FakeLearners(logprob_diff=float("nan"))).execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1], "what led to it is on record"
+    assert (tmp_path / "samples" / "step_000001.jsonl").is_file()
+
+
+def test_numbers_that_are_not_finite_are_the_learners_business_where_it_skipped_the_step(tmp_path):
+    learners = FakeLearners(logprob_diff=float("nan"), skipped_steps=1.0)
+    assert make_run(tmp_path, learners=learners).execute()["learner/skipped_steps"] == 1.0
+    with pytest.raises(WeightSyncError):
+        make_run(tmp_path / "b", learners=FakeLearners(logprob_diff=2e-3, skipped_steps=1.0)).execute()
 
 
 def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):

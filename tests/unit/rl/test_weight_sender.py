@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from launch.tiny_models import FAMILIES, build_tiny_model
-from rl.errors import ConfigError, WeightSyncError
+from rl.errors import BrokenSyncError, ConfigError, WeightSyncError
 from rl.weight_sync.api import ParameterInfo, check_digests, resolve_transport
 from rl.weight_sync.buckets import SharedBucket, open_bucket, plan_buckets
 from rl.weight_sync.digest import digest
@@ -302,3 +303,27 @@ def test_other_ranks_only_walk_the_source() -> None:
     sender = WeightSender(source, "shm", engines, rank=1)
     assert sender.send(2).num_bytes == 0
     assert engines.calls == [] and source.ends == 1
+
+
+@pytest.mark.parametrize(("error", "told"), [(BrokenSyncError, False), (WeightSyncError, True)])
+def test_a_broken_sync_is_not_told_to_ranks_that_may_be_in_a_gather(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], told: bool
+) -> None:
+    """They would meet the verdict's broadcast with another collective, and all would wait for the group's time-out."""
+    broadcasts: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda verdict, src: broadcasts.append(verdict))
+
+    class Breaks:
+        def connect(self) -> None: ...
+        def close(self) -> None: ...
+        def send(self, policy_version: int) -> Any:
+            raise error("engine 1 is dead")
+
+    source = SimpleNamespace(metadata=list)
+    sender = WeightSender(source, "shm", None, world_size=2)  # type: ignore[arg-type]
+    sender._transport = Breaks()
+    sender.connect()
+    del broadcasts[:]
+    with pytest.raises(error, match="engine 1 is dead"):
+        sender.send(1)
+    assert bool(broadcasts) == told
