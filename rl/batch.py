@@ -20,6 +20,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
 
 
 class FinishReason(enum.StrEnum):
@@ -135,6 +136,14 @@ class ScoredBatch:
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.batch.rollouts):
             raise ValueError(f"{len(self.scores)} scores for {len(self.batch.rollouts)} rollouts")
+
+    @property
+    def valid(self) -> tuple[bool, ...]:
+        """[N]: False for a sample that carries no signal: its reward is unknown, it was aborted, or it is empty."""
+        return tuple(
+            score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0
+            for rollout, score in zip(self.batch.rollouts, self.scores, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,12 @@ from rl.batch import (
     RolloutBatch,
     Score,
     ScoredBatch,
+    TokenPair,
     TrainBatch,
     UpdateResult,
     WeightVersion,
 )
 from rl.errors import BrokenSyncError, RolloutError, WeightSyncError
-
-TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
 
 T = TypeVar("T")
 

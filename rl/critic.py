@@ -176,9 +176,9 @@ class LearnerWithCritic(Learner):
         super().__init__(config, model, algorithm, total_optimizer_steps=total_optimizer_steps - warmup, **others)
         self.critic = Critic(critic, config, model, device=self.device, total_optimizer_steps=total_optimizer_steps)
 
-    def annotate(self, sequences: Sequence[TrainSample]) -> Annotations:
+    def annotate(self, sequences: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
         """The policy's annotations, and values."""
-        return replace(super().annotate(sequences), values=self.critic.values(sequences))
+        return replace(super().annotate(sequences, old_logprobs=old_logprobs), values=self.critic.values(sequences))
 
     def update(self, mini_batches: Sequence[MiniBatchShare]) -> UpdateResult:
         """Train the critic, and after the warm-up the policy, on the same mini-batches."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rl.batch import FinishReason, IntArray, Prompt, RewardStatus, RolloutBatch, ScoredBatch
+from rl.batch import IntArray, Prompt, RewardStatus, RolloutBatch, ScoredBatch
 from rl.config import CurriculumConfig, DynamicSamplingConfig, RejectDegenerateConfig
 
 
@@ -23,10 +23,8 @@ def groups_with_signal(scored: ScoredBatch) -> dict[int, bool]:
     length penalty would make every group look unequal.
     """
     rewards: dict[int, set[float]] = {}
-    for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
-        group = rewards.setdefault(rollout.group_id, set())
-        if score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0:
-            group.add(score.task_reward)
+    for rollout, score, valid in zip(scored.batch.rollouts, scored.scores, scored.valid, strict=True):
+        rewards.setdefault(rollout.group_id, set()).update([score.task_reward] if valid else [])
     return {group_id: len(values) > 1 for group_id, values in rewards.items()}
 
 

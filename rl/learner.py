@@ -91,18 +91,17 @@ class Learner:
         """Of its micro-batches."""
         return self._policy.layout
 
-    def annotate(self, sequences: Sequence[TrainSample]) -> Annotations:
+    def annotate(self, sequences: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
         """Log-probabilities of this rank's samples before the update, in their order, at the rollout's temperature.
 
-        old_logprobs is None when one update is one optimizer step and nothing else needs them; ref_logprobs is None
-        without a KL term. kl_coefficient is the adaptive one's value for this step.
+        The policy's where `old_logprobs` asks for them, the reference's where there is a KL term. kl_coefficient is the
+        adaptive one's value for this step.
         """
         if self._algorithm is None or self._objective is None:
             raise LearnerError("annotate needs an algorithm; this learner was made for supervised training")
         tokens = [TokenSequence.of(s) for s in sequences]
-        steps = self._config.epochs * self._config.mini_batches
         old = ref = None
-        if steps > 1 or self._algorithm.kl.placement == "reward":
+        if old_logprobs:
             old = tuple(self._score(self._policy.engine, self._head, tokens, replay=self._config.moe.router_replay))
         if self._reference is not None:
             ref = tuple(self._score(*self._reference, tokens))

@@ -17,7 +17,7 @@ from rl.batch import FloatArray, TrainSample
 from rl.batching import MiniBatchShare, micro_batches, shared_prefix_micro_batches
 from rl.config import LearnerConfig
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence, collate, resolve_layout
+from rl.layouts import Layout, MicroBatch, TokenSequence, collate, resolve_layout
 from rl.learner_metrics import MetricSums
 from rl.optim import build_optimizer, build_schedule
 from rl.shared_prefix import use_shared_prefixes
@@ -27,6 +27,17 @@ from rl.zero3 import backward, start_engine
 _EMPTY = TokenSequence(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
 
 MicroStep = Callable[[Sequence[TrainSample], MicroBatch], Tensor]  # forward and backward; returns its share of the loss
+
+
+def prepare_model(model: nn.Module, config: LearnerConfig, device: torch.device) -> Layout:
+    """Give a loaded model what the configuration asks for, before its engine is made; returns its layout."""
+    model_config: Any = model.config
+    layout = resolve_layout(config.layout, attention=model_config._attn_implementation, device=device.type)
+    if layout == "shared_prefix":
+        use_shared_prefixes(model)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return layout
 
 
 class LockstepEngine:
@@ -55,12 +66,7 @@ class LockstepEngine:
         self.skipped_in_a_row = 0
         self.world_size = torch.distributed.get_world_size()
         self.dtype = next(model.parameters()).dtype
-        model_config: Any = model.config
-        self.layout = resolve_layout(config.layout, attention=model_config._attn_implementation, device=device.type)
-        if self.layout == "shared_prefix":
-            use_shared_prefixes(model)
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.layout = prepare_model(model, config, device)
         self.engine = start_engine(
             model,
             zero,

@@ -76,8 +76,8 @@ def _share(items: Sequence[Any], predicate: Any) -> float:
 def _zero_signal_groups(scored: ScoredBatch) -> float:
     """Share of groups whose samples all have the same reward, so that a group baseline leaves nothing to learn."""
     groups: dict[int, set[float]] = {}
-    for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
-        groups.setdefault(rollout.group_id, set()).update([score.reward] if score.ok else [])
+    for rollout, score, valid in zip(scored.batch.rollouts, scored.scores, scored.valid, strict=True):
+        groups.setdefault(rollout.group_id, set()).update([score.reward] if valid else [])
     return _share(list(groups.values()), lambda rewards: len(rewards) <= 1)
 
 

@@ -104,7 +104,7 @@ class PolicyObjective:
             old = logprobs.detach()  # one optimizer step a batch: the current policy is the old one
         mask = loss_mask(samples, device)
         _measure_difference(old, rollout, mask, samples, micro, sums)
-        weights, _, correction = rollout_weights(
+        weights, correction = rollout_weights(
             old, rollout, mask, micro.sequence_index, micro.num_sequences, self._algorithm.rollout_correction
         )
         for name, value in correction.items():

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rl.batch import RolloutBatch
-from rl.controller import Learners, RolloutPool, TokenPair
+from rl.batch import RolloutBatch, TokenPair
+from rl.controller import Learners, RolloutPool
 from rl.errors import WeightSyncError
 
 

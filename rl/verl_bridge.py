@@ -110,7 +110,6 @@ def verl_policy_loss(name: str) -> PolicyLossSpec:
         function=_loss_function(name, registry[name]),
         default_aggregation=allowed[0] if allowed else "token_mean",
         allowed_aggregations=allowed,
-        paper="verl",
         split_invariant=name not in _LOOKS_ACROSS,
     )
 
@@ -275,7 +274,6 @@ def verl_advantage(name: str) -> AdvantageSpec:
         function=estimator,
         needs_groups="index" in parameters,
         needs_critic="values" in parameters,
-        paper="verl",
     )
 
 

@@ -26,13 +26,13 @@ from verl.workers.engine.base import BaseEngine, BaseEngineCtx, EngineRegistry
 from verl.workers.engine.utils import detach_tree, postprocess_batch_func, prepare_micro_batches
 
 from rl.errors import LearnerError
-from rl.layouts import TokenSequence, collate, resolve_layout
+from rl.layouts import TokenSequence, collate
 from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
 from rl.learner_checks import check_layout
+from rl.lockstep import prepare_model
 from rl.logprobs import LogprobHead
 from rl.models import DTYPES, load_config, load_model
 from rl.optim import build_optimizer, build_schedule
-from rl.shared_prefix import use_shared_prefixes
 from rl.verl_config import learner_config, refuse_settings, total_steps, translate_model
 from rl.weight_sync.source import Zero3WeightSource
 from rl.zero3 import backward, inference_config, init_distributed, set_up_process, start_engine, training_config
@@ -92,18 +92,11 @@ class DeepSpeedEngine(BaseEngine):
             zero = training_config(config, dtype=model.dtype, hidden_size=hidden_size)
         policy = load_model(model, zero, device=self._device.type)
         self._head = LogprobHead(policy, config.logprob_chunk_tokens)
-        model_config: Any = policy.config
-        self._layout = resolve_layout(
-            config.layout, attention=model_config._attn_implementation, device=self._device.type
-        )
-        if self._layout == "shared_prefix":
-            use_shared_prefixes(policy)
+        self._layout = prepare_model(policy, config, self._device)
         if verl.forward_only:
             policy.requires_grad_(False)
             self.engine = start_engine(policy, zero)
         else:
-            if config.activation_checkpointing:
-                policy.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             self.optimizer = build_optimizer(policy, config.optimizer)
             self.engine = start_engine(policy, zero, optimizer=self.optimizer)
             # Not DeepSpeed's to step: verl steps it once a batch of rollouts, however many optimizer steps that takes.

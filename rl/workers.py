@@ -20,7 +20,16 @@ import ray
 from ray.actor import ActorHandle
 
 from rl.actors import Crew, end_actors
-from rl.batch import Annotations, FloatArray, ScoredBatch, TrainBatch, TrainSample, UpdateResult, WeightVersion
+from rl.batch import (
+    Annotations,
+    FloatArray,
+    ScoredBatch,
+    TokenPair,
+    TrainBatch,
+    TrainSample,
+    UpdateResult,
+    WeightVersion,
+)
 from rl.batching import Layout, MiniBatchShare, collect, deal, plan_update
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import FledgeError, LearnerError, WeightSyncError
@@ -30,7 +39,6 @@ if TYPE_CHECKING:
     from rl.learner import Learner
     from rl.weight_sync.sender import WeightSender
 
-TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
 
 _EXIT_TIMEOUT_S = 20.0
 _LEARNERS = Crew("learner rank", LearnerError, passing=(FledgeError,))
@@ -114,8 +122,8 @@ class LearnerWorker:
         )
         return self._learner.layout
 
-    def annotate(self, samples: Sequence[TrainSample]) -> Annotations:
-        return self._learner.annotate(list(samples))
+    def annotate(self, samples: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
+        return self._learner.annotate(list(samples), old_logprobs=old_logprobs)
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
         return self._learner.score_logprobs(pairs)
@@ -268,7 +276,11 @@ class LearnerGroup:
         ]
         shares, indices = deal(samples, len(self.workers), share_prefixes=self.share_prefixes)
         parts = self._wait(
-            [w.annotate.remote(share) for w, share in zip(self.workers, shares, strict=True)], "annotate"
+            [
+                w.annotate.remote(share, old_logprobs=self.needs_old_logprobs)
+                for w, share in zip(self.workers, shares, strict=True)
+            ],
+            "annotate",
         )
         return Annotations(
             old_logprobs=collect([p.old_logprobs for p in parts], indices, len(samples)),

@@ -23,7 +23,7 @@ class SamplingParameters:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False  # benchmarks only: generate exactly max_tokens
+    ignore_eos: bool = False  # generate exactly max_tokens, for tests and benchmarks
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from rl.actors import Crew, end_actors
-from rl.batch import FloatArray, Prompt, Rollout, RolloutBatch, WeightVersion
+from rl.batch import FloatArray, Prompt, Rollout, RolloutBatch, TokenPair, WeightVersion
 from rl.config import EvaluationConfig, RolloutConfig
 from rl.errors import FledgeError, RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParameters
@@ -25,7 +25,6 @@ from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, S
 _CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
 _HEALTH_TIMEOUT_S = 90.0  # over the engine's own limit (`VLLMEngine`, 60 s), which a long step may need
 
-TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
 DecodeResponse = Callable[[Sequence[int], Sequence[int]], tuple[str, str]]  # (prompt_ids, token_ids) -> (text, answer)
 EngineParts = tuple[RolloutEngine, DecodeResponse]
 

@@ -3,7 +3,7 @@
 One estimator is one small file. Left out: losses (`rl.losses`) and everything that needs a model.
 """
 
-from rl.advantages.estimate import build_train_batch, estimate, valid_samples
+from rl.advantages.estimate import build_train_batch, estimate
 from rl.advantages.registry import advantage_spec
 
-__all__ = ["advantage_spec", "build_train_batch", "estimate", "valid_samples"]
+__all__ = ["advantage_spec", "build_train_batch", "estimate"]

@@ -70,21 +70,20 @@ class AdvantageSpec:
     function: AdvantageEstimator
     needs_groups: bool = True  # group_size must be at least 2
     needs_critic: bool = False
-    paper: str = ""
 
 
 _REGISTRY: dict[str, AdvantageSpec] = {}
 
 
 def register_advantage(
-    name: str, *, needs_groups: bool = True, needs_critic: bool = False, paper: str = ""
+    name: str, *, needs_groups: bool = True, needs_critic: bool = False
 ) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
     """Decorator: make an estimator reachable as `algorithm.advantage: NAME`. Options are its keyword-only arguments."""
 
     def wrap(function: AdvantageEstimator) -> AdvantageEstimator:
         if name in _REGISTRY and _REGISTRY[name].function is not function:
             raise ConfigError(f"advantage estimator {name!r} is registered twice; choose another name")
-        _REGISTRY[name] = AdvantageSpec(name, function, needs_groups, needs_critic, paper)
+        _REGISTRY[name] = AdvantageSpec(name, function, needs_groups, needs_critic)
         return function
 
     return wrap

@@ -10,7 +10,7 @@ from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, s
 from rl.advantages.groups import group_statistics, where_signal
 
 
-@register_advantage("dr_grpo", paper="arXiv 2503.20783")
+@register_advantage("dr_grpo")
 def dr_grpo(inputs: AdvantageInputs) -> Advantages:
     """A_i = r_i - mean(r) over the group. A group of one gets 0."""
     group = group_statistics(inputs)

@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     from rl.config import AlgorithmConfig
 
 
-def valid_samples(scored: ScoredBatch) -> tuple[bool, ...]:
-    """[N]: False for a sample that carries no signal: its reward is unknown, it was aborted, or it is empty."""
-    return tuple(
-        score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0
-        for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True)
-    )
-
-
 def estimate(
     scored: ScoredBatch,
     annotations: Annotations,
@@ -46,12 +38,12 @@ def estimate(
         raise ConfigError(f"advantage {config.advantage!r} needs a critic's values; choose another or train a critic")
     inputs = AdvantageInputs(
         rewards=torch.tensor(
-            [score.reward if ok else 0.0 for score, ok in zip(scored.scores, valid_samples(scored), strict=True)],
+            [score.reward if ok else 0.0 for score, ok in zip(scored.scores, scored.valid, strict=True)],
             dtype=torch.float64,
         ),
         group_ids=torch.tensor([rollout.group_id for rollout in scored.batch.rollouts], dtype=torch.int64),
         lengths=torch.tensor([rollout.length for rollout in scored.batch.rollouts], dtype=torch.int64),
-        valid=torch.tensor(valid_samples(scored), dtype=torch.bool),
+        valid=torch.tensor(scored.valid, dtype=torch.bool),
         token_rewards=_kl_rewards(annotations, config) if config.kl.placement == "reward" else None,
         values=None if annotations.values is None else tuple(_float64(v) for v in annotations.values),
         reward_parts=_reward_parts(scored),
@@ -118,7 +110,7 @@ def build_train_batch(
         return None if source is None else np.asarray(source[i], dtype=np.float32)
 
     samples = []
-    for i, (rollout, valid) in enumerate(zip(scored.batch.rollouts, valid_samples(scored), strict=True)):
+    for i, (rollout, valid) in enumerate(zip(scored.batch.rollouts, scored.valid, strict=True)):
         counts = valid and not (config.mask_truncated and rollout.finish_reason is FinishReason.LENGTH)
         samples.append(
             TrainSample(

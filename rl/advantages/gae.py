@@ -12,7 +12,7 @@ from rl.advantages.reinforce_plus_plus import discounted_sum
 from rl.errors import ConfigError
 
 
-@register_advantage("gae", needs_groups=False, needs_critic=True, paper="arXiv 1506.02438")
+@register_advantage("gae", needs_groups=False, needs_critic=True)
 def gae(inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 0.95) -> Advantages:
     """A_t = sum over l of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t; returns A_t + V_t.
 

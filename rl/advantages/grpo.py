@@ -9,7 +9,7 @@ from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, s
 from rl.advantages.groups import group_statistics, where_signal
 
 
-@register_advantage("grpo", paper="arXiv 2402.03300")
+@register_advantage("grpo")
 def grpo(inputs: AdvantageInputs, *, epsilon: float = 1e-6) -> Advantages:
     """A_i = (r_i - mean(r)) / (std(r) + epsilon) over the group, the same for every token of response i.
 

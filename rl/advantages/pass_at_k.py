@@ -15,7 +15,7 @@ from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, s
 from rl.errors import ConfigError
 
 
-@register_advantage("pass_at_k", paper="arXiv 2505.15201")
+@register_advantage("pass_at_k")
 def pass_at_k(inputs: AdvantageInputs, *, k: int = 4) -> Advantages:
     """A_i = n / C(n, k) x sum over subsets I of size k with i in I of (max r_I - max r_{I without i}).
 

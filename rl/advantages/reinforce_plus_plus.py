@@ -14,7 +14,7 @@ from rl.advantages.whitening import whiten
 from rl.errors import ConfigError
 
 
-@register_advantage("reinforce_plus_plus", needs_groups=False, paper="arXiv 2501.03262")
+@register_advantage("reinforce_plus_plus", needs_groups=False)
 def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0) -> Advantages:
     """Return of each token (its own KL reward and what follows, the sequence reward at the end), whitened over the
     batch.
@@ -27,7 +27,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0) -> Advan
     return Advantages(whiten(returns, inputs.valid))
 
 
-@register_advantage("reinforce_plus_plus_baseline", paper="arXiv 2501.03262")
+@register_advantage("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Advantages:
     """Reward minus the group's mean, whitened over all tokens of the batch.
 

@@ -9,7 +9,7 @@ from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, s
 from rl.advantages.groups import group_statistics, where_signal
 
 
-@register_advantage("rloo", paper="arXiv 2402.14740")
+@register_advantage("rloo")
 def rloo(inputs: AdvantageInputs) -> Advantages:
     """A_i = r_i - mean of r_j, j != i, over the group: an unbiased baseline. A group of one gets 0 (there are no
     others).

@@ -5,11 +5,11 @@ Left out: advantages (`rl.advantages`) and the forward pass that makes the log-p
 
 from __future__ import annotations
 
-from rl.losses import cispo, gmpo, gspo, ppo_clip, presets, reinforce, sft
+from rl.losses import cispo, gmpo, gspo, ppo_clip, presets, reinforce
 from rl.losses.api import PolicyLossSpec, registered_policy_losses
 from rl.plugins import load_plugins, unknown_name
 
-BUILTIN = (cispo, gmpo, gspo, ppo_clip, presets, reinforce, sft)  # imported, and so registered
+BUILTIN = (cispo, gmpo, gspo, ppo_clip, presets, reinforce)  # imported, and so registered
 
 __all__ = ["load_plugins", "policy_loss_spec"]
 

@@ -100,7 +100,6 @@ class PolicyLossSpec:
     default_aggregation: Aggregation = "token_mean"
     allowed_aggregations: tuple[Aggregation, ...] | None = None  # None: every one
     needs_entropy: bool = False
-    paper: str = ""
     split_invariant: bool = True  # False: it looks across sequences, so one micro-batch must hold the whole mini-batch
 
 
@@ -113,7 +112,6 @@ def register_policy_loss(
     default_aggregation: Aggregation = "token_mean",
     allowed_aggregations: tuple[Aggregation, ...] | None = None,
     needs_entropy: bool = False,
-    paper: str = "",
 ) -> Callable[[PolicyLoss], PolicyLoss]:
     """Decorator: make a loss reachable as `algorithm.loss: NAME`.
 
@@ -124,9 +122,7 @@ def register_policy_loss(
     def wrap(function: PolicyLoss) -> PolicyLoss:
         if name in _REGISTRY and _REGISTRY[name].function is not function:
             raise ConfigError(f"policy loss {name!r} is registered twice; choose another name")
-        _REGISTRY[name] = PolicyLossSpec(
-            name, function, default_aggregation, allowed_aggregations, needs_entropy, paper
-        )
+        _REGISTRY[name] = PolicyLossSpec(name, function, default_aggregation, allowed_aggregations, needs_entropy)
         return function
 
     return wrap

@@ -9,7 +9,7 @@ from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
 from rl.losses.ppo_clip import check_clip_range
 
 
-@register_policy_loss("cispo", paper="arXiv 2506.13585")
+@register_policy_loss("cispo")
 def cispo(inputs: LossInputs, *, clip_low: float = 1.0, clip_high: float = 4.0) -> PolicyLossOutput:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi. clip_low 1 means no lower bound, as in the paper.
 

@@ -15,7 +15,6 @@ from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
     "gmpo",
     default_aggregation="sequence_mean_token_mean",
     allowed_aggregations=("sequence_mean_token_mean",),
-    paper="arXiv 2507.20673",
 )
 def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float = 0.4) -> PolicyLossOutput:
     """-A exp(mean_t c_t), c_t the log-ratio clipped to [-clip_low, clip_high] on the side that the sign of A asks for.

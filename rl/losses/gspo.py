@@ -16,7 +16,6 @@ from rl.losses.ppo_clip import check_clip_range
     "gspo",
     default_aggregation="sequence_mean_token_mean",
     allowed_aggregations=("sequence_mean_token_mean",),
-    paper="arXiv 2507.18071",
 )
 def gspo(inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> PolicyLossOutput:
     """-min(s A, clip(s) A), s = (pi / pi_old)^(1/R): the geometric mean of the sequence's ratios. The bounds are the

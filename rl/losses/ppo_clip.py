@@ -12,7 +12,7 @@ from rl.errors import ConfigError
 from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
 
 
-@register_policy_loss("ppo_clip", paper="arXiv 1707.06347")
+@register_policy_loss("ppo_clip")
 def ppo_clip(
     inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
 ) -> PolicyLossOutput:

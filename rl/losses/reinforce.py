@@ -8,7 +8,7 @@ from __future__ import annotations
 from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
 
 
-@register_policy_loss("reinforce", default_aggregation="sequence_mean_token_sum", paper="Williams 1992")
+@register_policy_loss("reinforce", default_aggregation="sequence_mean_token_sum")
 def reinforce(inputs: LossInputs) -> PolicyLossOutput:
     """-A log pi. No ratio and no clipping: use one optimizer step a batch, or let `rollout_correction` carry the
     ratio."""

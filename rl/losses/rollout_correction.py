@@ -36,8 +36,8 @@ def rollout_weights(
     sequence_index: Tensor,
     num_sequences: int,
     config: RolloutCorrectionConfig,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Weights [T], kept tokens [T] bool, and sums for the metrics.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights [T], and sums for the metrics.
 
     The ratio is of the token, of the sequence (product over its loss tokens) or its geometric mean. By mode:
 
@@ -80,7 +80,7 @@ def rollout_weights(
         "above": (above & loss_mask).sum(),
         "below": (below & loss_mask).sum(),
     }
-    return weights, keep, {name: value.to(torch.float64) for name, value in metrics.items()}
+    return weights, {name: value.to(torch.float64) for name, value in metrics.items()}
 
 
 def _at_level(log_ratio: Tensor, tokens: FlatTokens, level: str) -> Tensor:

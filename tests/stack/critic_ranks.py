@@ -143,7 +143,7 @@ class Scenarios:
         learner.close()
         learner = self.learner()
         learner.load_checkpoint(self.out_dir / "checkpoint")
-        self.results["annotations"] = learner.annotate(samples())
+        self.results["annotations"] = learner.annotate(samples(), old_logprobs=True)
         result = learner.update(self.shares(value_samples(), 2))
         self.results["resumed"] = both(learner) | {"metrics": result.metrics, "version": result.policy_version}
         learner.close()

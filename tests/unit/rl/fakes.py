@@ -18,12 +18,13 @@ from rl.batch import (
     RolloutBatch,
     Score,
     ScoredBatch,
+    TokenPair,
     TrainBatch,
     TrainSample,
     UpdateResult,
     WeightVersion,
 )
-from rl.controller import Controller, PromptSource, TokenPair
+from rl.controller import Controller, PromptSource
 from rl.data_shaping import StepGroups
 from rl.errors import RolloutError
 

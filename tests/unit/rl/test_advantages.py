@@ -12,7 +12,7 @@ import torch
 from algorithm_batches import advantage_batch
 from torch import Tensor
 
-from rl.advantages import advantage_spec, build_train_batch, estimate, valid_samples
+from rl.advantages import advantage_spec, build_train_batch, estimate
 from rl.advantages.api import AdvantageInputs, Advantages, registered_advantages
 from rl.advantages.whitening import whiten
 from rl.batch import (
@@ -297,13 +297,13 @@ def test_failed_and_aborted_samples_are_not_valid() -> None:
     scored = scored_batch(
         [1.0, 0.0, 1.0, 0.0], status={1: RewardStatus.TIMEOUT}, finish={2: FinishReason.ABORT, 3: FinishReason.LENGTH}
     )
-    assert valid_samples(scored) == (True, False, False, True)
+    assert scored.valid == (True, False, False, True)
     empty = dataclasses.replace(
         scored.batch.rollouts[0], token_ids=np.zeros(0, np.int32), rollout_logprobs=np.zeros(0, np.float32)
     )
     rollouts = (empty, *scored.batch.rollouts[1:])
     scored = ScoredBatch(RolloutBatch(scored.batch.prompts, rollouts), scored.scores)
-    assert valid_samples(scored) == (False, False, False, True)
+    assert scored.valid == (False, False, False, True)
     advantages = estimate(scored, Annotations(), AlgorithmConfig())
     assert [len(row) for row in advantages.advantages] == [0, 2, 3, 1]
     assert (

@@ -22,7 +22,7 @@ from rl.losses.contract import check_policy_loss, resolve_aggregation
 from rl.losses.kl import KLController, kl_penalty
 from rl.losses.value import ValueInputs, value_loss
 
-BUILTIN = ("ppo_clip", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "gmpo", "reinforce", "sft")
+BUILTIN = ("ppo_clip", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "gmpo", "reinforce")
 SEEDS = range(8)
 
 
@@ -86,10 +86,6 @@ def reinforce_eq11(s: LossInputs) -> Tensor:
     return s.advantages * s.logprobs
 
 
-def likelihood(s: LossInputs) -> Tensor:
-    return s.logprobs
-
-
 CASES: list[tuple[str, dict[str, float], Callable[[LossInputs], Tensor], bool]] = [
     ("ppo_clip", {}, ppo_eq7, False),
     ("ppo_clip", {"clip_high": 0.28}, lambda s: ppo_eq7(s, 0.2, 0.28), False),
@@ -101,7 +97,6 @@ CASES: list[tuple[str, dict[str, float], Callable[[LossInputs], Tensor], bool]] 
     ("cispo", {"clip_low": 0.3, "clip_high": 0.25}, cispo_eq4, False),
     ("gmpo", {"clip_low": 0.3, "clip_high": 0.2}, gmpo_objective, True),
     ("reinforce", {}, reinforce_eq11, False),
-    ("sft", {}, likelihood, False),
 ]
 
 

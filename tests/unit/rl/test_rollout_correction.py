@@ -20,7 +20,8 @@ MODES = ("none", "truncate", "mask", "reject")
 LEVELS = ("token", "sequence", "geometric")
 
 
-def correct(batch: LossInputs, **config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def correct(batch: LossInputs, *, mode: str, lower: float = 0.0, **config: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    config |= {"mode": mode, "lower": lower if mode in ("mask", "reject") else 0.0}
     return rollout_weights(
         batch.old_logprobs,
         batch.rollout_logprobs,
@@ -52,13 +53,11 @@ def reference_ratios(batch: LossInputs, level: str) -> list[float]:
 def test_weights_equal_the_definition(mode: str, level: str) -> None:
     for seed in range(5):
         batch = loss_batch(seed)
-        weights, keep, sums = correct(batch, mode=mode, level=level, upper=1.08, lower=0.95)
+        weights, sums = correct(batch, mode=mode, level=level, upper=1.08, lower=0.95)
         touched = 0
         for i, r in enumerate(reference_ratios(batch, level)):
             inside = 0.95 <= r <= 1.08
             expected = {"none": 1.0, "truncate": min(r, 1.08), "mask": r * inside, "reject": float(inside)}[mode]
-            kept = bool(batch.loss_mask[i]) and (inside or mode in ("none", "truncate"))
-            assert bool(keep[i]) == kept
             assert weights[i].item() == pytest.approx(expected if batch.loss_mask[i] else 0.0, abs=1e-12)
             out = {"none": False, "truncate": r > 1.08}.get(mode, not inside)
             touched += bool(batch.loss_mask[i]) and out
@@ -72,7 +71,7 @@ def test_without_lag_the_ratio_is_one_and_nothing_is_touched(mode: str, level: s
     """Policy lag 0 in float32: sampler and learner agree bit for bit."""
     batch = loss_batch(0)
     same = batch.old_logprobs.float()
-    weights, keep, sums = rollout_weights(
+    weights, sums = rollout_weights(
         same,
         same.clone(),
         batch.loss_mask,
@@ -81,7 +80,6 @@ def test_without_lag_the_ratio_is_one_and_nothing_is_touched(mode: str, level: s
         RolloutCorrectionConfig(mode=mode, level=level),
     )
     assert torch.equal(weights, batch.loss_mask.float())
-    assert torch.equal(keep, batch.loss_mask)
     assert rollout_metrics(sums) == {
         "learner/kl_rollout_k1": 0.0,
         "learner/kl_rollout_k3": 0.0,
@@ -95,7 +93,7 @@ def test_without_lag_the_ratio_is_one_and_nothing_is_touched(mode: str, level: s
 
 def test_metrics_equal_their_formulas() -> None:
     batch = loss_batch(1)
-    weights, _, sums = correct(batch, upper=1.05)
+    weights, sums = correct(batch, mode="truncate", upper=1.05)
     mask = batch.loss_mask
     log_ratio = (batch.old_logprobs - batch.rollout_logprobs)[mask]
     metrics = rollout_metrics(sums)
@@ -125,10 +123,9 @@ def test_weights_and_sums_do_not_depend_on_the_split(
         correct(select(batch, p), mode=mode, level=level, upper=1.05, lower=0.97)
         for p in (range(cut), range(cut, len(lengths)))
     ]
-    weights, keep, sums = correct(batch, mode=mode, level=level, upper=1.05, lower=0.97)
+    weights, sums = correct(batch, mode=mode, level=level, upper=1.05, lower=0.97)
     assert torch.allclose(torch.cat([p[0] for p in parts]), weights, rtol=0, atol=1e-12)
-    assert torch.equal(torch.cat([p[1] for p in parts]), keep)
-    added = {name: sum(p[2][name] for p in parts) for name in sums}
+    added = {name: sum(p[1][name] for p in parts) for name in sums}
     assert rollout_metrics(added) == pytest.approx(rollout_metrics(sums), abs=1e-9)
 
 
@@ -136,7 +133,7 @@ def test_absurd_differences_stay_finite() -> None:
     batch = loss_batch(0)
     for shift in (-1e4, 1e4):
         for mode in MODES:
-            weights, _, sums = rollout_weights(
+            weights, sums = rollout_weights(
                 batch.old_logprobs + shift,
                 batch.rollout_logprobs,
                 batch.loss_mask,
