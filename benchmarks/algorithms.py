@@ -48,7 +48,7 @@ def train(name: str, model: Path, steps: int) -> None:
     """One run of `fledge train`, unless it is there already."""
     from launch import commands
     from rl.config import TrainConfig
-    from rl.config_loading import load_config
+    from rl.config.loading import load_config
 
     metrics = run_dir(name) / METRICS_FILE
     if metrics.exists() and len(read_metrics(run_dir(name))) == steps:

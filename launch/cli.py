@@ -12,7 +12,7 @@ import typer
 from launch.environment import keep_worker_priority, quiet_frameworks, secure_ray
 from launch.reward_commands import reward_app
 from rl.config import RunConfig, SftConfig, TrainConfig
-from rl.config_loading import load_config
+from rl.config.loading import load_config
 from rl.errors import FledgeError
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -15,7 +15,7 @@ from launch.display import ProgressDisplay
 from launch.preflight import check_checkpoint, check_layout, check_logging
 from rl.checkpoint import LEARNER
 from rl.config import SftConfig, TrainConfig
-from rl.config_loading import load_config, to_yaml
+from rl.config.loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
 from rl.metrics import METRICS_FILE
 from rl.prompts import load_sft_examples, load_tokenizer

@@ -14,7 +14,7 @@ from launch.environment import cluster_address
 from rl.advantages import advantage_spec
 from rl.advantages.contract import check_estimator
 from rl.config import RunConfig, TrainConfig
-from rl.config_types import looks_local
+from rl.config.types import looks_local
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec

@@ -20,7 +20,7 @@ import reasoning_gym
 
 from launch.tiny_models import build_tiny_model, describe
 from rl.config import TrainConfig
-from rl.config_loading import load_config
+from rl.config.loading import load_config
 
 TASK = "basic_arithmetic"
 TASK_OPTIONS = {

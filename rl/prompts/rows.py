@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import DatasetConfig
-from rl.config_types import looks_local
+from rl.config.types import looks_local
 from rl.errors import DataError
 
 REASONING_GYM = "reasoning_gym:"

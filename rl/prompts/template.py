@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rl.config import ModelConfig
-from rl.config_types import looks_local
+from rl.config.types import looks_local
 from rl.errors import ConfigError, DataError
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the template knows

@@ -15,7 +15,7 @@ import ray
 
 from launch.cluster import Placement, place_train_workers
 from rl.config import TrainConfig
-from rl.config_loading import load_config
+from rl.config.loading import load_config
 from rl.errors import ConfigError
 
 

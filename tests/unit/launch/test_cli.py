@@ -15,7 +15,7 @@ from launch.compose import checkpoint_store
 from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
 from rl.config import TrainConfig
-from rl.config_loading import load_config
+from rl.config.loading import load_config
 from rl.errors import CheckpointError, ConfigError
 
 

@@ -16,7 +16,7 @@ from launch.quickstart import (
     write_examples,
 )
 from rl.config import TrainConfig
-from rl.config_loading import load_config
+from rl.config.loading import load_config
 
 ROOT = Path(__file__).parents[3]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rl.config import SftConfig, TrainConfig
-from rl.config_loading import load_config, to_yaml
+from rl.config.loading import load_config, to_yaml
 from rl.errors import ConfigError
 
 MINIMAL = "model: {path: some/model}\ndata: {train: {path: data.jsonl}}\n"

@@ -1,0 +1,46 @@
+"""The configuration schema. Frozen pydantic models; code gets its own section, never the root and never a DictConfig.
+
+Loading and composing files is in `rl.config.loading`. Left out: torch, ray, vllm, deepspeed, and checks that need them
+(`launch.preflight`).
+"""
+
+from rl.config.algorithm import AlgorithmConfig, DynamicSamplingConfig, KLConfig, RolloutCorrectionConfig
+from rl.config.data import CurriculumConfig, DataConfig, DatasetConfig, ModelConfig, SftDataConfig
+from rl.config.learner import CriticConfig, CriticOptimizerConfig, LearnerConfig, MoEConfig, OptimizerConfig
+from rl.config.rollout import (
+    EvaluationConfig,
+    RejectDegenerateConfig,
+    RewardConfig,
+    RewardFunctionConfig,
+    RolloutConfig,
+)
+from rl.config.run import CheckpointConfig, LoggingConfig, RayConfig, RunConfig, SftConfig, SyncConfig, TrainConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "CriticConfig",
+    "CriticOptimizerConfig",
+    "CurriculumConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DynamicSamplingConfig",
+    "EvaluationConfig",
+    "KLConfig",
+    "LearnerConfig",
+    "LoggingConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RayConfig",
+    "RejectDegenerateConfig",
+    "RewardConfig",
+    "RewardFunctionConfig",
+    "RolloutConfig",
+    "RolloutCorrectionConfig",
+    "RunConfig",
+    "SftConfig",
+    "SftDataConfig",
+    "SyncConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,77 @@
+"""Advantages, policy loss and what is around them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rl.config.types import Float, Int, LocalOrNamed, NonNegativeFloat, PluginName, PositiveFloat, PositiveInt, Section
+
+
+class KLConfig(Section):
+    """Divergence from the frozen reference."""
+
+    placement: Literal["none", "loss", "reward"] = "none"
+    coefficient: NonNegativeFloat = 0.0
+    estimator: Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"] = "k3"
+    adaptive_target: PositiveFloat | None = Field(None, description="adaptive coefficient: the KL to hold")
+    adaptive_horizon: PositiveInt = 10000
+    reference: LocalOrNamed | None = Field(None, description="checkpoint of the reference; None: the initial policy")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KLConfig:
+        if self.placement != "none" and self.coefficient == 0.0:
+            raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
+        if self.placement == "none" and self.coefficient > 0.0:
+            raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
+        for key in ("estimator", "adaptive_target", "adaptive_horizon", "reference"):
+            if self.placement == "none" and self.sets(key):
+                raise ValueError(f"kl.{key} is set but kl.placement is none; set placement to loss or reward")
+        if self.adaptive_target is None and self.sets("adaptive_horizon"):
+            raise ValueError("kl.adaptive_horizon is set but kl.adaptive_target is not; set it, or leave both out")
+        return self
+
+
+class RolloutCorrectionConfig(Section):
+    """Importance correction between the sampler's distribution and the learner's (rollout_logprobs, old_logprobs)."""
+
+    mode: Literal["none", "truncate", "mask", "reject"] = "truncate"
+    level: Literal["token", "sequence", "geometric"] = "token"
+    upper: PositiveFloat = 2.0
+    lower: NonNegativeFloat = Field(0.0, description="for mask and reject: ratios under it are left out too")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutCorrectionConfig:
+        if self.mode in ("truncate", "none") and self.lower > 0:
+            raise ValueError(f"lower {self.lower:g} has no effect with mode {self.mode}; set mode to mask or reject")
+        if self.mode in ("mask", "reject") and self.lower >= self.upper:
+            raise ValueError(f"lower {self.lower:g} is not under upper {self.upper:g}: every token would be left out")
+        return self
+
+
+class DynamicSamplingConfig(Section):
+    """Replace groups whose task rewards are all equal by groups of further prompts (DAPO)."""
+
+    max_rounds: Annotated[Int, Field(ge=2)] = Field(10, description="generations a step, the first included")
+
+
+class AlgorithmConfig(Section):
+    """Advantages, policy loss and what is around them."""
+
+    advantage: str = Field("grpo", description="a registered estimator, or verl:NAME")
+    advantage_options: dict[str, Any] = Field(default_factory=dict)
+    loss: str = Field("ppo_clip", description="a registered policy loss, or verl:NAME")
+    loss_options: dict[str, Any] = Field(default_factory=dict)
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None = (
+        Field(None, description="None: the loss's own default")
+    )
+    entropy_coefficient: Float = 0.0
+    kl: KLConfig = KLConfig()
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
+    whiten_advantages: bool = False
+    dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="None: learn from every group")
+    plugins: tuple[PluginName, ...] = Field(
+        (), description="modules or files to import, that register estimators or losses"
+    )

@@ -1,0 +1,81 @@
+"""What is trained, and on what: the model, prompts and worked examples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rl.config.types import Float, LocalOrNamed, PositiveInt, Section, Seed
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: LocalOrNamed = Field(description="local folder or hub name of a Hugging Face checkpoint")
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "auto", description="the learner's attention; auto takes the best exact one for the model and the device"
+    )
+    trust_remote_code: bool = False
+    chat_template: LocalOrNamed | None = Field(
+        None, description="file with a Jinja chat template, in place of the tokenizer's"
+    )
+    chat_template_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the template, e.g. enable_thinking or reasoning_effort"
+    )
+
+
+class DatasetConfig(Section):
+    """Where prompts come from."""
+
+    path: str = Field(description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK")
+    name: str | None = Field(None, description="how metrics and files call it; default: from the path")
+    split: str = "train"
+    subset: str | None = Field(None, description="a hub dataset's configuration name")
+    prompt_field: str = "prompt"
+    ground_truth_field: str | None = Field("ground_truth", description="None: the rewards need no ground truth")
+    system_prompt: str | None = None
+    prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
+    size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
+    seed: Seed = Field(0, description="for generated tasks")
+    options: dict[str, Any] = Field(default_factory=dict, description="for reasoning_gym: the task's own settings")
+    reward: str | None = Field(None, description="reward for these rows in place of the config's")
+
+
+class CurriculumConfig(Section):
+    """Prompts by running pass rate p: each is kept with chance 4 p (1 - p), where the order comes to it."""
+
+    decay: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5, description="weight of the old rate in the running mean")
+    floor: Annotated[Float, Field(ge=0.01, le=1)] = Field(0.05, description="smallest chance, so that none is lost")
+    right_above: Float = Field(0.0, description="a response is right when its task reward is above this")
+
+
+class DataConfig(Section):
+    """Training and evaluation prompts."""
+
+    train: DatasetConfig
+    eval: tuple[DatasetConfig, ...] = ()
+    shuffle: bool = True
+    curriculum: CurriculumConfig | None = Field(None, description="None: every prompt once an epoch")
+    max_prompt_tokens: PositiveInt = 1024
+    keep_held_out: bool = Field(False, description="train also on prompts that are in eval; they are dropped otherwise")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        for dataset in self.eval:
+            if dataset.name is not None and ("/" in dataset.name or not dataset.name.isprintable()):
+                raise ValueError(
+                    f"eval has the name {dataset.name!r}, which becomes part of file names; leave out slashes and "
+                    "control characters"
+                )
+        return self
+
+
+class SftDataConfig(Section):
+    """Worked examples: rows with a prompt and a response."""
+
+    train: DatasetConfig
+    response_field: str = "response"
+    max_tokens: PositiveInt = Field(2048, description="longer examples are dropped and counted")

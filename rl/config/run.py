@@ -1,0 +1,214 @@
+"""Whole runs: `fledge train`, `fledge sft`, and what both have around them."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rl.config.algorithm import AlgorithmConfig
+from rl.config.data import DataConfig, ModelConfig, SftDataConfig
+from rl.config.learner import CriticConfig, LearnerConfig
+from rl.config.rollout import EvaluationConfig, RewardConfig, RolloutConfig
+from rl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Seed
+
+
+class SyncConfig(Section):
+    """Weights from the learner to the rollout workers."""
+
+    transport: Literal["auto", "shm", "nccl", "ipc"] = "auto"
+    bucket_mib: PositiveInt = 256
+    timeout_s: PositiveFloat = 300.0
+    probe_every: NonNegativeInt = Field(
+        20, description="syncs between log-probability probes after the first; 0: never"
+    )
+    probe_tolerance: PositiveFloat | None = Field(
+        None,
+        description="largest mean |difference| allowed; None: 1e-4 in float32, 0.05 in bfloat16. In float32 one token "
+        "may differ by ten times as much",
+    )
+
+
+class CheckpointConfig(Section):
+    """Run state on disk."""
+
+    every: NonNegativeInt = Field(50, description="steps; 0: only at the end")
+    keep: PositiveInt = 2
+
+
+class LoggingConfig(Section):
+    """Where metrics and samples go, beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+    samples_every: NonNegativeInt = Field(1, description="steps between sample files; 0: none")
+    samples_per_step: PositiveInt = 64
+
+
+class RayConfig(Section):
+    """The cluster. RAY_ADDRESS in the environment joins a running one."""
+
+    address: str | None = Field(None, description="None: RAY_ADDRESS, else a local cluster that ends with the run")
+    colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
+    rollout_resources: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="custom resources a rollout worker"
+    )
+    learner_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+
+
+class RunConfig(Section):
+    """What training and supervised warm start have in common."""
+
+    name: str = "run"
+    run_dir: str = Field("runs/default", description="everything the run writes")
+    seed: Seed = 0
+    deterministic: bool = Field(False, description="two runs of the same config write the same weights, bit for bit")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    ray: RayConfig = RayConfig()
+
+
+class TrainConfig(RunConfig):
+    """`fledge train` and `fledge eval`."""
+
+    total_steps: PositiveInt = 100
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig | None = Field(None, description="None: no critic; {} is one with every default")
+    sync: SyncConfig = SyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        samples = self.rollout.prompts_per_step * self.rollout.group_size
+        if samples % self.learner.mini_batches:
+            raise ValueError(
+                f"rollout.prompts_per_step {self.rollout.prompts_per_step} x rollout.group_size "
+                f"{self.rollout.group_size} = {samples} samples do not divide into learner.mini_batches "
+                f"{self.learner.mini_batches}"
+            )
+        if samples // self.learner.mini_batches < self.learner.num_workers:
+            raise ValueError(
+                f"a mini-batch of {samples // self.learner.mini_batches} samples cannot feed learner.num_workers "
+                f"{self.learner.num_workers}; raise rollout.prompts_per_step or lower learner.mini_batches"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.learner.max_tokens_per_microbatch < longest:
+            raise ValueError(
+                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under the longest "
+                f"sequence, data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "
+                f"{self.rollout.max_response_tokens} = {longest}; raise it to at least {longest}"
+            )
+        if self.critic is not None and self.critic.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"critic.warmup_steps {self.critic.warmup_steps} leaves no step of total_steps {self.total_steps} for "
+                "the policy; lower it"
+            )
+        if (self.evaluation.every or self.evaluation.at_start) and not self.data.eval:
+            key = "every" if self.evaluation.every else "at_start"
+            raise ValueError(
+                f"evaluation.{key} is set but data.eval is empty; add a dataset, or leave evaluation.{key} out"
+            )
+        if self.deterministic and self.rollout.temperature > 0 and self.model.dtype != "float32":
+            raise ValueError("deterministic needs model.dtype float32 (bit-exact runs are a CPU float32 promise)")
+        return self
+
+    @model_validator(mode="after")
+    def _devices_can_work(self) -> TrainConfig:
+        rollout, learner = self.rollout, self.learner
+        if self.device == "cpu" and self.sync.transport in ("nccl", "ipc"):
+            raise ValueError(
+                f"sync.transport {self.sync.transport} needs GPUs, but device is cpu; set it to auto or shm"
+            )
+        if self.device == "cpu" and learner.moe.router_replay:
+            raise ValueError("learner.moe.router_replay needs vLLM's record of experts, which it keeps on GPUs only")
+        if learner.moe.router_replay and (self.deterministic or not rollout.enable_prefix_caching):
+            raise ValueError(
+                "learner.moe.router_replay needs rollout.enable_prefix_caching (vLLM's condition), which is false or "
+                "turned off by deterministic; set router_replay to false, or change these"
+            )
+        if not self.ray.colocate or self.device == "cpu":
+            return self
+        if rollout.tensor_parallel_size > 1 or rollout.num_workers > learner.num_workers:
+            raise ValueError(
+                "ray.colocate puts one rollout worker beside a learner on its GPU, but rollout.num_workers is "
+                f"{rollout.num_workers} with tensor_parallel_size {rollout.tensor_parallel_size}, and "
+                f"learner.num_workers {learner.num_workers}; use at most as many rollout workers, each of size 1"
+            )
+        shares = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+        said = "gpu_memory_utilization" in rollout.model_fields_set or bool(shares & rollout.engine_options.keys())
+        if rollout.kv_cache_gib is None and not said:
+            raise ValueError(
+                "ray.colocate lets the engine take rollout.gpu_memory_utilization "
+                f"{rollout.gpu_memory_utilization:g} of the GPU before the learner loads; set it to the engine's "
+                "share, or set rollout.kv_cache_gib"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correction_can_work(self) -> TrainConfig:
+        rollout, correction = self.rollout, self.algorithm.rollout_correction
+        cut = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
+        if any(cut.values()) and correction.level == "sequence" and correction.mode != "none":
+            raise ValueError(
+                f"rollout.{next(key for key, is_cut in cut.items() if is_cut)} cuts the sampler's distribution, so "
+                "each token's ratio is under 1, and their product over a response next to 0: nothing would be learned. "
+                "Set algorithm.rollout_correction.level to token or geometric, or sample from the whole distribution"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shaping_can_work(self) -> TrainConfig:
+        rollout = self.rollout
+        if self.algorithm.dynamic_sampling is not None and (rollout.group_size < 2 or rollout.temperature == 0):
+            raise ValueError(
+                "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.group_size "
+                f"{rollout.group_size} at rollout.temperature {rollout.temperature:g} gives none; set at least 2, and "
+                "a temperature over 0"
+            )
+        limits = rollout.reject_degenerate
+        if limits is not None and limits.min_tokens > rollout.max_response_tokens:
+            raise ValueError(
+                f"rollout.reject_degenerate.min_tokens {limits.min_tokens} is over rollout.max_response_tokens "
+                f"{rollout.max_response_tokens}, so nothing could be rejected; lower it"
+            )
+        return self
+
+
+class SftConfig(RunConfig):
+    """`fledge sft`: supervised warm start with the same learner."""
+
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 32
+    data: SftDataConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftConfig:
+        for key in ("epochs", "mini_batches"):
+            if getattr(self.learner, key) != 1:
+                raise ValueError(
+                    f"learner.{key} is {getattr(self.learner, key)}, but a supervised step is one update of its batch; "
+                    "leave it out, and set epochs (at the top level) and batch_size"
+                )
+        for section, keys in (
+            ("data.train", ("reward",)),
+            ("learner", ("offload_reference",)),
+            ("learner.moe", ("router_replay",)),
+            ("logging", ("samples_every", "samples_per_step")),
+            ("ray", ("colocate", "rollout_resources")),
+        ):
+            for key in filter(attrgetter(section)(self).sets, keys):
+                raise ValueError(f"{section}.{key} has no effect in a supervised run; leave it out, or set it to null")
+        if self.learner.max_tokens_per_microbatch < self.data.max_tokens:
+            raise ValueError(
+                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under data.max_tokens "
+                f"{self.data.max_tokens}, the longest example; raise it, or lower data.max_tokens"
+            )
+        return self
