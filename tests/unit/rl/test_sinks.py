@@ -1,7 +1,5 @@
 """What metrics become on disk: TensorBoard's event files, which a resumed run goes on with, and an offline W&B run."""
 
-import time
-
 import pytest
 
 from rl.metrics import TensorBoardSink, WandbSink
@@ -35,11 +33,10 @@ def test_an_offline_wandb_run_keeps_its_id(tmp_path):
         for step in steps:
             sink.write(step, {"reward/mean": 0.5})
         sink.close()
-        time.sleep(1.1)  # W&B names folders by the second
     run_id = (tmp_path / "wandb_id").read_text()
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
-    assert all(run.name.endswith(run_id) for run in runs)
+    assert all(run_id in run.name for run in runs)  # two of the same second are told apart by a suffix
     assert all(list(run.glob("*.wandb")) for run in runs)
 
 
