@@ -3,7 +3,7 @@ RUN := .venv/bin
 SEED ?= 0
 QUICKSTART := runs/quickstart
 
-.PHONY: setup gpu quickstart quickstart-seeds test test-unit test-processes check format clean
+.PHONY: setup gpu quickstart quickstart-seeds test test-unit test-processes check reference format clean
 
 # What this clone was set up with; `make gpu` leaves its mark, and the other targets follow it.
 KIND := $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
@@ -49,6 +49,10 @@ check: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+
+# docs/configuration.md, from the schema
+reference: setup
+	$(RUN)/python -m launch.config_reference > docs/configuration.md
 
 format: setup
 	$(RUN)/ruff check --fix .

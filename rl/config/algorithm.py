@@ -12,12 +12,16 @@ from rl.config.types import Float, Int, LocalOrNamed, NonNegativeFloat, PluginNa
 class KLConfig(Section):
     """Divergence from the frozen reference."""
 
-    placement: Literal["none", "loss", "reward"] = "none"
-    coefficient: NonNegativeFloat = 0.0
-    estimator: Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"] = "k3"
+    placement: Literal["none", "loss", "reward"] = Field(
+        "none", description="in the loss, or taken from the token rewards"
+    )
+    coefficient: NonNegativeFloat = Field(0.0, description="of the divergence")
+    estimator: Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"] = Field(
+        "k3", description="see docs/algorithms.md"
+    )
     adaptive_target: PositiveFloat | None = Field(None, description="adaptive coefficient: the KL to hold")
-    adaptive_horizon: PositiveInt = 10000
-    reference: LocalOrNamed | None = Field(None, description="checkpoint of the reference; None: the initial policy")
+    adaptive_horizon: PositiveInt = Field(10000, description="samples over which the coefficient could double")
+    reference: LocalOrNamed | None = Field(None, description="checkpoint of the reference; null: the initial policy")
 
     @model_validator(mode="after")
     def _consistent(self) -> KLConfig:
@@ -36,9 +40,12 @@ class KLConfig(Section):
 class RolloutCorrectionConfig(Section):
     """Importance correction between the sampler's distribution and the learner's (rollout_logprobs, old_logprobs)."""
 
-    mode: Literal["none", "truncate", "mask", "reject"] = "truncate"
-    level: Literal["token", "sequence", "geometric"] = "token"
-    upper: PositiveFloat = 2.0
+    mode: Literal["none", "truncate", "mask", "reject"] = Field(
+        "truncate",
+        description="cut the ratio, leave tokens outside the bounds out with or without a weight, or only measure",
+    )
+    level: Literal["token", "sequence", "geometric"] = Field("token", description="what a ratio is of")
+    upper: PositiveFloat = Field(2.0, description="largest ratio")
     lower: NonNegativeFloat = Field(0.0, description="for mask and reject: ratios under it are left out too")
 
     @model_validator(mode="after")
@@ -60,18 +67,20 @@ class AlgorithmConfig(Section):
     """Advantages, policy loss and what is around them."""
 
     advantage: str = Field("grpo", description="a registered estimator, or verl:NAME")
-    advantage_options: dict[str, Any] = Field(default_factory=dict)
+    advantage_options: dict[str, Any] = Field(default_factory=dict, description="the estimator's keyword arguments")
     loss: str = Field("ppo_clip", description="a registered policy loss, or verl:NAME")
-    loss_options: dict[str, Any] = Field(default_factory=dict)
+    loss_options: dict[str, Any] = Field(default_factory=dict, description="the loss's keyword arguments")
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None = (
-        Field(None, description="None: the loss's own default")
+        Field(None, description="null: the loss's own default")
     )
-    entropy_coefficient: Float = 0.0
-    kl: KLConfig = KLConfig()
-    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    entropy_coefficient: Float = Field(0.0, description="of the bonus; 0: none")
+    kl: KLConfig = Field(KLConfig(), description="divergence from the reference")
+    rollout_correction: RolloutCorrectionConfig = Field(
+        RolloutCorrectionConfig(), description="for samplers that are not quite the learner"
+    )
     mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
-    whiten_advantages: bool = False
-    dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="None: learn from every group")
+    whiten_advantages: bool = Field(False, description="to mean 0 and standard deviation 1 over the batch")
+    dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="null: learn from every group")
     plugins: tuple[PluginName, ...] = Field(
         (), description="modules or files to import, that register estimators or losses"
     )

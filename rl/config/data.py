@@ -13,12 +13,14 @@ class ModelConfig(Section):
     """The policy."""
 
     path: LocalOrNamed = Field(description="local folder or hub name of a Hugging Face checkpoint")
-    revision: str | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of the weights in learner and engine; the optimizer's are float32"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
         "auto", description="the learner's attention; auto takes the best exact one for the model and the device"
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
     chat_template: LocalOrNamed | None = Field(
         None, description="file with a Jinja chat template, in place of the tokenizer's"
     )
@@ -32,11 +34,11 @@ class DatasetConfig(Section):
 
     path: str = Field(description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK")
     name: str | None = Field(None, description="how metrics and files call it; default: from the path")
-    split: str = "train"
+    split: str = Field("train", description="of a folder or hub dataset")
     subset: str | None = Field(None, description="a hub dataset's configuration name")
-    prompt_field: str = "prompt"
-    ground_truth_field: str | None = Field("ground_truth", description="None: the rewards need no ground truth")
-    system_prompt: str | None = None
+    prompt_field: str = Field("prompt", description="a column with text, or with chat messages")
+    ground_truth_field: str | None = Field("ground_truth", description="null: the rewards need no ground truth")
+    system_prompt: str | None = Field(None, description="put before every conversation")
     prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
     size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
     seed: Seed = Field(0, description="for generated tasks")
@@ -55,11 +57,11 @@ class CurriculumConfig(Section):
 class DataConfig(Section):
     """Training and evaluation prompts."""
 
-    train: DatasetConfig
-    eval: tuple[DatasetConfig, ...] = ()
-    shuffle: bool = True
-    curriculum: CurriculumConfig | None = Field(None, description="None: every prompt once an epoch")
-    max_prompt_tokens: PositiveInt = 1024
+    train: DatasetConfig = Field(description="prompts to learn from")
+    eval: tuple[DatasetConfig, ...] = Field((), description="prompts to evaluate on, a dataset each")
+    shuffle: bool = Field(True, description="in an order of its own each epoch, by seed")
+    curriculum: CurriculumConfig | None = Field(None, description="null: every prompt once an epoch")
+    max_prompt_tokens: PositiveInt = Field(1024, description="longer prompts are dropped and counted")
     keep_held_out: bool = Field(False, description="train also on prompts that are in eval; they are dropped otherwise")
 
     @model_validator(mode="after")
@@ -76,6 +78,6 @@ class DataConfig(Section):
 class SftDataConfig(Section):
     """Worked examples: rows with a prompt and a response."""
 
-    train: DatasetConfig
-    response_field: str = "response"
+    train: DatasetConfig = Field(description="rows with a prompt and a response, or with `messages`")
+    response_field: str = Field("response", description="the column with the response")
     max_tokens: PositiveInt = Field(2048, description="longer examples are dropped and counted")

@@ -26,27 +26,29 @@ class RejectDegenerateConfig(Section):
 class RolloutConfig(Section):
     """Sampling and the vLLM engines."""
 
-    num_workers: PositiveInt = 1
-    tensor_parallel_size: PositiveInt = 1
-    threads_per_worker: PositiveInt | None = Field(None, description="CPU threads; None: an even share of the cores")
-    prompts_per_step: PositiveInt = 32
-    group_size: PositiveInt = 8
-    max_response_tokens: PositiveInt = 1024
-    temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = 0
-    min_p: Fraction = 0.0
-    stop: tuple[str, ...] = ()
+    num_workers: PositiveInt = Field(1, description="vLLM engines")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs of an engine (on CPUs: processes)")
+    threads_per_worker: PositiveInt | None = Field(None, description="CPU threads; null: an even share of the cores")
+    prompts_per_step: PositiveInt = Field(32, description="groups a training step")
+    group_size: PositiveInt = Field(8, description="responses a prompt")
+    max_response_tokens: PositiveInt = Field(1024, description="longer responses are cut, and say so")
+    temperature: NonNegativeFloat = Field(1.0, description="of the samples to learn from")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
+    top_k: NonNegativeInt = Field(0, description="0: every token")
+    min_p: Fraction = Field(0.0, description="0: every token")
+    stop: tuple[str, ...] = Field((), description="strings that end a response, beside the end of the turn")
     reject_degenerate: RejectDegenerateConfig | None = Field(
-        None, description="take responses that end in endless repetition out of the loss; None: keep them"
+        None, description="take responses that end in endless repetition out of the loss; null: keep them"
     )
-    max_concurrent_sequences: PositiveInt = 256
-    kv_cache_gib: PositiveFloat | None = Field(None, description="fixed KV cache an engine; None: measured by vLLM")
-    gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] = 0.85
-    enforce_eager: bool = False
-    enable_prefix_caching: bool = True
+    max_concurrent_sequences: PositiveInt = Field(256, description="that an engine generates at a time")
+    kv_cache_gib: PositiveFloat | None = Field(None, description="fixed KV cache an engine; null: measured by vLLM")
+    gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] = Field(
+        0.85, description="the engine's share of its GPUs, weights included"
+    )
+    enforce_eager: bool = Field(False, description="no CUDA graphs and no compilation: starts faster, generates slower")
+    enable_prefix_caching: bool = Field(True, description="keep the keys and values of prompts")
     timeout_s: PositiveFloat = Field(1800.0, description="of generation without a group of samples finished")
-    start_timeout_s: PositiveFloat = 900.0
+    start_timeout_s: PositiveFloat = Field(900.0, description="for an engine to load and warm up")
     max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs as is")
 
@@ -70,14 +72,14 @@ class EvaluationConfig(Section):
     """Evaluation on data.eval, in training and by `fledge eval`."""
 
     every: NonNegativeInt = Field(0, description="steps; 0: not in training")
-    at_start: bool = False
-    samples_per_prompt: PositiveInt = 1
-    pass_at: tuple[PositiveInt, ...] = (1,)
-    temperature: NonNegativeFloat = 0.0
-    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = 0
-    min_p: Fraction = 0.0
-    max_response_tokens: PositiveInt | None = Field(None, description="None: as in rollout")
+    at_start: bool = Field(False, description="before the first step, too")
+    samples_per_prompt: PositiveInt = Field(1, description="k of avg@k and maj@k")
+    pass_at: tuple[PositiveInt, ...] = Field((1,), description="each k of pass@k")
+    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
+    top_k: NonNegativeInt = Field(0, description="0: every token")
+    min_p: Fraction = Field(0.0, description="0: every token")
+    max_response_tokens: PositiveInt | None = Field(None, description="null: as in rollout")
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
@@ -109,17 +111,19 @@ class RewardFunctionConfig(Section):
     """One reward of the weighted sum."""
 
     name: str = Field(description="registered name, package.module:function, or path/to/file.py:function")
-    weight: Float = 1.0
+    weight: Float = Field(1.0, description="in the sum")
     gate: bool = Field(False, description="the reward is at most 0 unless this part is positive")
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict, description="the reward's own keyword arguments")
 
 
 class RewardConfig(Section):
     """How responses are scored."""
 
-    functions: tuple[RewardFunctionConfig, ...] = (RewardFunctionConfig(name="math"),)
-    clip: tuple[float, float] | None = None
-    num_workers: PositiveInt = 2
+    functions: tuple[RewardFunctionConfig, ...] = Field(
+        (RewardFunctionConfig(name="math"),), description="their weighted sum is the reward"
+    )
+    clip: tuple[float, float] | None = Field(None, description="bounds of the sum; null: none")
+    num_workers: PositiveInt = Field(2, description="processes that score")
     timeout_s: PositiveFloat = Field(30.0, description="deadline of one sample")
     batch_size: PositiveInt = Field(64, description="samples sent to a worker at a time")
     max_error_fraction: Fraction = Field(0.5, description="end the run when more samples of a step fail to be scored")

@@ -17,15 +17,18 @@ from rl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 class SyncConfig(Section):
     """Weights from the learner to the rollout workers."""
 
-    transport: Literal["auto", "shm", "nccl", "ipc"] = "auto"
-    bucket_mib: PositiveInt = 256
-    timeout_s: PositiveFloat = 300.0
+    transport: Literal["auto", "shm", "nccl", "ipc"] = Field(
+        "auto",
+        description="shared memory on CPUs; on GPUs NCCL, or CUDA IPC where they are shared; see docs/weight-sync.md",
+    )
+    bucket_mib: PositiveInt = Field(256, description="largest message")
+    timeout_s: PositiveFloat = Field(300.0, description="of one message, or of a whole NCCL broadcast")
     probe_every: NonNegativeInt = Field(
         20, description="syncs between log-probability probes after the first; 0: never"
     )
     probe_tolerance: PositiveFloat | None = Field(
         None,
-        description="largest mean |difference| allowed; None: 1e-4 in float32, 0.05 in bfloat16. In float32 one token "
+        description="largest mean |difference| allowed; null: 1e-4 in float32, 0.05 in bfloat16. In float32 one token "
         "may differ by ten times as much",
     )
 
@@ -34,56 +37,62 @@ class CheckpointConfig(Section):
     """Run state on disk."""
 
     every: NonNegativeInt = Field(50, description="steps; 0: only at the end")
-    keep: PositiveInt = 2
+    keep: PositiveInt = Field(2, description="newest checkpoints on disk")
 
 
 class LoggingConfig(Section):
     """Where metrics and samples go, beside metrics.jsonl."""
 
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    wandb_mode: Literal["online", "offline"] = "online"
+    tensorboard: bool = Field(True, description="write event files to run_dir/tensorboard")
+    wandb_project: str | None = Field(None, description="null: no W&B")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline: files that `wandb sync` uploads later"
+    )
     samples_every: NonNegativeInt = Field(1, description="steps between sample files; 0: none")
-    samples_per_step: PositiveInt = 64
+    samples_per_step: PositiveInt = Field(64, description="in a sample file")
 
 
 class RayConfig(Section):
     """The cluster. RAY_ADDRESS in the environment joins a running one."""
 
-    address: str | None = Field(None, description="None: RAY_ADDRESS, else a local cluster that ends with the run")
+    address: str | None = Field(None, description="null: RAY_ADDRESS, else a local cluster that ends with the run")
     colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
     rollout_resources: dict[str, NonNegativeFloat] = Field(
         default_factory=dict, description="custom resources a rollout worker"
     )
-    learner_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    learner_resources: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="custom resources a learner worker"
+    )
 
 
 class RunConfig(Section):
     """What training and supervised warm start have in common."""
 
-    name: str = "run"
+    name: str = Field("run", description="of the run, in displays and loggers")
     run_dir: str = Field("runs/default", description="everything the run writes")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of everything random")
     deterministic: bool = Field(False, description="two runs of the same config write the same weights, bit for bit")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    model: ModelConfig
-    learner: LearnerConfig = LearnerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
-    ray: RayConfig = RayConfig()
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs where the cluster has them and torch can use them"
+    )
+    model: ModelConfig = Field(description="the policy")
+    learner: LearnerConfig = Field(LearnerConfig(), description="the learner workers")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="run state on disk")
+    logging: LoggingConfig = Field(LoggingConfig(), description="where metrics go")
+    ray: RayConfig = Field(RayConfig(), description="the cluster")
 
 
 class TrainConfig(RunConfig):
     """`fledge train` and `fledge eval`."""
 
-    total_steps: PositiveInt = 100
-    data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    critic: CriticConfig | None = Field(None, description="None: no critic; {} is one with every default")
-    sync: SyncConfig = SyncConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    total_steps: PositiveInt = Field(100, description="training steps")
+    data: DataConfig = Field(description="prompts")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="sampling and engines")
+    reward: RewardConfig = Field(RewardConfig(), description="how responses are scored")
+    algorithm: AlgorithmConfig = Field(AlgorithmConfig(), description="what is learned from the scores")
+    critic: CriticConfig | None = Field(None, description="null: no critic; {} is one with every default")
+    sync: SyncConfig = Field(SyncConfig(), description="weights to the engines")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="on data.eval")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -185,9 +194,9 @@ class TrainConfig(RunConfig):
 class SftConfig(RunConfig):
     """`fledge sft`: supervised warm start with the same learner."""
 
-    epochs: PositiveInt = 1
-    batch_size: PositiveInt = 32
-    data: SftDataConfig
+    epochs: PositiveInt = Field(1, description="passes over the examples")
+    batch_size: PositiveInt = Field(32, description="examples an optimizer step")
+    data: SftDataConfig = Field(description="worked examples")
 
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
