@@ -169,7 +169,7 @@ class Learner:
         config, model = self._config, self._model_config
         zero = training_config(config, dtype=model.dtype, hidden_size=load_config(model).hidden_size)
         policy = load_model(model, zero, device=self.device.type)
-        self._head = LogprobHead(policy, config.logprob_chunk_tokens)
+        self._head = self._logprob_head(policy)
         self._routers = _routers(policy, config, self.device)
         return LockstepEngine(
             policy,
@@ -189,8 +189,11 @@ class Learner:
         reference.requires_grad_(False).eval()
         if self.layout == "shared_prefix":
             use_shared_prefixes(reference)
-        head = LogprobHead(reference, self._config.logprob_chunk_tokens)
+        head = self._logprob_head(reference)
         return start_engine(reference, zero), head
+
+    def _logprob_head(self, model: nn.Module) -> LogprobHead:
+        return LogprobHead(model, self._config.logprob_chunk_tokens, float32=self._model_config.head_dtype == "float32")
 
     def _score(
         self,

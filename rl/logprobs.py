@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ from rl.errors import LearnerError
 
 # Rows of the head's gradient that are updated at a time, so that a second [V, H] tensor never exists.
 _VOCABULARY_BLOCK = 16384
+
+
+class _Options(NamedTuple):
+    """See `token_logprobs`."""
+
+    temperature: float
+    chunk_tokens: int
+    entropy_grad: bool
+    float32: bool
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -35,50 +44,48 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
-        chunk_tokens: int,
-        entropy_grad: bool,
+        options: _Options,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         logprobs = torch.empty(count, dtype=_accumulation_dtype(hidden), device=hidden.device)
         entropy = torch.empty_like(logprobs)
         lse = torch.empty_like(logprobs)
-        for start in range(0, count, chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[rows], weight, bias, temperature)
+        for start in range(0, count, options.chunk_tokens):
+            rows = slice(start, start + options.chunk_tokens)
+            logits = _logits(hidden[rows], weight, bias, options)
             lse[rows] = torch.logsumexp(logits, dim=-1)
             logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
             probs = torch.sub(logits, lse[rows, None]).exp_()
             entropy[rows] = lse[rows] - torch.linalg.vecdot(probs, logits)
         # `weight` itself is saved, not a view of it: ZeRO-3 replaces its storage between forward and backward.
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.options = (temperature, chunk_tokens, entropy_grad)
-        if not entropy_grad:
+        ctx.options = options
+        if not options.entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        temperature, chunk_tokens, entropy_grad = ctx.options
+        options: _Options = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         accumulate = {"dtype": _accumulation_dtype(hidden), "device": weight.device}
         grad_weight = torch.zeros(weight.shape, **accumulate) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], **accumulate) if needs_bias else None
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[rows], weight, bias, temperature)
+        for start in range(0, hidden.shape[0], options.chunk_tokens):
+            rows = slice(start, start + options.chunk_tokens)
+            logits = _logits(hidden[rows], weight, bias, options)
             grad_logits = logits.sub_(lse[rows, None])  # log p, turned into the gradient in place
             grad_logprobs = grads[0][rows, None]
-            if entropy_grad:
+            if options.entropy_grad:
                 probs = torch.exp(grad_logits)
                 factor = grad_logits.add_(entropy[rows, None]).mul_(grads[1][rows, None]).add_(grad_logprobs)
                 grad_logits = probs.mul_(factor).neg_()
             else:
                 grad_logits = grad_logits.exp_().mul_(-grad_logprobs)
             grad_logits.scatter_add_(1, targets[rows, None], grad_logprobs)
-            grad_logits /= temperature
+            grad_logits /= options.temperature
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(weight.dtype)
@@ -92,7 +99,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 2,
         )
 
 
@@ -100,10 +107,16 @@ def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[C, H] -> [C, V]: the product in the model's dtype, as the sampler makes it, then at least float32."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).to(_accumulation_dtype(hidden))
-    return logits.div_(temperature) if temperature != 1.0 else logits
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
+    """[C, H] -> [C, V]: the product in the model's dtype or in float32, as the sampler makes it; at least float32."""
+    if options.float32 and hidden.is_cuda:  # the product of bfloat16, not rounded: no float32 copy of the weight
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        logits = logits if bias is None else logits.add_(bias)
+    elif options.float32:
+        logits = nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+    else:
+        logits = nn.functional.linear(hidden, weight, bias).to(_accumulation_dtype(hidden))
+    return logits.div_(options.temperature) if options.temperature != 1.0 else logits
 
 
 def token_logprobs(
@@ -115,6 +128,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 2048,
     entropy_grad: bool = False,
+    float32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution.
 
@@ -126,11 +140,13 @@ def token_logprobs(
         temperature: the logits are divided by it, as the sampler does.
         chunk_tokens: C; peak memory is that of [C, V], whatever T is.
         entropy_grad: let gradients flow through the entropy.
+        float32: do not round the logits to the model's dtype. The gradient's products stay in the model's dtype.
 
     Returns:
         (logprobs [T], entropy [T]), float32 (float64 for a float64 model).
     """
-    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_tokens, entropy_grad)
+    options = _Options(temperature, chunk_tokens, entropy_grad, float32)
+    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, bias, targets, options)
     return logprobs, entropy
 
 
@@ -150,7 +166,7 @@ class LogprobHead:
     was.
     """
 
-    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
+    def __init__(self, model: nn.Module, chunk_tokens: int, *, float32: bool = False) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
             raise LearnerError(
@@ -159,6 +175,7 @@ class LogprobHead:
             )
         self._head = head
         self._chunk_tokens = chunk_tokens
+        self._float32 = float32
         self._query: _Query | None = None
         self._plain_forward = head.forward
         head.forward = self._forward  # type: ignore[method-assign,assignment]
@@ -194,5 +211,6 @@ class LogprobHead:
             temperature=query.temperature,
             chunk_tokens=self._chunk_tokens,
             entropy_grad=query.entropy_grad,
+            float32=self._float32,
         )
         return torch.stack(pair)

@@ -6,6 +6,7 @@ Left out: running the engine (`rollout.vllm_engine`). vLLM is imported only by t
 from __future__ import annotations
 
 import os
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -84,27 +85,35 @@ def engine_args(
             "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest),
             "block_size": _CPU_BLOCK_TOKENS,
         }
-    if trained:
-        options |= _unquantized(model, rollout)
+    options |= _other_checkpoint(model, rollout, trained=trained)
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
-def _unquantized(model: ModelConfig, rollout: RolloutConfig) -> dict[str, Any]:
-    """What an engine of an MXFP4 checkpoint needs so that it takes dequantised weights; nothing for another one."""
-    if quantization_method(_checkpoint_config(model)) != MXFP4:
-        return {}
-    if taken := sorted({"hf_overrides", "load_format"} & rollout.engine_options.keys()):
+def _other_checkpoint(model: ModelConfig, rollout: RolloutConfig, *, trained: bool) -> dict[str, Any]:
+    """What an engine needs to take another checkpoint than there is: a dequantised one, where it is trained, or one
+    that wants its logits in float32."""
+    unquantized = trained and quantization_method(_checkpoint_config(model)) == MXFP4
+    float32_head = model.head_dtype == "float32"
+    options: dict[str, Any] = {}
+    if unquantized or float32_head:
+        # No lambda: vLLM pickles its arguments.
+        options["hf_overrides"] = partial(overridden, unquantized=unquantized, float32_head=float32_head)
+    if unquantized:
+        options["load_format"] = "dummy"
+    if taken := sorted(options.keys() & rollout.engine_options.keys()):
         raise ConfigError(
-            f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint ({model.path}) needs "
-            "itself; leave it out, or give a checkpoint that is not quantised"
+            f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint needs itself, and "
+            f"model.head_dtype float32 too; leave it out, or these (model.path {model.path})"
         )
-    return {"hf_overrides": without_quantization, "load_format": "dummy"}
+    return options
 
 
-def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The checkpoint's configuration as of one that is not quantised. (No lambda: vLLM pickles its arguments.)"""
-    if hasattr(config, "quantization_config"):
+def overridden(config: PreTrainedConfig, *, unquantized: bool, float32_head: bool) -> PreTrainedConfig:
+    """The checkpoint's configuration as of one that is not quantised, and as one that wants its logits in float32."""
+    if unquantized and hasattr(config, "quantization_config"):
         del config.quantization_config
+    if float32_head:
+        config.head_dtype = "float32"
     return config
 
 

@@ -17,6 +17,9 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of the weights in learner and engine; the optimizer's are float32"
     )
+    head_dtype: Literal["model", "float32"] = Field(
+        "model", description="of the logits, in learner and engine; see docs/learner.md"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
         "auto", description="the learner's attention; auto takes the best exact one for the model and the device"
     )
@@ -27,6 +30,12 @@ class ModelConfig(Section):
     chat_template_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the template, e.g. enable_thinking or reasoning_effort"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.dtype == "float32" and self.head_dtype == "float32":
+            raise ValueError("head_dtype float32 has no effect with dtype float32; leave it out")
+        return self
 
 
 class DatasetConfig(Section):

@@ -78,3 +78,13 @@ def test_what_an_unquantised_engine_needs_cannot_be_overridden(tmp_path):
     assert arguments(quantized).load_format == "auto"
     with pytest.raises(ConfigError, match="engine_options sets load_format, which a quantised checkpoint"):
         arguments(quantized, trained=True, engine_options={"load_format": "auto"})
+
+
+def test_engines_make_logits_in_float32_where_the_learner_does(model):
+    wide = model.model_copy(update={"dtype": "bfloat16", "head_dtype": "float32"})
+    assert arguments(wide).create_engine_config().model_config.head_dtype == torch.float32
+    assert arguments(model.model_copy(update={"dtype": "bfloat16"})).create_engine_config().model_config.head_dtype == (
+        torch.bfloat16
+    )
+    with pytest.raises(ConfigError, match=r"engine_options sets hf_overrides, which .* model.head_dtype float32 too"):
+        arguments(wide, engine_options={"hf_overrides": {"rope_theta": 1e6}})

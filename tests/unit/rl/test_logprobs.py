@@ -56,6 +56,21 @@ def test_entropy_carries_no_gradient_unless_asked() -> None:
     assert not entropy.requires_grad
 
 
+def test_logits_of_a_float32_head_are_not_rounded() -> None:
+    """The gradient's products stay in bfloat16, so only the values are exact."""
+    hidden, weight, bias, targets = _case(torch.bfloat16)
+    case = [t.detach().double() for t in (hidden, weight, bias)]  # type: ignore[union-attr]
+    exact, _ = _naive(*case, targets, 0.7)
+    for wide in (True, False):
+        found, _ = token_logprobs(hidden, weight, bias, targets, temperature=0.7, float32=wide)
+        error = float((found.detach() - exact).abs().max())
+        assert error < 1e-6 if wide else error > 1e-3
+    model = _TinyModel().bfloat16()
+    rounded = model(torch.arange(3)[None]).float().log_softmax(-1)[0].gather(-1, targets[:3, None])[:, 0]
+    with LogprobHead(model, 4, float32=True).query(torch.arange(3), targets[:3], temperature=1.0):
+        assert not torch.equal(model(torch.arange(3)[None])[0], rounded)
+
+
 def test_low_precision_is_summed_in_float32() -> None:
     hidden, weight, _, targets = _case(torch.bfloat16, bias=False)
     logprobs, entropy = token_logprobs(hidden, weight, None, targets, chunk_tokens=2)
