@@ -325,6 +325,8 @@ def _load_data(
     )
     prompts: tuple[Prompt, ...] = ()
     if train:
+        if config.data.train is None:
+            raise ConfigError("data.train is required but not set; give the prompts to learn from")
         loaded = load(config.data.train, drop_repeated=True)
         prompts = loaded.prompts
         display.message(_describe("training data", loaded))

@@ -66,7 +66,7 @@ class CurriculumConfig(Section):
 class DataConfig(Section):
     """Training and evaluation prompts."""
 
-    train: DatasetConfig = Field(description="prompts to learn from")
+    train: DatasetConfig | None = Field(None, description="prompts to learn from; `fledge eval` needs none")
     eval: tuple[DatasetConfig, ...] = Field((), description="prompts to evaluate on, a dataset each")
     shuffle: bool = Field(True, description="in an order of its own each epoch, by seed")
     curriculum: CurriculumConfig | None = Field(None, description="null: every prompt once an epoch")

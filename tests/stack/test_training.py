@@ -243,7 +243,7 @@ def test_supervised_steps_evaluation_export_and_report(tmp_path):
     rl = config_dict(
         tmp_path, run_dir=str(tmp_path / "evaluation"), evaluation={"samples_per_prompt": 2, "temperature": 1.0}
     )
-    rl["data"]["eval"] = [{"path": rl["data"]["train"]["path"], "name": "sums"}]
+    rl["data"]["eval"] = [{"path": rl["data"].pop("train")["path"], "name": "sums"}]
     examples = tmp_path / "examples.jsonl"
     examples.write_text("".join(f'{{"prompt": "{i} + {i} =", "response": "{2 * i}"}}\n' for i in range(10)))
     sft = {key: rl[key] for key in ("seed", "learner", "checkpoint")}

@@ -72,6 +72,12 @@ def save(tmp_path, config):
         ({"model": {"path": "no/such/model"}}, 2, "no/such/model"),
         ({"model": {"path": "./no_such_model"}}, 2, "model.path ./no_such_model does not exist"),
         ({"data": {"train": {"path": "nowhere.jsonl"}}}, 2, "nowhere.jsonl"),
+        ({"data": {"train": None}}, 2, "data.train is required but not set"),
+        (
+            {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1, "reference": "./no_such"}}},
+            2,
+            "kl.reference ./n",
+        ),
         ({"reward": {"functions": [{"name": "maths"}]}}, 4, "maths"),
         ({"reward": {"functions": [{"name": "format", "options": {"patern": "x"}}]}}, 2, "pattern"),
         ({"algorithm": {"loss": "ppo_clop"}}, 2, "ppo_clip"),
