@@ -7,7 +7,8 @@ loads them after it has shaken hands with the front end; one whose owner ends ea
 
 vLLM's sockets are files, three an engine, which it leaves in the temporary directory: even after an orderly end the
 process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
-the owner was killed, the engine's processes do.
+the owner was killed, the engine's processes do. The same goes for the file over which an engine's workers meet, and for
+the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it.
 
 Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
@@ -24,12 +25,47 @@ from tempfile import TemporaryDirectory
 
 OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
 SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
+_MEETING_VARIABLE = "FLEDGE_ENGINE_MEETING"  # in a worker: the file over which the engine's workers met
+_SHARED_MEMORY = Path("/dev/shm")
 
 
-def own(environment: dict[str, str] | os._Environ[str]) -> TemporaryDirectory[str]:
+class EngineFiles:
+    """What an engine leaves on disk and in shared memory."""
+
+    def __init__(self, sockets: TemporaryDirectory[str]) -> None:
+        self._sockets = sockets
+        self.meeting: str | None = None  # from a worker's `note_meeting`, once there is one
+
+    @property
+    def directory(self) -> str:
+        """Of the sockets."""
+        return self._sockets.name
+
+    def cleanup(self) -> None:
+        """Remove all of it, when the engine has ended."""
+        self._sockets.cleanup()
+        if self.meeting is not None:
+            _remove_meeting(self.meeting)
+
+
+def note_meeting(init_method: str) -> str:
+    """In a worker: remember the file over which the engine's workers met, and return it. Empty where there is none."""
+    path = init_method.removeprefix("file://") if init_method.startswith("file://") else ""
+    os.environ[_MEETING_VARIABLE] = path
+    return path
+
+
+def _remove_meeting(path: str) -> None:
+    if path:
+        Path(path).unlink(missing_ok=True)
+        for segment in _SHARED_MEMORY.glob(f"{Path(path).name}-*"):
+            segment.unlink(missing_ok=True)
+
+
+def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
     """Declare this process the owner of every engine process that it starts with `environment`.
 
-    Returns the directory of the engine's sockets; `cleanup` it when the engine has ended. It is in VLLM_RPC_BASE_PATH,
+    Returns the engine's files; `cleanup` them when the engine has ended. Its sockets are in VLLM_RPC_BASE_PATH,
     or TMPDIR; their paths must be short: a socket's has at most 107 characters, of which 53 are ours and vLLM's.
     """
     environment[OWNER_VARIABLE] = f"{os.getpid()}:{_start_time(os.getpid())}"
@@ -38,7 +74,7 @@ def own(environment: dict[str, str] | os._Environ[str]) -> TemporaryDirectory[st
         base = None
     sockets = TemporaryDirectory(prefix="fledge-", dir=base, ignore_cleanup_errors=True)
     environment[SOCKETS_VARIABLE] = environment["VLLM_RPC_BASE_PATH"] = sockets.name
-    return sockets
+    return EngineFiles(sockets)
 
 
 def tie_to_owner() -> None:
@@ -71,6 +107,7 @@ def _end() -> None:
     """SIGKILL, because nobody is left to whom an orderly end would matter, and an engine in a kernel takes no other."""
     if sockets := os.environ.get(SOCKETS_VARIABLE):
         shutil.rmtree(sockets, ignore_errors=True)
+    _remove_meeting(os.environ.get(_MEETING_VARIABLE, ""))
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -10,7 +10,6 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from rl.config import ModelConfig, RolloutConfig
 from rl.errors import RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
 from rollout.engine_log import EngineLog
+from rollout.process_tie import EngineFiles
 from rollout.vllm_options import engine_args, sampling_params, set_environment
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ class VLLMEngine:
         self._health_timeout_s = _HEALTH_TIMEOUT_S
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
-        self._sockets: TemporaryDirectory[str]
+        self._files: EngineFiles
         self._request_numbers = itertools.count()
         self._admission = asyncio.Lock()  # held while the scheduler is being paused or resumed
         self._updating = False  # between start_weight_update and activate
 
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
-        self._sockets = set_environment(self._model, self._rollout)
+        self._files = set_environment(self._model, self._rollout)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
@@ -91,9 +91,10 @@ class VLLMEngine:
                 deterministic=self._deterministic,
                 trained=self._trained,
             )
-            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            self._llm = llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            self._files.meeting, *_ = await llm.collective_rpc("fledge_note_meeting")
         except Exception as error:
-            self._sockets.cleanup()
+            self._files.cleanup()
             raise RolloutError(
                 f"rollout engine {self._index} did not start on {self._model.path}: {type(error).__name__}: {error}"
                 f"{self._log.explain()}"
@@ -292,7 +293,7 @@ class VLLMEngine:
             llm.output_handler.cancel()  # it would log the end of the engine core as an error
         await asyncio.to_thread(llm.shutdown, _SHUTDOWN_GRACE_S)
         await asyncio.to_thread(_kill_remaining, processes)
-        self._sockets.cleanup()
+        self._files.cleanup()
 
     def _engine(self) -> AsyncLLM:
         if self._llm is None:

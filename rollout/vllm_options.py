@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rl.config import ModelConfig, RolloutConfig
@@ -136,10 +135,10 @@ def _checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
     return config
 
 
-def set_environment(model: ModelConfig, rollout: RolloutConfig) -> TemporaryDirectory[str]:
+def set_environment(model: ModelConfig, rollout: RolloutConfig) -> process_tie.EngineFiles:
     """What vLLM reads from the environment, in this process and in the ones that it starts.
 
-    Returns the directory of the engine's sockets, to be cleaned up when it has ended.
+    Returns the files of the engine, to be cleaned up when it has ended.
     """
     import torch
 

@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rl.learner_metrics import memory_peak_gib
 from rl.weight_sync.buckets import open_bucket
 from rl.weight_sync.digest import digest_tensor
+from rollout.process_tie import note_meeting
 from rollout.reload_mends import ALL_MENDS, ReloadMends, restore_unfinished_layers
 
 _UINT64 = (1 << 64) - 1
@@ -46,6 +47,10 @@ class WorkerExtension:
         worker: Any = self
         worker.weight_transfer_engine.abandon_update()
         worker._weight_update_active = False  # vLLM's own mark
+
+    def fledge_note_meeting(self) -> str:
+        worker: Any = self
+        return note_meeting(worker.distributed_init_method)
 
     def fledge_memory_peak_gib(self) -> float:
         return memory_peak_gib()

@@ -7,31 +7,43 @@ import select
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
-from rollout.process_tie import OWNER_VARIABLE, own
+from rollout.process_tie import OWNER_VARIABLE, note_meeting, own
 from rollout.vllm_engine import merge_digests
 
 CHILD = """
-import time
-from rollout.process_tie import tie_to_owner
+import sys, time
+from rollout.process_tie import note_meeting, tie_to_owner
 tie_to_owner()
+note_meeting("file://" + sys.argv[1])
 print("tied", flush=True)
 time.sleep(60)
 """
 OWNER = f"""
 import os, subprocess, sys
 from rollout.process_tie import own
-sockets = own(os.environ)
-print(sockets.name, flush=True)
-child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True)
+files = own(os.environ)
+print(files.directory, flush=True)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, sys.argv[1]], stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline().strip(), child.pid, flush=True)
 child.wait()
 """
 
 
-def test_child_dies_with_a_killed_owner_and_takes_the_sockets_along() -> None:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+def left_by_vllm(directory: Path) -> list[Path]:
+    """The file over which workers met, and shared memory that is named after it."""
+    meeting = directory / f"vllm_dist_{uuid.uuid4().hex}"
+    segment = Path("/dev/shm") / f"{meeting.name}-tp:0-[0-1]-cpushm_0"
+    for path in (meeting, segment):
+        path.write_text("left")
+    return [meeting, segment]
+
+
+def test_child_dies_with_a_killed_owner_and_takes_the_files_along(tmp_path: Path) -> None:
+    left = left_by_vllm(tmp_path)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(left[0])], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     sockets = Path(owner.stdout.readline().strip())
     state, pid = owner.stdout.readline().split()
@@ -42,32 +54,41 @@ def test_child_dies_with_a_killed_owner_and_takes_the_sockets_along() -> None:
     owner.wait()
     assert select.select([watch], [], [], 20.0)[0], "the child outlived its owner"
     os.close(watch)
-    assert not sockets.exists()
+    assert not any(path.exists() for path in (sockets, *left))
 
 
-def test_each_engine_has_a_directory_of_its_own_where_the_user_wants_it(tmp_path) -> None:
+def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path: Path) -> None:
     environment = {"VLLM_RPC_BASE_PATH": str(tmp_path)}
     first = own(environment)
-    assert Path(first.name).parent == tmp_path
+    assert Path(first.directory).parent == tmp_path
     first.cleanup()
-    with own(environment) as second:
-        assert Path(second).is_dir() and environment["VLLM_RPC_BASE_PATH"] == second != first.name
+    second = own(environment)
+    assert Path(second.directory).is_dir()
+    assert environment["VLLM_RPC_BASE_PATH"] == second.directory != first.directory
+    others, left = left_by_vllm(tmp_path), left_by_vllm(tmp_path)
+    second.meeting = note_meeting(f"file://{left[0]}")
+    second.cleanup()
+    assert not any(path.exists() for path in (Path(second.directory), *left))
+    assert all(path.exists() for path in others)
+    assert note_meeting("tcp://127.0.0.1:1") == ""  # which also forgets the one above, in this process
+    for path in others:
+        path.unlink()
 
 
 def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
     environment = dict(os.environ)
-    with own(environment) as sockets:
-        assert environment["VLLM_RPC_BASE_PATH"] == sockets
+    files = own(environment)
     pid, start_time = environment[OWNER_VARIABLE].split(":")
     environment[OWNER_VARIABLE] = f"{pid}:{int(start_time) + 1}"  # the pid now belongs to another process
-    result = subprocess.run([sys.executable, "-c", CHILD], env=environment, check=False, timeout=50)
+    result = subprocess.run([sys.executable, "-c", CHILD, "none"], env=environment, check=False, timeout=50)
     assert result.returncode == -signal.SIGKILL
+    files.cleanup()
 
 
 def test_owner_itself_and_foreign_processes_are_left_alone() -> None:
     script = (
         "import os; from rollout.process_tie import own, tie_to_owner; tie_to_owner(); "
-        "sockets = own(os.environ); tie_to_owner(); assert os.path.isdir(sockets.name)"
+        "files = own(os.environ); tie_to_owner(); assert os.path.isdir(files.directory)"
     )
     environment = {k: v for k, v in os.environ.items() if k != OWNER_VARIABLE}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=50).returncode == 0
