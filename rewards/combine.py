@@ -7,7 +7,6 @@ Scoring is a stream of steps, so that whoever runs it can put a deadline on each
 from __future__ import annotations
 
 import asyncio
-import collections
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,14 +143,20 @@ class CombinedReward:
     def finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
         """Run the parts that compare a group's responses with each other, and combine. Pure arithmetic."""
         results = list(results)
-        groups: dict[Any, list[int]] = collections.defaultdict(list)
+        groups: dict[str, dict[Any, list[int]]] = {}  # label of a part -> group -> its samples that use the part
+        comparing: dict[str, _Part] = {}
         for index, sample in enumerate(samples):
             if results[index].status is RewardStatus.OK:
-                groups[("alone", index) if sample.group_id is None else sample.group_id].append(index)
-        for part in self._parts:
-            if part.reward.mode == "group":
-                for indices in groups.values():
-                    self._score_group(part, indices, samples, results)
+                for part in self._parts_for(sample.reward):
+                    if part.reward.mode == "group":
+                        comparing[part.label] = part
+                        group = ("alone", index) if sample.group_id is None else sample.group_id
+                        groups.setdefault(part.label, {}).setdefault(group, []).append(index)
+        for part in sorted(comparing.values(), key=lambda p: p.reward.shaping):  # shaping may look at the task rewards
+            for indices in groups[part.label].values():
+                scored = [index for index in indices if results[index].status is RewardStatus.OK]
+                if scored:
+                    self._score_group(part, scored, samples, results)
         return tuple(self._combine(sample, result) for sample, result in zip(samples, results, strict=True))
 
     def _score_group(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rewards import loading
 from rewards.api import GroundTruthError, InfrastructureError, RewardInput, RewardOutput
 from rewards.combine import CombinedReward, to_output
-from rl.batch import RewardStatus, Score
+from rl.batch import Prompt, RewardStatus, Score
 from rl.config import RewardFunctionConfig
 from rl.errors import RewardError
 
@@ -36,6 +36,15 @@ class BrevityInGroup:
     def score_group(self, samples: Sequence[RewardInput], task_rewards: Sequence[float]) -> list[float]:
         right = [s.num_tokens for s, reward in zip(samples, task_rewards) if reward > 0]
         return [float(bool(right) and s.num_tokens == min(right)) for s in samples]
+
+
+class LongestInGroup:
+    """A task reward: the longest response of a group gets 1."""
+
+    def score_group(self, samples: Sequence[RewardInput], task_rewards: Sequence[float]) -> list[float]:
+        if any(s.response == "bad" for s in samples):
+            raise ValueError("a bad one")
+        return [float(s.num_tokens == max(other.num_tokens for other in samples)) for s in samples]
 
 
 class Checked:
@@ -73,6 +82,11 @@ def lazy_batch(samples: Sequence[RewardInput]) -> Iterator[Any]:
         yield KeyError("this one only") if s.response == "bad" else 1.0
 
 
+async def async_batch(samples: Sequence[RewardInput]) -> list[float]:
+    await asyncio.sleep(0)
+    return [float(s.response == "x") for s in samples]
+
+
 def short_batch(samples: Sequence[RewardInput]) -> list[float]:
     return [1.0] * (len(samples) - 1)
 
@@ -89,11 +103,13 @@ PLUGINS: dict[str, Any] = {
     "task": task,
     "shaping": Shaping,
     "brevity": BrevityInGroup,
+    "longest": LongestInGroup,
     "checked": Checked,
     "raises": raises,
     "slow": slow,
     "picky": picky_batch,
     "lazy": lazy_batch,
+    "async_batch": async_batch,
     "short": short_batch,
     "long": long_batch,
     "abstains": abstains,
@@ -216,6 +232,33 @@ def test_ground_truths_are_checked_by_the_parts_that_can() -> None:
         combined("task").validate_ground_truth(None, "checked")
 
 
+def test_a_loaded_row_is_checked_with_its_own_reward_fields_and_data_source() -> None:
+    class Sees:
+        def __call__(self, sample: RewardInput) -> float:
+            return 1.0
+
+        def validate_ground_truth(self, ground_truth: Any, extra: Any) -> None:
+            raise GroundTruthError(f"{ground_truth} {dict(extra)}")
+
+    PLUGINS["sees"] = Sees
+    prompt = Prompt("p", (1,), "q", "7", "gsm8k", reward="sees", extra={"level": 3})
+    with pytest.raises(GroundTruthError, match=r"7 \{'level': 3, 'data_source': 'gsm8k'\}"):
+        combined("task").validate_prompt(prompt)
+
+
+def test_a_function_is_called_once_a_sample_and_a_batch_may_be_a_coroutine() -> None:
+    called = []
+
+    def once(sample: RewardInput) -> float:
+        called.append(sample.response)
+        return 1.0
+
+    PLUGINS["once"] = once
+    scores = score(combined("once", "async_batch"), sample("x"), sample("y"))
+    assert called == ["x", "y"]
+    assert [s.reward for s in scores] == [2.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("response", "status"),
     [
@@ -308,6 +351,24 @@ def test_group_parts_compare_the_responses_that_could_be_scored() -> None:
     assert [s.breakdown["brevity"] for s in scores] == [0.0, 1.0, 0.0, 1.0, 1.0]
     assert [s.reward for s in scores] == [1.0, 1.5, 0.0, 1.5, 1.5]
     assert [s.unshaped_reward for s in scores] == [1.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_a_rows_own_reward_may_compare_a_group() -> None:
+    samples = [sample(num_tokens=n, group_id=1, reward="longest") for n in (3, 7)]
+    scores = score(combined("task", {"name": "brevity", "weight": 0.25}), *samples)
+    assert [s.breakdown for s in scores] == [{"longest": 0.0, "brevity": 0.0}, {"longest": 1.0, "brevity": 1.0}]
+    assert [s.reward for s in scores] == [0.0, 1.25]
+
+
+def test_a_task_part_that_compares_leaves_rows_with_a_reward_of_their_own_alone() -> None:
+    scores = score(combined("longest"), sample("bad", group_id=1, reward="task"), sample(num_tokens=2, group_id=2))
+    assert [(s.status, s.reward) for s in scores] == [(RewardStatus.OK, 1.0), (RewardStatus.OK, 1.0)]
+
+
+def test_what_failed_to_compare_a_group_is_not_covered_up_by_what_did_not() -> None:
+    scores = score(combined("longest", "brevity"), sample("bad", group_id=1), sample(group_id=1))
+    assert {s.status for s in scores} == {RewardStatus.PLUGIN_ERROR}
+    assert "ValueError: a bad one" in scores[0].error
 
 
 @given(
