@@ -124,6 +124,11 @@ def test_a_broken_ground_truth_is_no_wrong_answer(reward):
         score(reward, None, r"\boxed{1}")
 
 
+def test_formulas_that_nothing_joins_to_the_last_one_are_no_part_of_the_answer(reward):
+    assert score(reward, "5", "The final answer is $2$, $3$ with sum $5$.") == 1.0
+    assert score(reward, "2, 3, 5", "The final answer is $2$, $3$ and $5$.") == 1.0
+
+
 def test_any_ground_truth_of_a_list_will_do(reward):
     assert score(reward, ["2", "two pairs"], r"\boxed{\text{two pairs}}") == 1.0
     assert score(reward, ["2", "two pairs"], r"\boxed{3}") == 0.0

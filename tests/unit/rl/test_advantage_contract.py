@@ -45,12 +45,17 @@ def test_a_plugin_may_read_any_part_of_the_reward(parts):
     check_estimator(AdvantageSpec("mine", function), {}, group_size=3)
 
 
+def infinite_after_the_first_token(inputs):
+    return Advantages(tuple((row + torch.arange(len(row)) / 0).nan_to_num(posinf=torch.inf) for row in inputs.values))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda inputs: Advantages(spread(inputs.rewards + 1, inputs.lengths)), "a sample that carries no signal"),
         (lambda inputs: Advantages(tuple(inputs.rewards[:, None])), "one advantage a token"),
         (lambda inputs: Advantages(spread(inputs.rewards / 0, inputs.lengths)), "not finite"),
+        (infinite_after_the_first_token, "not finite"),
         (lambda inputs: Advantages(spread(inputs.rewards[torch.tensor([99])], inputs.lengths)), "IndexError"),
     ],
 )

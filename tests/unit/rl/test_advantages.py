@@ -13,7 +13,7 @@ from algorithm_batches import advantage_batch
 from torch import Tensor
 
 from rl.advantages import advantage_spec, build_train_batch, estimate
-from rl.advantages.api import AdvantageInputs, Advantages, registered_advantages
+from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, registered_advantages, spread
 from rl.advantages.whitening import whiten
 from rl.batch import (
     Annotations,
@@ -196,10 +196,11 @@ def test_pass_at_k_is_an_unbiased_gradient_of_the_best_of_k() -> None:
 # Defined behaviour at the edges
 
 
+@pytest.mark.parametrize("equal", [0.1, -0.1])
 @pytest.mark.parametrize("name", GROUP_BASED)
-def test_group_of_one_and_group_with_equal_rewards_get_exactly_zero(name) -> None:
+def test_group_of_one_and_group_with_equal_rewards_get_exactly_zero(name, equal) -> None:
     inputs = AdvantageInputs(
-        rewards=torch.tensor([0.1, 0.1, 0.1, 0.7, 0.2, 0.9], dtype=torch.float64),
+        rewards=torch.tensor([equal, equal, equal, 0.7, 0.2, 0.9], dtype=torch.float64),
         group_ids=torch.tensor([0, 0, 0, 1, 2, 2]),
         lengths=torch.tensor([2, 1, 3, 2, 1, 1]),
         valid=torch.ones(6, dtype=torch.bool),
@@ -334,6 +335,9 @@ def test_train_batch_holds_masks_lags_and_global_denominators() -> None:
         assert batch.samples[0].ref_logprobs is None
         # The truncated response still belongs to its group's mean: 2 of 4 are right.
         assert batch.samples[4].advantages[0] == pytest.approx(0.5 / math.sqrt(1 / 3), abs=1e-5)
+    tokens = torch.cat([row for i, row in enumerate(advantages.advantages) if i != 1])
+    assert batch.metrics["advantage/mean"] == pytest.approx(tokens.mean().item())
+    assert batch.metrics["advantage/std"] == pytest.approx(tokens.std(correction=0).item())
     assert batch.metrics["advantage/valid_frac"] == 7 / 8
     assert batch.metrics["advantage/signal_frac"] == 7 / 8
 
@@ -385,6 +389,37 @@ def test_values_go_into_gae_and_come_back_with_returns_in_the_samples() -> None:
         np.testing.assert_array_equal(sample.values, own)
         np.testing.assert_allclose(sample.advantages, expected, atol=1e-6)
         np.testing.assert_allclose(sample.returns, np.array(expected) + own, atol=1e-6)
+
+
+def test_an_estimator_sees_the_parts_of_the_reward_and_its_own_metrics_are_kept(monkeypatch) -> None:
+    monkeypatch.setattr("rl.advantages.api._REGISTRY", registered_advantages())  # what is registered here ends with it
+    seen = {}
+
+    @register_advantage("sees_parts")
+    def sees_parts(inputs: AdvantageInputs) -> Advantages:
+        seen.update({name: part.tolist() for name, part in inputs.reward_parts.items()})
+        return Advantages(spread(inputs.rewards, inputs.lengths), metrics={"advantage/mine": torch.tensor(2.0)})
+
+    scored = scored_batch([1.0, 0.0, 1.0, 0.0])
+    parts = [{"math": 1.0, "format": 0.5}, {"math": 0.0}, {"math": 1.0, "format": 1.0}, {}]
+    scores = tuple(dataclasses.replace(s, breakdown=b) for s, b in zip(scored.scores, parts, strict=True))
+    result = estimate(ScoredBatch(scored.batch, scores), Annotations(), AlgorithmConfig(advantage="sees_parts"))
+    assert seen == {"math": [1.0, 0.0, 1.0, 0.0], "format": [0.5, 0.0, 1.0, 0.0]}
+    assert result.metrics["advantage/mine"] == 2.0 and type(result.metrics["advantage/mine"]) is float
+
+
+def test_parts_of_the_currency_that_do_not_fit_together_are_refused() -> None:
+    scored = scored_batch([1.0, 0.0, 1.0, 0.0])
+    first = scored.batch.rollouts[1]
+    with pytest.raises(ValueError, match="rollout has 2 tokens but 1 rollout_logprobs"):
+        dataclasses.replace(first, rollout_logprobs=first.rollout_logprobs[:1])
+    with pytest.raises(ValueError, match="3 scores for 4 rollouts"):
+        ScoredBatch(scored.batch, scored.scores[:3])
+    advantages = estimate(scored, Annotations(), AlgorithmConfig())
+    batch = build_train_batch(scored, advantages, Annotations(), policy_version=7, config=AlgorithmConfig())
+    for name in ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns"):
+        with pytest.raises(ValueError, match=f"train sample has 2 response tokens but 5 {name}"):
+            dataclasses.replace(batch.samples[1], **{name: np.zeros(5, dtype=np.float32)})
 
 
 def test_estimator_errors_name_the_key() -> None:

@@ -66,6 +66,8 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("evaluation.every=5", "evaluation.every is set but data.eval is empty; add a dataset, or leave"),
         ("evaluation.at_start=true", "evaluation.at_start is set but data.eval is empty"),
         ("reward.clip=[1,0]", r"reward: clip \[1.0, 0.0\] leaves no room"),
+        ("reward.clip=[1,1]", r"reward: clip \[1.0, 1.0\] leaves no room"),
+        ("algorithm.kl.coefficient=0.1", "kl.coefficient is set but kl.placement is none; set placement"),
         ("learner.optimizer.betas=[0.9,1.0]", "learner.optimizer.betas.1 is 1.0: input should be less than 1"),
         ("rollout.stop=[a", r"override 'rollout.stop=\[a' cannot be read"),
         ("name=${oc.env:FLEDGE_NOT_SET}", "name: .*Environment variable 'FLEDGE_NOT_SET' not found"),
@@ -120,6 +122,11 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
 def test_a_setting_that_would_have_no_effect_is_refused(config_file, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, overrides, TrainConfig)
+
+
+@pytest.mark.parametrize("allowed", ["model.dtype=float32", "rollout.temperature=0"])
+def test_a_deterministic_run_is_possible(config_file, allowed):
+    assert load_config(config_file, ["deterministic=true", allowed], TrainConfig).deterministic
 
 
 @pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=20", "min_p=0.1"])
@@ -210,6 +217,14 @@ def test_a_critic_is_there_only_when_it_is_asked_for(config_file):
     assert load_config(config_file, [], TrainConfig).critic is None
     critic = load_config(config_file, ["critic.optimizer.weight_decay=0.1"], TrainConfig).critic
     assert (critic.optimizer.lr, critic.optimizer.weight_decay, critic.clip_range) == (1e-5, 0.1, 0.2)
+
+
+def test_null_is_a_value_where_it_is_one_and_the_default_elsewhere(config_file):
+    overrides = ["critic.clip_range=null", "data.train.ground_truth_field=null", "learner.optimizer.lr=null"]
+    config = load_config(config_file, overrides, TrainConfig)
+    assert config.critic is not None
+    assert (config.critic.clip_range, config.data.train.ground_truth_field) == (None, None)
+    assert config.learner.optimizer.lr == 1e-6
 
 
 def test_all_problems_are_reported_at_once(config_file):

@@ -1,5 +1,8 @@
 """One step's order, versions and failures."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
 
@@ -133,6 +136,16 @@ def test_dynamic_sampling_generates_again_with_the_same_weights_and_new_seeds():
     assert hard.earlier == [0, 4, 8]
     assert result.shaping["rollout/dynamic_sampling_rounds"] == 3.0
     assert set(result.seconds) == {"rollout", "reward", "annotate", "update", "sync", "step"}
+
+
+def test_the_seconds_of_the_stages_add_up_to_the_step(monkeypatch):
+    ticks = itertools.count(5)
+    monkeypatch.setattr("rl.controller.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    hard = FakeRewardPool(frozenset({"p0"}))
+    loop = controller(rewards=hard, dynamic_sampling=DynamicSamplingConfig(max_rounds=5))
+    loop.sync_weights()
+    seconds = loop.step(0).seconds  # two rounds; a stage is a tick of this clock
+    assert seconds == {"rollout": 2.0, "reward": 2.0, "annotate": 1.0, "update": 1.0, "sync": 1.0, "step": 7.0}
 
 
 def test_dynamic_sampling_ends_at_its_cap():

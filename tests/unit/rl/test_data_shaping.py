@@ -100,6 +100,14 @@ def test_dynamic_sampling_replaces_groups_without_signal() -> None:
     assert all(row.abs().min() > 0 for row in advantages)
 
 
+def test_the_mean_reward_of_what_was_generated_leaves_out_failures() -> None:
+    groups = step_groups(2, 2)
+    scored = scored_batch({"a": [1, 1], "b": [0, 1]})
+    failed = Score(float("nan"), status=RewardStatus.TIMEOUT)
+    groups.add(ScoredBatch(scored.batch, (failed, *scored.scores[1:])))
+    assert groups.take()[1]["reward/generated_mean"] == pytest.approx(2 / 3)
+
+
 def test_dynamic_sampling_fills_up_at_the_cap_in_the_order_of_generation() -> None:
     groups = step_groups(3, 2)
     groups.add(scored_batch({"a": [1, 1], "b": [0, 1], "c": [1, 1]}))
@@ -170,6 +178,11 @@ def test_degenerate_responses_are_rejected_before_groups_are_judged() -> None:
 )
 def test_trailing_repetition_examples(tokens: list[int], expected: tuple[int, int]) -> None:
     assert trailing_repetition(np.array(tokens, dtype=np.int32)) == expected
+
+
+def test_a_block_longer_than_the_longest_is_not_looked_for() -> None:
+    tokens = np.array([1, 2, 3, 1, 2, 3], dtype=np.int32)
+    assert [trailing_repetition(tokens, max_period=period) for period in (2, 3)] == [(0, 0), (3, 6)]
 
 
 @given(st.lists(st.integers(0, 2), max_size=24))

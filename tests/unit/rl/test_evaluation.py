@@ -8,7 +8,7 @@ from fakes import PROMPTS, rollout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.batch import RewardStatus, RolloutBatch, Score, ScoredBatch
+from rl.batch import FinishReason, RewardStatus, RolloutBatch, Score, ScoredBatch
 from rl.evaluation import eval_metrics, pass_at_k
 from rl.samples import write_samples
 
@@ -66,6 +66,21 @@ def test_samples_without_an_answer_do_not_vote_and_without_any_there_is_no_vote(
     batch = scored([[(0.0, None), (0.0, None), (0.0, None), (1.0, "4")]])
     assert eval_metrics("set", batch, ())["eval/set/maj@4"] == 1.0
     assert not any("maj" in name for name in eval_metrics("set", scored([[(0.0, None), (1.0, None)]]), ()))
+
+
+def test_lengths_and_truncation_are_of_all_responses():
+    rollouts = (rollout(0, 0, length=2), rollout(0, 1, length=6, finish_reason=FinishReason.LENGTH), rollout(0, 2))
+    batch = ScoredBatch(
+        RolloutBatch(PROMPTS[:1], rollouts), (Score(1.0), Score(0.0, status=RewardStatus.TIMEOUT), Score(1.0))
+    )
+    metrics = eval_metrics("set", batch, ())
+    assert metrics == {
+        "eval/set/prompts": 1.0,
+        "eval/set/unscored_count": 1.0,
+        "eval/set/length_mean": pytest.approx(11 / 3),
+        "eval/set/truncated_frac": pytest.approx(1 / 3),
+        "eval/set/avg@3": 1.0,
+    }
 
 
 def test_shaping_and_weights_do_not_decide_what_is_solved():

@@ -221,6 +221,10 @@ def test_experts_from_samples_follow_their_tokens_into_every_layout(load: Any, f
 
     expected = [replay([s], "bucketed")[0] for s in samples]
     for layout in get_args(Layout)[: 2 if family == "gpt_oss" else 3]:
+        micro = collate(samples, layout, model_config=model.config, device="cpu")
+        assert micro.routed_experts is not None
+        for found, sample in zip(micro.split(micro.routed_experts[micro.positions]), samples, strict=True):
+            assert found.tolist() == sample.routed_experts[-len(found) :].tolist()  # type: ignore[index]
         if layout == "shared_prefix":
             use_shared_prefixes(model)
         for found, reference in zip(replay(samples, layout), expected, strict=True):

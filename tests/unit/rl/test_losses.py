@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
@@ -241,12 +242,49 @@ def test_micro_batch_without_loss_tokens_adds_nothing() -> None:
         ("ppo_clip", {"clip_low": 1.5}, "clip_low is 1.5"),
         ("ppo_clip", {"dual_clip": 0.5}, "must exceed 1"),
         ("gspo", {"clip_high": -1.0}, "clip_high is -1"),
+        ("cispo", {"clip_low": 1.5}, "clip_low is 1.5"),
         ("gmpo", {"clip_low": -0.4}, "at least 0"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(name, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         policy_loss_spec(name).function(loss_batch(0), **options)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_metrics_are_measured_per_token_and_carry_no_gradient(name) -> None:
+    batch = loss_batch(0)
+    metrics = policy_loss_spec(name).function(dataclasses.replace(batch, logprobs=batch.logprobs.requires_grad_()))
+    found = metrics.token_metrics
+    assert set(found) == {"ratio_mean", "kl_old"} | (set() if name == "reinforce" else {"clip_frac"})
+    assert not any(values.requires_grad for values in found.values())
+    torch.testing.assert_close(found["kl_old"], batch.masked(batch.old_logprobs - batch.logprobs.detach()))
+
+
+def test_the_dual_clip_is_counted_where_it_binds() -> None:
+    log_ratio, advantages = torch.tensor([2.0, 0.5, 2.0, -2.0]).log(), torch.tensor([-1.0, -1.0, 0.5, 0.5])
+    batch = loss_batch(0, lengths=(4,), masked=0.0)
+    batch = dataclasses.replace(
+        batch, logprobs=log_ratio - 3.0, old_logprobs=torch.full((4,), -3.0), advantages=advantages
+    )
+    metrics = policy_loss_spec("ppo_clip").function(batch, dual_clip=1.5).token_metrics
+    assert metrics["dual_clip_frac"].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("grpo", 0.2, 0.2),
+        ("dr_grpo", 0.2, 0.2),
+        ("dapo", 0.2, 0.28),
+        ("gspo", 3e-4, 4e-4),
+        ("cispo", 1.0, 4.0),
+        ("gmpo", 0.4, 0.4),
+    ],
+)
+def test_default_bounds_are_those_of_the_paper(name, low, high) -> None:
+    options = inspect.signature(policy_loss_spec(name).function).parameters
+    assert (options["clip_low"].default, options["clip_high"].default) == (low, high)
 
 
 # KL
@@ -274,6 +312,15 @@ def test_k3_still_pulls_far_from_the_reference() -> None:
     kl_penalty(logprobs, torch.tensor([-0.1], dtype=torch.float64), "k3").backward()
     assert logprobs.grad is not None
     assert logprobs.grad.item() == pytest.approx(1 - math.exp(4.9))
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k3_straight_through"])
+def test_k3_far_outside_float_range_stays_finite(estimator) -> None:
+    logprobs = torch.tensor([-2000.0, -0.1], requires_grad=True)
+    penalty = kl_penalty(logprobs, torch.tensor([-0.1, -2000.0]), estimator)
+    penalty.sum().backward()
+    assert logprobs.grad is not None
+    assert torch.isfinite(penalty).all() and torch.isfinite(logprobs.grad).all()
 
 
 def test_estimators_agree_with_the_exact_divergence() -> None:
@@ -326,6 +373,8 @@ def test_value_loss_is_the_larger_of_two_squared_errors() -> None:
         expected = 0.5 * max((v - target.item()) ** 2, (bounded - target.item()) ** 2)
         assert loss[i].item() == pytest.approx(expected, abs=1e-12)
     assert 0 < metrics["clip_frac"].sum() < len(loss)
+    torch.testing.assert_close(metrics["value_error"], (inputs.values.detach() - inputs.returns).square())
+    assert not any(values.requires_grad for values in metrics.values())
     plain, _ = value_loss(inputs, clip=None)
     assert torch.allclose(plain, 0.5 * (inputs.values - inputs.returns) ** 2)
     aggregate(loss, inputs, "token_mean", num_loss_tokens=9, num_sequences=3, fixed_length=8).backward()
@@ -379,6 +428,10 @@ def scalar(inputs: LossInputs) -> PolicyLossOutput:
     return PolicyLossOutput((-inputs.advantages * inputs.logprobs).mean())
 
 
+def bare(inputs: LossInputs) -> Tensor:
+    return inputs.weighted(-inputs.advantages * inputs.logprobs)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -387,11 +440,19 @@ def scalar(inputs: LossInputs) -> PolicyLossOutput:
         (without_mask, "outside loss_mask"),
         (without_gradient, "no gradient"),
         (scalar, "one loss a token"),
+        (bare, "must return PolicyLossOutput .*; it returned Tensor"),
     ],
 )
 def test_contract_finds_the_usual_mistakes(function, message) -> None:
     with pytest.raises(ConfigError, match=message):
         check_policy_loss(PolicyLossSpec("mine", function), {}, None, accumulates=True)
+
+
+def test_the_check_leaves_the_random_state_of_the_run_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    check_policy_loss(policy_loss_spec("ppo_clip"), {}, None, accumulates=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_loss_that_looks_across_sequences_is_refused_under_accumulation() -> None:

@@ -168,6 +168,10 @@ def test_repeated_rows_are_dropped_where_that_is_asked_for(tmp_path, tokenizer):
     once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert [p.prompt_id for p in once.prompts] == ["verl:0", "verl:2"]
     assert (once.num_repeated, once.num_dropped_too_long) == (2, 0)
+    path = write_jsonl(tmp_path / "own.jsonl", GOOD, GOOD | {"ground_truth": "10"}, GOOD | {"level": 3})
+    config = DatasetConfig(path=str(path))
+    once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
+    assert [p.ground_truth for p in once.prompts] == ["2", "10"]
     sums = DatasetConfig(path="reasoning_gym:basic_arithmetic", size=300, options={"max_terms": 2, "max_digits": 1})
     made = load_prompts(sums, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert len(made.prompts) == 300 > len({p.token_ids for p in made.prompts})
@@ -180,6 +184,8 @@ def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
     assert [p.prompt_id for p in result.prompts] == ["a:0", "a:2"]  # ids do not move when rows are dropped
     assert result.num_dropped_too_long == 2
     longest = len(load(path, tokenizer).prompts[3].token_ids)
+    assert load(path, tokenizer, max_prompt_tokens=longest).num_dropped_too_long == 0
+    assert load(path, tokenizer, max_prompt_tokens=longest - 1).num_dropped_too_long == 1
     with pytest.raises(DataError, match=rf"all 4 prompts .*max_prompt_tokens=5 \(the longest has {longest} tokens"):
         load(path, tokenizer, max_prompt_tokens=5)
 
@@ -263,6 +269,13 @@ def test_missing_sources_name_the_nearest(tmp_path, tokenizer):
     write_jsonl(tmp_path / "train.jsonl", GOOD)
     with pytest.raises(DataError, match=r"tran\.jsonl does not exist; did you mean .*train\.jsonl\?"):
         load(tmp_path / "tran.jsonl", tokenizer)
+    with pytest.raises(DataError, match=r"q\.parquet does not exist \(looked in"):
+        load(tmp_path / "q.parquet", tokenizer)
+    for path in (tmp_path / "nowhere", "./nowhere", "~/nowhere"):
+        with pytest.raises(DataError, match=r"nowhere does not exist"):
+            load(path, tokenizer)
+    with pytest.raises(DataError, match=r"ROWS\.JSONL does not exist"):
+        load("ROWS.JSONL", tokenizer)
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist either"):
         load(tmp_path / "nowhere" / "train.jsonl", tokenizer)
     (tmp_path / "rows.csv").write_text("prompt\n")
@@ -292,6 +305,12 @@ def test_settings_that_do_not_apply_are_errors(tmp_path, tokenizer):
         load(path, tokenizer, seed=1)
     with pytest.raises(DataError, match="options does not apply to a file"):
         load(path, tokenizer, options={"a": 1})
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", GOOD)
+    with pytest.raises(DataError, match="seed does not apply to a dataset folder"):
+        load(tmp_path / "folder", tokenizer, seed=1)
+    with pytest.raises(DataError, match="options does not apply to a hub dataset"):
+        load("org/name", tokenizer, options={"a": 1})
     with pytest.raises(DataError, match="subset does not apply to a reasoning_gym task"):
         load("reasoning_gym:chain_sum", tokenizer, subset="main")
 
@@ -348,6 +367,7 @@ def test_reasoning_gym_rows_can_be_scored_by_their_task(tokenizer):
     assert task.score_answer(prompt.ground_truth, entry) == 1.0
     assert task.score_answer("no", entry) < 1.0
     assert load("reasoning_gym:chain_sum", tokenizer, **settings) == result
+    assert len(load("reasoning_gym:chain_sum", tokenizer).prompts) == 500  # the task's own size
     assert load("reasoning_gym:chain_sum", tokenizer, **{**settings, "seed": 6}).prompts != result.prompts
 
 

@@ -110,7 +110,7 @@ def test_a_prompt_that_closes_thinking_is_continued(tmp_path):
 def test_a_template_that_cuts_the_thinking_is_not_followed(tmp_path):
     """DeepSeek-R1's template opens <think> in the prompt and leaves reasoning out of assistant turns."""
     tokenizer = released("qwen3", "deepseek_r1_distill")
-    rows = [{"prompt": "1+1?", "response": r} for r in ("<think>\neasy\n</think>\n2", "easy\n</think>\n2")]
+    rows = [{"prompt": "1+1?", "response": r} for r in ("\n<think>\neasy\n</think>\n2", "easy\n</think>\n2")]
     result = load(tmp_path, tokenizer, *rows)
     assert result.num_verbatim == 2
     for prompt, response in texts(result, tokenizer):
@@ -156,6 +156,21 @@ def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
     assert result.examples[0].prompt_ids.tolist() == prompt
 
 
+def test_a_tokenizer_that_starts_every_text_with_a_space_does_not_start_responses_with_one(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ((_, response),) = texts(load(tmp_path, tokenizer, {"prompt": "1+1?", "response": "2"}), tokenizer)
+    assert response == "2<|end|>"
+
+
 def test_a_response_may_be_one_assistant_message(tmp_path):
     tokenizer = build_tokenizer("qwen3")
     row = {"prompt": MESSAGES, "response": [{"role": "assistant", "content": "2"}]}
@@ -168,8 +183,11 @@ def test_long_examples_are_dropped_and_counted(tmp_path):
     rows = [{"prompt": "1+1?", "response": "2" * n} for n in (1, 500, 3)]
     result = load(tmp_path, build_tokenizer("qwen3"), *rows, max_tokens=100)
     assert (len(result.examples), result.num_dropped_too_long) == (2, 1)
-    with pytest.raises(DataError, match=r"all 3 examples are longer than data\.max_tokens=5 "):
+    longest = len(result.examples[1].prompt_ids) + len(result.examples[1].response_ids) + 497
+    with pytest.raises(DataError, match=rf"all 3 examples .* data\.max_tokens=5 \(the longest has {longest} tokens\)"):
         load(tmp_path, build_tokenizer("qwen3"), *rows, max_tokens=5)
+    with pytest.raises(DataError, match="holds no rows"):
+        load(tmp_path, build_tokenizer("qwen3"))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,25 @@ def test_a_checkpoint_that_cannot_be_used_is_an_error_with_the_remedy(tmp_path):
         load_tokenizer(ModelConfig(path=str(tmp_path / "endless")))
 
 
+def test_a_hub_checkpoints_tokenizer_is_of_its_revision(monkeypatch):
+    asked = []
+
+    def from_pretrained(path, **options):
+        asked.append((path, options))
+        return build_tokenizer("qwen3")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    load_tokenizer(ModelConfig(path="org/name", revision="abc123"))
+    assert asked == [("org/name", {"revision": "abc123", "trust_remote_code": False})]
+
+
+def test_the_options_of_a_configuration_stay_as_they_are():
+    tokenizer, options = build_tokenizer("qwen3"), {"current_date": "2025-08-05"}
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}"
+    for _ in range(2):  # the training data's template and the evaluation's
+        assert ChatTemplate(tokenizer, options).render(QUESTION, "", add_generation_prompt=True) == "2025-08-05"
+
+
 def test_thinking_is_switched_by_the_template_options():
     tokenizer = build_tokenizer("qwen3")
     tokenizer.chat_template = released_template("qwen3")

@@ -3,6 +3,7 @@ correct."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_metrics_equal_their_formulas() -> None:
         (w.sum() ** 2 / (len(w) * (w**2).sum())).item()
     )
     assert 0 < metrics["learner/rollout_touched_frac"] < 1
+    _, sums = correct(batch, mode="mask", upper=1.05, lower=0.95)
+    metrics, ratio = rollout_metrics(sums), log_ratio.exp()
+    assert metrics["learner/rollout_ratio_above_frac"] == pytest.approx((ratio > 1.05).double().mean().item())
+    assert metrics["learner/rollout_ratio_below_frac"] == pytest.approx((ratio < 0.95).double().mean().item())
+    assert metrics["learner/rollout_ratio_above_frac"] > 0 and metrics["learner/rollout_ratio_below_frac"] > 0
+
+
+@pytest.mark.parametrize("bounds", [{"upper": 1.0}, {"lower": 1.0}])
+@pytest.mark.parametrize("mode", ["mask", "reject"])
+def test_a_ratio_on_a_bound_is_within_it(mode: str, bounds: dict[str, float]) -> None:
+    batch = loss_batch(0)
+    same = dataclasses.replace(batch, rollout_logprobs=batch.old_logprobs)
+    weights, _ = correct(same, mode=mode, **bounds)
+    assert torch.equal(weights, batch.loss_mask.double())
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,31 @@ def test_a_run_writes_one_row_a_step_samples_and_checkpoints(tmp_path):
     samples = (tmp_path / "samples" / "step_000003.jsonl").read_text().splitlines()
     assert json.loads(samples[0])["ground_truth"] == loop_prompts()[0].ground_truth + 4 % 6
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_people_are_told_of_steps_and_evaluations(tmp_path):
+    run = make_run(tmp_path, total_steps=2, evaluate_every=2)
+    run.execute()
+    checkpoint = tmp_path / "checkpoints" / "step_000002"
+    evaluation = "evaluation step_000002: held/avg@2 0.500, held/pass@1 0.500, held/pass@2 1.000"
+    assert run.display.messages == ["step 1", f"checkpoint {checkpoint}", evaluation, "step 2"]
+
+
+def test_without_a_number_of_steps_only_the_end_is_saved(tmp_path):
+    make_run(tmp_path, total_steps=3, checkpoint_every=0).execute()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000003"]
+
+
+def test_a_row_that_a_kill_after_the_checkpoint_cost_is_written_when_resuming(tmp_path):
+    make_run(tmp_path, total_steps=2).execute()
+    whole = read_metrics(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    run = make_run(tmp_path, total_steps=2)
+    assert run.restore()
+    run.execute()
+    first, second = read_metrics(tmp_path)
+    assert (first, second | {"time": 0.0}) == (whole[0], whole[1] | {"time": 0.0})
 
 
 def test_a_checkpoint_that_cannot_be_deleted_yet_is_deleted_later(tmp_path, monkeypatch):
@@ -244,6 +270,18 @@ def test_numbers_that_are_not_finite_are_the_learners_business_where_it_skipped_
         make_run(tmp_path / "b", learners=FakeLearners(logprob_diff=2e-3, skipped_steps=1.0)).execute()
 
 
+def test_each_bound_of_the_agreement_stops_the_run_by_itself(tmp_path):
+    class OneToken(FakeLearners):
+        def update(self, batch):
+            result = super().update(batch)
+            return replace(result, metrics={**result.metrics, "rollout/logprob_diff_max": 2e-3})
+
+    with pytest.raises(WeightSyncError, match=r"0\.00e\+00 in the mean .* 2\.00e-03 at most"):
+        make_run(tmp_path / "maximum", learners=OneToken()).execute()
+    with pytest.raises(WeightSyncError, match=r"5\.00e-04 in the mean \(bound 1e-04\)"):
+        make_run(tmp_path / "mean", learners=FakeLearners(logprob_diff=5e-4)).execute()
+
+
 def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):
     class Wrong(EvalPool):
         def score_logprobs(self, pairs):
@@ -285,6 +323,14 @@ def test_a_checkpoint_that_the_learners_wrote_elsewhere_is_none(tmp_path):
     assert store.latest().name == "step_000001"
 
 
+def test_what_a_killed_run_left_half_written_does_not_get_into_a_checkpoint(tmp_path):
+    left = tmp_path / ".writing_000001" / "learner"
+    left.mkdir(parents=True)
+    (left / "shard_of_another_world_size").touch()
+    path = CheckpointStore(tmp_path, keep=1).save(1, {}, lambda folder: (folder / "w").write_text("1"))
+    assert [file.name for file in (path / "learner").iterdir()] == ["w"]
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2, 3, 10):
@@ -298,3 +344,7 @@ def test_a_damaged_state_says_what_to_do(tmp_path):
     (path / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="remove the folder to resume from the one before"):
         read_state(path)
+    for text in ("[]", '{"settings": {}}', '{"step": 1}'):
+        (path / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match="holds no run state that this version reads; remove"):
+            read_state(path)

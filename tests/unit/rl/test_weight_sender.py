@@ -54,7 +54,9 @@ def test_digest_does_not_depend_on_chunks_or_memory_layout(monkeypatch: pytest.M
     tensor = torch.randn(257, 33)
     whole = digest(tensor)
     assert digest(tensor.t().contiguous().t()) == whole
-    assert digest(torch.cat((torch.zeros(1), tensor.view(-1)))[1:].view(257, 33)) == whole  # an unaligned view
+    even = tensor[:256]  # whole words; and an unaligned view of each
+    for part in (tensor, even):
+        assert digest(torch.cat((torch.zeros(1), part.flatten()))[1:].view(part.shape)) == digest(part)
     monkeypatch.setattr("rl.weight_sync.digest._CHUNK_WORDS", 100)
     assert digest(tensor) == whole
 
@@ -261,6 +263,58 @@ def test_sender_proves_what_arrived_and_leaves_no_bucket() -> None:
     assert open_bucket_files() == []
     sender.send(5)
     assert engines.calls.count("init") == 1
+
+
+def test_weights_that_arrive_otherwise_than_sent_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = FakeEngines()
+    sender = WeightSender(ListSource(some_tensors()), "shm", engines, bucket_bytes=512)
+    monkeypatch.setattr(engines, "finish_weight_update", lambda _: [{**engines.received, "layers.7": 1}])
+    with pytest.raises(WeightSyncError, match=r"version 6 .*engine 0 \(different: layers\.7\)"):
+        sender.send(6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_has_the_verdict_of_the_first(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks; what rank 0 says is what the broadcast brings."""
+    verdicts: list[tuple[Any, Any]] = [("the proof of rank 0", None), (None, WeightSyncError("rank 0: engine 3 died"))]
+
+    def broadcast(objects: list[Any], src: int) -> None:
+        assert src == 0
+        objects[0] = verdicts.pop(0)
+
+    monkeypatch.setattr("rl.weight_sync.sender.dist.broadcast_object_list", broadcast)
+    sender = WeightSender(ListSource(some_tensors()), "shm", FakeEngines(), rank=rank, world_size=2)
+    sender._connected = True
+    assert sender.send(1) == "the proof of rank 0"
+    with pytest.raises(WeightSyncError, match="rank 0: engine 3 died"):
+        sender.send(2)
+
+
+def test_a_rank_that_fails_alone_raises_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(ListSource):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            raise WeightSyncError("rank 1: cannot gather layers.3")
+
+    def broadcast(objects: list[Any], src: int) -> None:
+        objects[0] = ("the proof of rank 0", None)
+
+    monkeypatch.setattr("rl.weight_sync.sender.dist.broadcast_object_list", broadcast)
+    sender = WeightSender(Fails(some_tensors()), "shm", FakeEngines(), rank=1, world_size=2)
+    with pytest.raises(WeightSyncError, match="rank 1: cannot gather"):
+        sender.send(1)
+
+
+def test_every_gpu_of_every_engine_has_a_place_in_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+    for name in ("NcclTransport", "IpcTransport"):
+        monkeypatch.setattr(
+            f"rl.weight_sync.gpu_transports.{name}", lambda *given, n=name: made.append((n, *given[5:]))
+        )
+    for transport in ("nccl", "ipc"):
+        WeightSender(
+            ListSource({}), transport, FakeEngines(), num_engines=3, tensor_parallel_size=2, address="10.0.0.7"
+        )
+    assert made == [("NcclTransport", 7, [1, 3, 5], "10.0.0.7"), ("IpcTransport",)]
 
 
 @pytest.mark.parametrize("broken", ["start_weight_update", "update_weights", "finish_weight_update"])

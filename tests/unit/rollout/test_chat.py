@@ -67,6 +67,11 @@ def test_the_text_keeps_thinking_tags_and_leaves_special_tokens_out():
     assert QWEN_EXTRACTOR.extract((), np.array(ids, dtype=np.int32)) == ("<think>a</think>4", "4")
 
 
+def test_special_tokens_in_the_midst_of_a_response_are_left_out_of_its_text():
+    ids = encode(QWEN, "<think>a<|im_start|></think>4<|endoftext|>2<|im_end|>")
+    assert QWEN_EXTRACTOR.extract((), ids) == ("<think>a</think>42", "42")
+
+
 def test_thinking_tags_that_the_tokenizer_calls_special_are_kept():
     tokenizer = build_tokenizer("qwen3")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})

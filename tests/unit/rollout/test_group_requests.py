@@ -1,7 +1,14 @@
-"""The seeds of a step's samples."""
+"""The seeds of a step's samples, and which worker draws them."""
+
+from types import SimpleNamespace
+
+import pytest
 
 from rl.batch import Prompt
-from rollout.workers import group_requests
+from rl.config import RolloutConfig
+from rl.errors import RolloutError
+from rollout import workers
+from rollout.workers import GroupRequest, RolloutPool, group_requests
 
 PROMPTS = tuple(Prompt(f"p{i}", (i,), f"question {i}") for i in range(6))
 
@@ -21,3 +28,54 @@ def test_no_two_samples_of_neighbouring_steps_share_a_seed():
     ]
     assert len(set(seeds)) == len(seeds) == 72
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+class FakeRay:
+    """Calls are (worker, group); the newest is always ready first, or none ever is."""
+
+    def __init__(self, monkeypatch, *, stuck=False, most=4):
+        self.stuck, self.submitted, self.cancelled, self.in_flight = stuck, [], [], [0, 0]
+        monkeypatch.setattr(workers, "ray", SimpleNamespace(wait=self.wait, cancel=self.cancelled.append))
+        monkeypatch.setattr(workers, "_CREW", SimpleNamespace(get=lambda call, index, what: [[call[1].prompt_index]]))
+        self.pool = object.__new__(RolloutPool)  # without Ray's actors
+        self.pool._config = RolloutConfig(max_concurrent_sequences=most, timeout_s=9)
+        self.pool._finished = {}
+        self.pool.workers = [
+            SimpleNamespace(generate=SimpleNamespace(remote=lambda groups, _, i=i: self.submit(i, *groups)))
+            for i in range(2)
+        ]
+
+    def submit(self, index, group):
+        self.in_flight[index] += len(group.seeds)
+        assert self.in_flight[index] <= 4, "a worker holds one engine's worth"
+        self.submitted.append((index, group.prompt_index))
+        return (index, group)
+
+    def wait(self, calls, timeout):
+        if self.stuck:
+            return [], calls
+        index, group = calls[-1]
+        self.in_flight[index] -= len(group.seeds)
+        return calls[-1:], calls[:-1]
+
+
+def test_groups_go_to_the_idlest_worker_the_longest_prompt_first_and_come_back_in_order(monkeypatch):
+    groups = [GroupRequest(i, (0,) * length, (i, i + 10)) for i, length in enumerate((1, 5, 3, 2, 4, 6))]
+    fake = FakeRay(monkeypatch)
+    assert fake.pool._generate_balanced(groups, None) == [[i] for i in range(6)]
+    assert fake.submitted == [(0, 5), (1, 1), (0, 4), (1, 2), (1, 3), (1, 0)]
+    assert fake.cancelled == []
+
+
+def test_workers_that_finish_nothing_in_time_are_named_and_their_calls_cancelled(monkeypatch):
+    fake = FakeRay(monkeypatch, stuck=True)
+    groups = [GroupRequest(i, (0,), (i, i + 10)) for i in range(6)]
+    with pytest.raises(RolloutError, match=r"workers \[0, 1\] finished none of 4 groups within rollout.timeout_s 9"):
+        fake.pool._generate_balanced(groups, None)
+    assert len(fake.cancelled) == 4
+
+
+def test_a_group_larger_than_an_engine_is_drawn_all_the_same(monkeypatch):
+    fake = FakeRay(monkeypatch, most=1)
+    groups = [GroupRequest(i, (0,), (i, i + 10)) for i in range(3)]
+    assert fake.pool._generate_balanced(groups, None) == [[0], [1], [2]]
