@@ -136,12 +136,11 @@ def test_a_template_without_an_end_of_turn_gets_one(tmp_path):
     assert texts(result, tokenizer) == [("user: 1+1?\nassistant: ", "2\n<|im_end|>")]
 
 
-def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
-    """Here ": " and "2" would merge into one token; a rollout starts from the prompt's own tokens, so SFT does too."""
+def byte_level_tokenizer(*, prefix_space, merges=()):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "Ġ2"])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "2")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_tokens([AddedToken("<|end|>", special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
@@ -149,6 +148,12 @@ def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
+    return tokenizer
+
+
+def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
+    """Here ": " and "2" would merge into one token; a rollout starts from the prompt's own tokens, so SFT does too."""
+    tokenizer = byte_level_tokenizer(prefix_space=False, merges=[("Ġ", "2")])
     assert len(tokenizer(": 2").input_ids) == 2
     result = load(tmp_path, tokenizer, {"prompt": "1+1?", "response": "2"})
     assert texts(result, tokenizer) == [("user: 1+1?<|end|>assistant: ", "2<|end|>")]
@@ -157,16 +162,7 @@ def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
 
 
 def test_a_tokenizer_that_starts_every_text_with_a_space_does_not_start_responses_with_one(tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    tokenizer = byte_level_tokenizer(prefix_space=True)
     ((_, response),) = texts(load(tmp_path, tokenizer, {"prompt": "1+1?", "response": "2"}), tokenizer)
     assert response == "2<|end|>"
 
