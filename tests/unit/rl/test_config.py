@@ -1,5 +1,6 @@
 """Composition and validation: every error names the key, the value and the remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def test_every_shipped_config_is_valid(path):
     schema = SftConfig if "sft" in path.stem else TrainConfig
     config = load_config(path, [], schema)
     assert config.name
+
+
+def test_the_quickstart_fits_on_one_gpu():
+    """As the Makefile runs it after `make gpu`."""
+    flags = re.search(r"RL_FLAGS := (.*)", (CONFIGS[0].parents[1] / "Makefile").read_text())
+    assert flags is not None
+    quickstart = CONFIGS[0].parent / "quickstart.yaml"
+    config = load_config(quickstart, [*flags[1].split(), "device=cuda"], TrainConfig)
+    assert (config.learner.num_workers, config.rollout.num_workers, config.ray.colocate) == (1, 1, True)
 
 
 def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
