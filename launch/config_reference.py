@@ -18,9 +18,9 @@ from rl.config import RunConfig, SftConfig, TrainConfig
 
 _HEAD = """# Every key of a configuration
 
-Made by `make reference` from [rl/config/](../rl/config/). A key without a default must be given. Keys of
-a list's items have `[]`; `null` is a value only where the type says so, and
-elsewhere unsets what an extended file has set.
+Made by `make reference` from [rl/config/](../rl/config/). A key (not a section) without a
+default must be given where its section is. Keys of a list's items have `[]`; `null` is a value only where the type says
+so, and elsewhere unsets what an extended file has set.
 """
 
 

@@ -118,8 +118,9 @@ class CombinedReward:
         """
         parts_of = [self._try_parts_for(sample.reward) for sample in samples]
         outcomes: list[dict[str, Any]] = [{} for _ in samples]
-        for part in {p.label: p for parts in parts_of for p in parts.parts if p.reward.mode == "batch"}.values():
-            indices = [i for i, parts in enumerate(parts_of) if part in parts.parts]
+        # By identity: rows' own rewards of two files may have one label.
+        for part in {id(p): p for parts in parts_of for p in parts.parts if p.reward.mode == "batch"}.values():
+            indices = [i for i, parts in enumerate(parts_of) if any(part is p for p in parts.parts)]
             yield from self._batch_steps(part, [samples[i] for i in indices], [outcomes[i] for i in indices])
         waiting = [
             (part, sample, outcome)
@@ -143,17 +144,17 @@ class CombinedReward:
     def finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
         """Run the parts that compare a group's responses with each other, and combine. Pure arithmetic."""
         results = list(results)
-        groups: dict[str, dict[Any, list[int]]] = {}  # label of a part -> group -> its samples that use the part
-        comparing: dict[str, _Part] = {}
+        groups: dict[int, dict[Any, list[int]]] = {}  # identity of a part -> group -> its samples that use the part
+        comparing: dict[int, _Part] = {}
         for index, sample in enumerate(samples):
             if results[index].status is RewardStatus.OK:
                 for part in self._parts_for(sample.reward):
                     if part.reward.mode == "group":
-                        comparing[part.label] = part
+                        comparing[id(part)] = part
                         group = ("alone", index) if sample.group_id is None else sample.group_id
-                        groups.setdefault(part.label, {}).setdefault(group, []).append(index)
+                        groups.setdefault(id(part), {}).setdefault(group, []).append(index)
         for part in sorted(comparing.values(), key=lambda p: p.reward.shaping):  # shaping may look at the task rewards
-            for indices in groups[part.label].values():
+            for indices in groups[id(part)].values():
                 scored = [index for index in indices if results[index].status is RewardStatus.OK]
                 if scored:
                     self._score_group(part, scored, samples, results)

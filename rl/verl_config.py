@@ -69,16 +69,19 @@ def _optimizer_config(optimizer: Any) -> OptimizerConfig:
     warmup = optimizer.lr_warmup_steps
     if warmup is None or warmup <= 0:
         warmup = int(optimizer.lr_warmup_steps_ratio * total_steps(optimizer))
+    schedule = optimizer.get("lr_scheduler_type", "constant")
+    # verl's section has every key, also those that its choice of optimizer or schedule does not read.
+    adam = {} if name == "sgd" else {"betas": tuple(optimizer.betas), "eps": eps}
+    decay = {} if schedule == "constant" else {"min_lr_ratio": optimizer.get("min_lr_ratio") or 0.0}
     return OptimizerConfig(
         name="fused_adamw" if fused and name == "adamw" else name,
         lr=optimizer.lr,
-        betas=tuple(optimizer.betas),
-        eps=eps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.clip_grad,
-        schedule=optimizer.get("lr_scheduler_type", "constant"),
+        schedule=schedule,
         warmup_steps=warmup,
-        min_lr_ratio=optimizer.get("min_lr_ratio") or 0.0,
+        **adam,
+        **decay,
     )
 
 

@@ -20,6 +20,7 @@ import select
 import shutil
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,11 +37,6 @@ class EngineFiles:
         self._sockets = sockets
         self.meeting: str | None = None  # from a worker's `note_meeting`, once there is one
 
-    @property
-    def directory(self) -> str:
-        """Of the sockets."""
-        return self._sockets.name
-
     def cleanup(self) -> None:
         """Remove all of it, when the engine has ended."""
         self._sockets.cleanup()
@@ -56,10 +52,11 @@ def note_meeting(init_method: str) -> str:
 
 
 def _remove_meeting(path: str) -> None:
-    if path:
-        Path(path).unlink(missing_ok=True)
-        for segment in _SHARED_MEMORY.glob(f"{Path(path).name}-*"):
-            segment.unlink(missing_ok=True)
+    if not path:
+        return
+    for left in (Path(path), *_SHARED_MEMORY.glob(f"{Path(path).name}-*")):
+        with suppress(OSError):  # what cannot be removed must not keep an engine alive, or hide why one ended
+            left.unlink()
 
 
 def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:

@@ -227,8 +227,7 @@ class RolloutPool:
                     index, group = calls.pop(call)
                     in_flight[index] -= len(group.seeds)
                     [finished[group]] = _CREW.get(call, index, "generate")
-            self._finished = {}
-            return [finished[group] for group in groups]
+            return [finished.pop(group) for group in groups]
         finally:
             for call in calls:  # empty unless an error is on its way out
                 ray.cancel(call)

@@ -10,7 +10,7 @@ from rl.config.types import Float, Fraction, Int, NonNegativeFloat, NonNegativeI
 
 # vLLM's arguments that other settings, placement or weight sync decide
 _ENGINE_OWN = (
-    *("model", "revision", "seed", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *("model", "revision", "dtype", "seed", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
     *("worker_extension_cls", "weight_transfer_config", "logprobs_mode"),
 )
 
@@ -50,14 +50,16 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = Field(1800.0, description="of generation without a group of samples finished")
     start_timeout_s: PositiveFloat = Field(900.0, description="for an engine to load and warm up")
     max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
-    engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs as is")
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to vLLM's AsyncEngineArgs; see docs/running.md"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
         if taken := [key for key in _ENGINE_OWN if key in self.engine_options]:
             raise ValueError(
                 f"engine_options holds {', '.join(taken)}, on which placement and weight sync depend; leave it out "
-                "(rollout.tensor_parallel_size, model and seed are keys of their own)"
+                "(rollout.tensor_parallel_size, model.path, model.dtype and seed are keys of their own)"
             )
         if self.kv_cache_gib is not None and self.sets("gpu_memory_utilization"):
             raise ValueError(

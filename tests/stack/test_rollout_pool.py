@@ -39,7 +39,7 @@ def builder(index, faults):
                 if fault == "hangs":
                     await asyncio.sleep(60)
                 if fault in ("slow", "dies late"):
-                    await asyncio.sleep(1)
+                    await asyncio.sleep(1 if fault == "slow" else 3)
                 if fault in ("dies", "dies late"):
                     os._exit(1)
                 ids = [np.array([index, r.seed % 7, self.drawn + i], np.int32) for i, r in enumerate(requests)]

@@ -365,6 +365,24 @@ def test_a_task_part_that_compares_leaves_rows_with_a_reward_of_their_own_alone(
     assert [(s.status, s.reward) for s in scores] == [(RewardStatus.OK, 1.0), (RewardStatus.OK, 1.0)]
 
 
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "class Same:\n    def score_group(self, samples, task_rewards):\n        return [{value}] * len(samples)\n",
+        "class Same:\n    def score_batch(self, samples):\n        return [{value}] * len(samples)\n",
+    ],
+    ids=["group", "batch"],
+)
+def test_rows_rewards_of_one_name_in_two_files_stay_apart(tmp_path, definition: str) -> None:
+    names = []
+    for value in (0.25, 0.75):
+        path = tmp_path / f"file_{value}.py"
+        path.write_text(definition.format(value=value))
+        names.append(f"{path}:Same")
+    samples = [sample(group_id=i, reward=names[i % 2]) for i in range(4)]
+    assert [s.reward for s in score(combined("task"), *samples)] == [0.25, 0.75, 0.25, 0.75]
+
+
 def test_what_failed_to_compare_a_group_is_not_covered_up_by_what_did_not() -> None:
     scores = score(combined("longest", "brevity"), sample("bad", group_id=1), sample(group_id=1))
     assert {s.status for s in scores} == {RewardStatus.PLUGIN_ERROR}

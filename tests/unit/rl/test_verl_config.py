@@ -68,6 +68,13 @@ def test_settings_that_are_not_default_are_followed(checkpoint: Path) -> None:
     )
 
 
+def test_keys_that_verls_choice_does_not_read_are_let_be(checkpoint: Path) -> None:
+    settings = {"optimizer_impl": "torch.optim", "optimizer": "SGD", "betas": (0.8, 0.9)}
+    optimizer = FSDPOptimizerConfig(lr=0.1, lr_scheduler_type="constant", min_lr_ratio=0.1, **settings)
+    made = learner_config(model(checkpoint), FSDPEngineConfig(), optimizer).optimizer
+    assert (made.name, made.lr, made.schedule, made.min_lr_ratio) == ("sgd", 0.1, "constant", 0.0)
+
+
 def test_a_reference_needs_no_optimizer(checkpoint: Path) -> None:
     engine = EngineConfig(strategy="deepspeed", forward_only=True, param_offload=True)
     assert learner_config(model(checkpoint), engine, None).offload_reference

@@ -25,7 +25,7 @@ OWNER = f"""
 import os, subprocess, sys
 from rollout.process_tie import own
 files = own(os.environ)
-print(files.directory, flush=True)
+print(os.environ["VLLM_RPC_BASE_PATH"], flush=True)
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, sys.argv[1]], stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline().strip(), child.pid, flush=True)
 child.wait()
@@ -59,16 +59,16 @@ def test_child_dies_with_a_killed_owner_and_takes_the_files_along(tmp_path: Path
 
 def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path: Path) -> None:
     environment = {"VLLM_RPC_BASE_PATH": str(tmp_path)}
-    first = own(environment)
-    assert Path(first.directory).parent == tmp_path
+    first, directories = own(environment), [Path(environment["VLLM_RPC_BASE_PATH"])]
+    assert directories[0].parent == tmp_path
     first.cleanup()
     second = own(environment)
-    assert Path(second.directory).is_dir()
-    assert environment["VLLM_RPC_BASE_PATH"] == second.directory != first.directory
+    directories.append(Path(environment["VLLM_RPC_BASE_PATH"]))
+    assert [directory.is_dir() for directory in directories] == [False, True]
     others, left = left_by_vllm(tmp_path), left_by_vllm(tmp_path)
     second.meeting = note_meeting(f"file://{left[0]}")
     second.cleanup()
-    assert not any(path.exists() for path in (Path(second.directory), *left))
+    assert not any(path.exists() for path in (*directories, *left))
     assert all(path.exists() for path in others)
     assert note_meeting("tcp://127.0.0.1:1") == ""  # which also forgets the one above, in this process
     for path in others:
@@ -88,7 +88,7 @@ def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
 def test_owner_itself_and_foreign_processes_are_left_alone() -> None:
     script = (
         "import os; from rollout.process_tie import own, tie_to_owner; tie_to_owner(); "
-        "files = own(os.environ); tie_to_owner(); assert os.path.isdir(files.directory)"
+        "files = own(os.environ); tie_to_owner(); assert os.path.isdir(os.environ['VLLM_RPC_BASE_PATH'])"
     )
     environment = {k: v for k, v in os.environ.items() if k != OWNER_VARIABLE}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=50).returncode == 0
