@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ import numpy as np
 from rl.batch import FinishReason, Prompt, RolloutBatch, Score, ScoredBatch
 from rl.controller import RewardPool
 from rl.samples import write_samples
+
+Surviving = Callable[[Callable[[], RolloutBatch]], RolloutBatch]
 
 
 class EvaluationPool(Protocol):
@@ -99,11 +102,16 @@ class Evaluator:
         self._rewards = reward_pool
         self._pass_at = tuple(pass_at)
 
-    def evaluate(self, samples_dir: Path, label: str) -> dict[str, float]:
-        """Metrics of all sets; samples are written to `samples_dir/eval_NAME_LABEL.jsonl`."""
+    def evaluate(
+        self, samples_dir: Path, label: str, *, surviving: Surviving = lambda generate: generate()
+    ) -> dict[str, float]:
+        """Metrics of all sets; samples are written to `samples_dir/eval_NAME_LABEL.jsonl`.
+
+        `surviving` generates, and again where a rollout worker was lost (`Controller.surviving_losses`).
+        """
         metrics: dict[str, float] = {}
         for eval_set in self.sets:
-            scored = self._rewards.score(self._rollouts.generate_eval(eval_set.prompts))
+            scored = self._rewards.score(surviving(partial(self._rollouts.generate_eval, eval_set.prompts)))
             write_samples(samples_dir / f"eval_{eval_set.name}_{label}.jsonl", scored)
             metrics |= eval_metrics(eval_set.name, scored, self._pass_at)
         return metrics

@@ -179,7 +179,8 @@ class TrainingRun:
         evaluator = self.evaluator
         if evaluator is None:
             return {}
-        metrics = self.controller.surviving_losses(lambda: evaluator.evaluate(self.plan.run_dir / "samples", label))
+        samples = self.plan.run_dir / "samples"
+        metrics = evaluator.evaluate(samples, label, surviving=self.controller.surviving_losses)
         self.display.message(
             f"evaluation {label}: "
             + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k)

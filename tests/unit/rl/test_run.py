@@ -125,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_deleted_yet_is_deleted_later(tmp_path, monk
 
 def test_an_evaluation_that_fails_costs_no_step(tmp_path):
     run = make_run(tmp_path, evaluate_every=2)
-    run.evaluator.evaluate = lambda directory, label: raise_(RolloutError("the evaluation took too long"))
+    run.evaluator.evaluate = lambda directory, label, **_: raise_(RolloutError("the evaluation took too long"))
     with pytest.raises(RolloutError, match="took too long"):
         run.execute()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
@@ -138,7 +138,7 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path):
 @pytest.mark.parametrize("row_was_written", [True, False])
 def test_an_evaluation_that_was_cut_short_is_made_up_for_when_resuming(tmp_path, row_was_written):
     run = make_run(tmp_path, evaluate_every=2)
-    run.evaluator.evaluate = lambda directory, label: raise_(KeyboardInterrupt())
+    run.evaluator.evaluate = lambda directory, label, **_: raise_(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run.execute()
     if not row_was_written:  # killed outright, between the checkpoint and the row
@@ -268,6 +268,26 @@ def test_numbers_that_are_not_finite_are_the_learners_business_where_it_skipped_
     assert make_run(tmp_path, learners=learners).execute()["learner/skipped_steps"] == 1.0
     with pytest.raises(WeightSyncError):
         make_run(tmp_path / "b", learners=FakeLearners(logprob_diff=2e-3, skipped_steps=1.0)).execute()
+
+
+def test_a_worker_lost_in_an_evaluation_costs_the_set_that_it_was_in_and_no_other(tmp_path):
+    asked = []
+
+    class Loses(EvalPool):
+        def generate_eval(self, prompts):
+            asked.append(len(prompts))
+            if asked == [2, 1]:
+                self.lost = 1
+                raise RolloutError("rollout worker 0 was lost")
+            return super().generate_eval(prompts)
+
+    pool = Loses()
+    run = make_run(tmp_path, total_steps=1, evaluate_every=1, pool=pool)
+    sets = [EvalSet("first", loop_prompts()), EvalSet("second", loop_prompts()[:1])]
+    run.evaluator = Evaluator(sets, pool, FakeRewardPool(), pass_at=(1,))
+    metrics = run.execute()
+    assert asked == [2, 1, 1]
+    assert {"eval/first/avg@2", "eval/second/avg@2"} < metrics.keys()
 
 
 def test_each_bound_of_the_agreement_stops_the_run_by_itself(tmp_path):
