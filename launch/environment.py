@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import secrets
 from pathlib import Path
@@ -27,6 +28,14 @@ def quiet_frameworks() -> None:
 def keep_worker_priority() -> None:
     """Ray starts its workers at niceness 15, so beside any other load they starve; here they are the load."""
     os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cluster_address(configured: str | None) -> str | None:

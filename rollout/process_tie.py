@@ -8,7 +8,8 @@ loads them after it has shaken hands with the front end; one whose owner ends ea
 vLLM's sockets are files, three an engine, which it leaves in the temporary directory: even after an orderly end the
 process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
 the owner was killed, the engine's processes do. The same goes for the file over which an engine's workers meet, and for
-the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it.
+the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it. Where everything is killed at
+once, and where an engine fails to start, some of it stays.
 
 Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
@@ -35,13 +36,12 @@ class EngineFiles:
 
     def __init__(self, sockets: TemporaryDirectory[str]) -> None:
         self._sockets = sockets
-        self.meeting: str | None = None  # from a worker's `note_meeting`, once there is one
+        self.meeting = ""  # from a worker's `note_meeting`, once there is one
 
     def cleanup(self) -> None:
         """Remove all of it, when the engine has ended."""
         self._sockets.cleanup()
-        if self.meeting is not None:
-            _remove_meeting(self.meeting)
+        _remove_meeting(self.meeting)
 
 
 def note_meeting(init_method: str) -> str:

@@ -20,7 +20,9 @@ class KLConfig(Section):
         "k3", description="see docs/algorithms.md"
     )
     adaptive_target: PositiveFloat | None = Field(None, description="adaptive coefficient: the KL to hold")
-    adaptive_horizon: PositiveInt = Field(10000, description="samples over which the coefficient could double")
+    adaptive_horizon: PositiveInt = Field(
+        10000, description="samples over which the coefficient moves by about a fifth at most"
+    )
     reference: LocalOrNamed | None = Field(None, description="checkpoint of the reference; null: the initial policy")
 
     @model_validator(mode="after")

@@ -41,7 +41,9 @@ class RolloutConfig(Section):
         None, description="take responses that end in endless repetition out of the loss; null: keep them"
     )
     max_concurrent_sequences: PositiveInt = Field(256, description="that an engine generates at a time")
-    kv_cache_gib: PositiveFloat | None = Field(None, description="fixed KV cache an engine; null: measured by vLLM")
+    kv_cache_gib: PositiveFloat | None = Field(
+        None, description="fixed KV cache an engine; null: 1 on CPUs, measured on GPUs"
+    )
     gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] = Field(
         0.85, description="the engine's share of its GPUs, weights included"
     )

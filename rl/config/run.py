@@ -21,7 +21,7 @@ class SyncConfig(Section):
         "auto",
         description="shared memory on CPUs; on GPUs NCCL, or CUDA IPC where they are shared; see docs/weight-sync.md",
     )
-    bucket_mib: PositiveInt = Field(256, description="largest message")
+    bucket_mib: PositiveInt = Field(256, description="of one message, or of one tensor where that is larger")
     timeout_s: PositiveFloat = Field(300.0, description="of one message, or of a whole NCCL broadcast")
     probe_every: NonNegativeInt = Field(
         20, description="syncs between log-probability probes after the first; 0: never"
