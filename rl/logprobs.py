@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rl.cpu_linear import linear
 from rl.errors import LearnerError
 
 # Rows of the head's gradient that are updated at a time, so that a second [V, H] tensor never exists.
@@ -90,11 +91,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
+                grad_hidden[rows] = linear(grad_logits, weight.t())
             if grad_weight is not None:
                 for row in range(0, weight.shape[0], _VOCABULARY_BLOCK):
                     block = slice(row, row + _VOCABULARY_BLOCK)
-                    grad_weight[block] += grad_logits[:, block].T @ hidden[rows]
+                    grad_weight[block] += linear(grad_logits[:, block].t(), hidden[rows].t())
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -113,9 +114,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Optio
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         logits = logits if bias is None else logits.add_(bias)
     elif options.float32:
-        logits = nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        logits = linear(hidden.float(), weight.float(), None if bias is None else bias.float())
     else:
-        logits = nn.functional.linear(hidden, weight, bias).to(_accumulation_dtype(hidden))
+        logits = linear(hidden, weight, bias).to(_accumulation_dtype(hidden))
     return logits.div_(options.temperature) if options.temperature != 1.0 else logits
 
 

@@ -14,6 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from rl.config import ModelConfig
+from rl.cpu_linear import use_onednn
 from rl.deferred import dequantize_mxfp4, read_deferred
 from rl.errors import LearnerError
 from rl.quantization import MXFP4, quantization_method
@@ -159,6 +160,8 @@ def _load(
         del zero3
     loaded.config.use_cache = False
     _turn_off_dropout(loaded)
+    if device == "cpu" and model.dtype == "float32":
+        use_onednn(loaded)
     return loaded, set(report["missing_keys"])
 
 
