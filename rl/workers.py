@@ -7,7 +7,6 @@ which rank 0 sends weights.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,11 +80,14 @@ class LearnerWorker:
         self._sender: WeightSender | None = None
         self._receivers: list[ActorHandle] = []
 
-    def address(self) -> tuple[str, int]:
-        """An address and a free port on this node, for the process group to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    def host_store(self) -> tuple[str, int]:
+        """Serve the store that the process group meets at, from now on: a port that is only looked for can be another
+        program's by the time all ranks have loaded torch. Returns its address and port."""
+        from torch.distributed import TCPStore
+
+        address = ray.util.get_node_ip_address()
+        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return address, self._store.port
 
     def start(self, spec: LearnerSpec, address: tuple[str, int]) -> Layout:
         """Join the process group and load the model; the layout of its micro-batches."""
@@ -95,6 +97,7 @@ class LearnerWorker:
             LOCAL_RANK="0",  # Ray shows each actor its own GPU only
             MASTER_ADDR=address[0],
             MASTER_PORT=str(address[1]),
+            TORCHELASTIC_USE_AGENT_STORE="True",  # torchrun's: the store is served already
         )
         import torch
 
@@ -241,7 +244,7 @@ class LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
         group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
         try:
-            address = group._wait([group.workers[0].address.remote()], "find a port", "start_timeout_s")[0]
+            address = group._wait([group.workers[0].host_store.remote()], "host_store", "start_timeout_s")[0]
             layouts = group._all("start", spec, address, setting="start_timeout_s")
         except BaseException:
             group.shutdown()

@@ -35,7 +35,7 @@ def ranks(out_dir: Path) -> list[dict[str, Any]]:
     return [torch.load(out_dir / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
     assert worst <= tolerance
@@ -63,7 +63,7 @@ def test_train_mini_batch_with_ppo_loss_makes_the_learners_weights(ranks: list[d
     for rank in ranks:
         ours, theirs = rank["learner"], rank["actor"]
         assert float((theirs["weights"][EMBEDDING] - rank["start"][EMBEDDING]).abs().max()) > 1e-4  # it did move
-        assert_close(theirs["weights"], ours["weights"])
+        assert_close(theirs["weights"], ours["weights"], 3 * TOLERANCE)  # 3 % of a step of Adam's
         for found, expected in zip(theirs["metrics"], ours["metrics"], strict=True):
             assert np.mean(found["grad_norm"]) == pytest.approx(expected["learner/grad_norm"], rel=1e-5)
             assert np.mean(found["loss"]) == pytest.approx(expected["learner/loss"], abs=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
+from two_ranks import meeting
 
 from launch.tiny_models import build_tiny_model
 from rl.errors import WeightSyncError
@@ -43,10 +43,10 @@ class Engine:
         return [self.received]
 
 
-def send(rank: int, port: int, path: str, out: str) -> None:
+def send(rank: int, environment: dict[str, str], path: str, out: str) -> None:
     """One rank: shard the model, send it once well and once in vain, save what came of it."""
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": "2"}
     init_distributed("cpu", 300)
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
@@ -74,10 +74,8 @@ def send(rank: int, port: int, path: str, out: str) -> None:
 
 def test_two_ranks_send_the_checkpoint_bit_for_bit_and_fail_together(tmp_path: Path) -> None:
     path = build_tiny_model("qwen3_moe", tmp_path / "model", tie_word_embeddings=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(send, args=(port, str(path), str(tmp_path)), nprocs=2)
+    with meeting() as environment:
+        mp.spawn(send, args=(environment, str(path), str(tmp_path)), nprocs=2)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     expected = {n: digest(t) for n, t in Zero3WeightSource(plain, dtype=torch.float32, bucket_bytes=1 << 20)}
     for rank, received in ((0, len(expected)), (1, 0)):

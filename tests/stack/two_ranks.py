@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 _TIMEOUT_S = 560  # a minute at most on two idle cores
 
 
+@contextmanager
+def meeting() -> Iterator[dict[str, str]]:
+    """The environment of ranks that meet at a store that is served here, so that no other program can take its port."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    del store
+
+
 def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:
     """Run `python SCRIPT OUT_DIR` (of this folder) twice; fails with the ends of their logs unless both exit with 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+    common = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     logs = [out_dir / f"rank{rank}.log" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / script), str(out_dir)],
-            env=os.environ | common | environment | {"RANK": str(rank)},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=_TIMEOUT_S) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = []
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with meeting() as place:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / script), str(out_dir)],
+                env=os.environ | common | place | environment | {"RANK": str(rank)},
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(timeout=_TIMEOUT_S) for process in processes]
+        except subprocess.TimeoutExpired:
+            codes = []
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
     assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
