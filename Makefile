@@ -3,7 +3,7 @@ RUN := .venv/bin
 SEED ?= 0
 QUICKSTART := runs/quickstart
 
-.PHONY: setup gpu quickstart quickstart-seeds test test-unit test-processes check reference format clean
+.PHONY: setup gpu quickstart quickstart-seeds soak test test-unit test-processes check reference format clean
 
 # What this clone was set up with; `make gpu` leaves its mark, and the other targets follow it.
 KIND := $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
@@ -33,6 +33,10 @@ quickstart: setup
 # The quickstart under three seeds; fails unless each lifts held-out accuracy by 30 points.
 quickstart-seeds: setup
 	$(RUN)/python benchmarks/quickstart_seeds.py
+
+# A long run under watch; fails if a process of it grows, or leaves something behind.
+soak: setup
+	$(RUN)/python benchmarks/soak.py
 
 test: setup
 	$(RUN)/pytest

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rl.cpu_linear import linear
+from rl.cpu_linear import linear, weight_gradient
 from rl.errors import LearnerError
 
 # Rows of the head's gradient that are updated at a time, so that a second [V, H] tensor never exists.
@@ -95,7 +95,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 for row in range(0, weight.shape[0], _VOCABULARY_BLOCK):
                     block = slice(row, row + _VOCABULARY_BLOCK)
-                    grad_weight[block] += linear(grad_logits[:, block].t(), hidden[rows].t())
+                    grad_weight[block] += weight_gradient(grad_logits[:, block], hidden[rows])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

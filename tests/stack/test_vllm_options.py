@@ -64,6 +64,7 @@ def test_engines_share_the_cores_whatever_ray_left_the_actor(monkeypatch, config
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     set_environment(ModelConfig(path="unused"), RolloutConfig(**config))
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "32"  # else engines grow (`make soak`)
 
 
 def test_engine_options_have_the_last_word(model):

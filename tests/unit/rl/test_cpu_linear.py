@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rl import cpu_linear
-from rl.cpu_linear import linear, use_onednn
+from rl.cpu_linear import linear, use_onednn, weight_gradient
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -22,8 +22,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(autouse=True, scope="module")
 def onednn() -> Iterator[None]:
-    """A machine with AVX2 alone tests the same code."""
+    """Small blocks; and a machine with AVX2 alone tests the same code."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_linear, "BLOCK", 4)
         patch.setattr(cpu_linear, "onednn_is_faster", lambda: True)
         yield
 
@@ -35,22 +36,25 @@ def _twins(inputs: int, outputs: int, *, bias: bool) -> tuple[nn.Linear, nn.Line
     return plain, replaced
 
 
-def _calls(layer: nn.Linear, inputs: torch.Tensor) -> set[str]:
+def _calls(layer: nn.Linear, inputs: torch.Tensor) -> dict[str, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer(inputs).sum().backward()
-    return {event.key for event in profile.key_averages()}
+    return {event.key: event.count for event in profile.key_averages()}
 
 
 @settings(deadline=None)  # the first product of a shape is compiled
 @given(
     shape=st.lists(st.integers(1, 5), min_size=0, max_size=2),
+    rows=st.integers(1, 9),
     inputs=st.integers(1, 64),
     outputs=st.integers(1, 64),
     bias=st.booleans(),
 )
-def test_outputs_and_gradients_are_those_of_the_layer(shape: list[int], inputs: int, outputs: int, bias: bool) -> None:
+def test_outputs_and_gradients_are_those_of_the_layer(
+    shape: list[int], rows: int, inputs: int, outputs: int, bias: bool
+) -> None:
     plain, replaced = _twins(inputs, outputs, bias=bias)
-    x = torch.randn(*shape, 3, inputs)
+    x = torch.randn(*shape, rows, inputs)
     y = x.clone()
     x.requires_grad_()
     y.requires_grad_()
@@ -92,18 +96,32 @@ def test_no_rows_and_strided_rows() -> None:
     assert linear(torch.empty(0, 5), weight).shape == (0, 6)
     rows = torch.randn(5, 9)[:, 2:6].t()
     torch.testing.assert_close(linear(rows, weight), rows @ weight.t(), **CLOSE)
+    grads = torch.randn(4, 9)[:, 3:]
+    torch.testing.assert_close(weight_gradient(grads, rows), grads.t() @ rows, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_multiplied_by_torch(dtype: torch.dtype) -> None:
     x, weight = torch.randn(3, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
     assert torch.equal(linear(x, weight), nn.functional.linear(x, weight))
+    assert torch.equal(weight_gradient(x, x), x.t() @ x)
 
 
 def test_float32_is_multiplied_by_onednn_in_both_passes() -> None:
     plain, replaced = _twins(64, 32, bias=False)
-    x = torch.randn(16, 64, requires_grad=True)
-    assert "aten::mm" in _calls(plain, x)
-    calls = _calls(replaced, x)
-    assert "mkldnn::_linear_pointwise" in calls
-    assert "aten::mm" not in calls
+    x = torch.randn(17, 64, requires_grad=True)
+    assert "mkldnn::_linear_pointwise" not in _calls(plain, x)
+    assert _calls(replaced, x)["mkldnn::_linear_pointwise"] == 3 * 4
+
+
+def test_onednn_meets_one_shape_a_product_whatever_the_number_of_rows() -> None:
+    """It keeps a kernel for each shape that it meets."""
+    _, replaced = _twins(64, 32, bias=False)
+    shapes = set()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        for rows in range(1, 20):
+            replaced(torch.randn(rows, 64, requires_grad=True)).sum().backward()
+    for event in profile.events():
+        if event.name == "mkldnn::_linear_pointwise":
+            shapes.add(str(event.input_shapes[:2]))
+    assert len(shapes) == 3

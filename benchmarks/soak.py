@@ -1,0 +1,148 @@
+"""A long run of a tiny model under watch: no process of it may grow, in memory, files or threads.
+
+    python benchmarks/soak.py [--steps 300] [KEY=VALUE ...]
+
+Everything recurs many times: steps, syncs, probes, evaluations, checkpoints, samples on disk. Each process of the run
+is looked at every few seconds; its second quarter of the time is compared with its last, so that the warm-up is out.
+Fails if something grew by more than `LIMITS` allow, or if the run left a process or a file in shared memory behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+import yaml
+
+PERIOD_S = 3.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Usage(NamedTuple):
+    """Of one process at one time."""
+
+    mib: float  # of memory that is its own (unique set size)
+    files: float
+    threads: float
+
+
+# What the last quarter may have more than the second. Allocators keep what a longer batch once took.
+LIMITS = Usage(mib=32, files=8, threads=4)
+
+
+def write_config(folder: Path, steps: int) -> Path:
+    from launch.tiny_models import build_tiny_model
+
+    config = {
+        "run_dir": str(folder / "run"),
+        "total_steps": steps,
+        "model": {"path": str(build_tiny_model("qwen3", folder / "model")), "dtype": "float32"},
+        "data": {
+            "train": {"path": "reasoning_gym:basic_arithmetic", "size": 500, "seed": 1},
+            "eval": [{"path": "reasoning_gym:basic_arithmetic", "name": "held_out", "size": 16, "seed": 10000}],
+            "max_prompt_tokens": 128,
+        },
+        "rollout": {
+            "prompts_per_step": 8,
+            "group_size": 4,
+            "max_response_tokens": 32,
+            "kv_cache_gib": 0.2,
+            "enforce_eager": True,
+        },
+        "reward": {"functions": [{"name": "math"}, {"name": "format", "weight": 0.1}], "num_workers": 1},
+        "algorithm": {"kl": {"placement": "loss", "coefficient": 0.001}},
+        "learner": {"num_workers": 2, "max_tokens_per_microbatch": 2048, "epochs": 2, "optimizer": {"lr": 1e-5}},
+        "sync": {"probe_every": 5},
+        "checkpoint": {"every": 20},
+        "evaluation": {"every": 20, "samples_per_prompt": 2, "pass_at": [1, 2], "temperature": 1.0},
+    }
+    path = folder / "soak.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def role(process: psutil.Process) -> str:
+    """Without what changes while it runs: Ray shows the method that an actor is in."""
+    words = process.cmdline() or [process.name()]
+    if words[0].startswith("ray::"):
+        return words[0].split(".")[0]
+    names = [Path(word).name for word in words[:3] if not word.startswith("-")]
+    return " ".join(names)[:43]
+
+
+def look(root: psutil.Process, history: dict[tuple[int, str], list[tuple[float, Usage]]]) -> None:
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            usage = Usage(process.memory_full_info().uss / 2**20, process.num_fds(), process.num_threads())
+            history[process.pid, role(process)].append((time.monotonic(), usage))
+        except psutil.NoSuchProcess:
+            continue
+
+
+def growth(points: list[tuple[float, Usage]], start: float, end: float) -> tuple[Usage, Usage] | None:
+    """Medians of the second and the last quarter; None for a process that was not there in both."""
+    quarter = (end - start) / 4
+    second = [usage for when, usage in points if quarter <= when - start < 2 * quarter]
+    last = [usage for when, usage in points if when - start >= 3 * quarter]
+    if not second or not last:
+        return None
+    return Usage(*map(median, zip(*second, strict=True))), Usage(*map(median, zip(*last, strict=True)))
+
+
+def soak(folder: Path, steps: int, overrides: list[str]) -> bool:
+    """Whether nothing grew and nothing was left behind."""
+    shared_before = set(SHARED_MEMORY.iterdir())
+    command = [sys.executable, "-m", "launch.cli", "train", str(write_config(folder, steps)), *overrides]
+    history: dict[tuple[int, str], list[tuple[float, Usage]]] = defaultdict(list)
+    metrics = folder / "run" / "metrics.jsonl"
+    with (folder / "log").open("w") as log:
+        run = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    start = 0.0
+    while run.poll() is None:
+        if not start and metrics.exists() and metrics.stat().st_size:
+            start = time.monotonic()  # the first step is over
+        if start:
+            look(run, history)
+        time.sleep(PERIOD_S)
+    end = max((when for points in history.values() for when, _ in points), default=0.0)
+    if run.returncode != 0:
+        print((folder / "log").read_text()[-4000:])
+        return False
+    print(f"{steps} steps in {end - start:.0f} s; own memory, files and threads in the second and the last quarter")
+    well = True
+    for (pid, name), points in sorted(history.items(), key=lambda item: item[0][1]):
+        medians = growth(points, start, end)
+        if medians is None:
+            continue
+        second, last = medians
+        grew = [b - a > limit for a, b, limit in zip(second, last, LIMITS, strict=True)]
+        well = well and not any(grew)
+        cells = "".join(f"{a:9.0f} ->{b:6.0f}" for a, b in zip(second, last, strict=True))
+        print(f"{name:44s}{cells}{'   GREW' if any(grew) else ''}  ({pid})")
+    left = [f"process {name} ({pid})" for pid, name in history if psutil.pid_exists(pid)]
+    left += [str(path) for path in set(SHARED_MEMORY.iterdir()) - shared_before]
+    for what in left:
+        print(f"left behind: {what}")
+    return well and not left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        if not soak(Path(name), arguments.steps, arguments.overrides):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
