@@ -1,6 +1,6 @@
 """A long run of a tiny model under watch: no process of it may grow, in memory, files or threads.
 
-    python benchmarks/soak.py [--steps 300] [KEY=VALUE ...]
+    python benchmarks/soak.py [--steps 300] [--family qwen3] [KEY=VALUE ...]
 
 Everything recurs many times: steps, syncs, probes, evaluations, checkpoints, samples on disk. Each process of the run
 is looked at every few seconds; its second quarter of the time is compared with its last, so that the warm-up is out.
@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import yaml
@@ -38,13 +38,13 @@ class Usage(NamedTuple):
 LIMITS = Usage(mib=32, files=8, threads=4)
 
 
-def write_config(folder: Path, steps: int) -> Path:
+def write_config(folder: Path, family: Any, steps: int) -> Path:
     from launch.tiny_models import build_tiny_model
 
     config = {
         "run_dir": str(folder / "run"),
         "total_steps": steps,
-        "model": {"path": str(build_tiny_model("qwen3", folder / "model")), "dtype": "float32"},
+        "model": {"path": str(build_tiny_model(family, folder / "model")), "dtype": "float32"},
         "data": {
             "train": {"path": "reasoning_gym:basic_arithmetic", "size": 500, "seed": 1},
             "eval": [{"path": "reasoning_gym:basic_arithmetic", "name": "held_out", "size": 16, "seed": 10000}],
@@ -97,10 +97,11 @@ def growth(points: list[tuple[float, Usage]], start: float, end: float) -> tuple
     return Usage(*map(median, zip(*second, strict=True))), Usage(*map(median, zip(*last, strict=True)))
 
 
-def soak(folder: Path, steps: int, overrides: list[str]) -> bool:
+def soak(folder: Path, family: str, steps: int, overrides: list[str]) -> bool:
     """Whether nothing grew and nothing was left behind."""
     shared_before = set(SHARED_MEMORY.iterdir())
-    command = [sys.executable, "-m", "launch.cli", "train", str(write_config(folder, steps)), *overrides]
+    config = write_config(folder, family, steps)
+    command = [sys.executable, "-m", "launch.cli", "train", str(config), *overrides]
     history: dict[tuple[int, str], list[tuple[float, Usage]]] = defaultdict(list)
     metrics = folder / "run" / "metrics.jsonl"
     with (folder / "log").open("w") as log:
@@ -137,10 +138,11 @@ def soak(folder: Path, steps: int, overrides: list[str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--family", choices=("qwen3", "qwen3_moe", "gpt_oss"), default="qwen3")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        if not soak(Path(name), arguments.steps, arguments.overrides):
+        if not soak(Path(name), arguments.family, arguments.steps, arguments.overrides):
             sys.exit(1)
 
 
