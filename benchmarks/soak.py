@@ -38,6 +38,12 @@ class Usage(NamedTuple):
 LIMITS = Usage(mib=32, files=8, threads=4)
 
 
+def lower_case(completions: list[Any], **_: Any) -> list[float]:
+    """The share of lower-case letters: a reward that a random model gets some of, so that every step moves weights."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(letter.islower() for letter in text) / max(len(text), 1) for text in texts]
+
+
 def write_config(folder: Path, family: Any, steps: int) -> Path:
     from launch.tiny_models import build_tiny_model
 
@@ -57,7 +63,10 @@ def write_config(folder: Path, family: Any, steps: int) -> Path:
             "kv_cache_gib": 0.2,
             "enforce_eager": True,
         },
-        "reward": {"functions": [{"name": "math"}, {"name": "format", "weight": 0.1}], "num_workers": 1},
+        "reward": {
+            "functions": [{"name": "math"}, {"name": f"{Path(__file__).resolve()}:lower_case"}],
+            "num_workers": 1,
+        },
         "algorithm": {"kl": {"placement": "loss", "coefficient": 0.001}},
         "learner": {"num_workers": 2, "max_tokens_per_microbatch": 2048, "epochs": 2, "optimizer": {"lr": 1e-5}},
         "sync": {"probe_every": 5},

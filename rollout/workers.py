@@ -24,6 +24,7 @@ from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, S
 
 _CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
 _HEALTH_TIMEOUT_S = 90.0  # over the engine's own limit (`VLLMEngine`, 60 s), which a long step may need
+_SHUTDOWN_TIMEOUT_S = 30.0  # for an engine to end in order
 
 DecodeResponse = Callable[[Sequence[int], Sequence[int]], tuple[str, str]]  # (prompt_ids, token_ids) -> (text, answer)
 EngineParts = tuple[RolloutEngine, DecodeResponse]
@@ -289,8 +290,9 @@ class RolloutPool:
                 f"rollout workers {lost} are lost and rollout.max_restarts {self._config.max_restarts} is used up; "
                 "see the workers' logs for the cause"
             )
+        # In order, where they still can: an engine's memory and files are then free when its successor starts.
+        _end_workers([self.workers[index] for index in lost])
         for index in lost:
-            end_actors([self.workers[index]])
             self.workers[index] = self._start_worker(index)
         starts = [self.workers[index].start.remote() for index in lost]
         self._wait(starts, "start again", "start_timeout_s", members=lost)
@@ -309,12 +311,17 @@ class RolloutPool:
         timeout_s = getattr(self._config, setting) * waves
         return _CREW.wait(calls, what, timeout_s=timeout_s, setting=name, members=members)
 
-    def shutdown(self, timeout_s: float = 30.0) -> None:
+    def shutdown(self) -> None:
         """End the engines, then the actors. Never raises: it runs while other errors are on their way out."""
-        calls: list[Any] = [worker.shutdown.remote() for worker in self.workers]
-        ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
-        end_actors(self.workers)
+        _end_workers(self.workers)
         self.workers = []
+
+
+def _end_workers(workers: Sequence[ActorHandle]) -> None:
+    calls: list[Any] = [worker.shutdown.remote() for worker in workers]
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=_SHUTDOWN_TIMEOUT_S)
+    end_actors(workers)
 
 
 def _is_well(check: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ PROMPTS = tuple(Prompt(f"p{i}", tuple(range(i + 1)), text=str(i)) for i in range
 
 
 def builder(index, faults):
-    """What makes worker `index`; `faults` says what is wrong with which worker."""
-    fault = faults.get(index)
+    """What makes worker `index`; `faults` says what is wrong with which worker, and where they note their "ends"."""
+    fault, ends = faults.get(index), faults.get("ends")
 
     def build():  # a function in a function travels as it is; the workers cannot import this file
         class Engine:
@@ -57,7 +58,9 @@ def builder(index, faults):
                     raise RolloutError("no progress")
 
             async def shutdown(self):
-                pass
+                if ends is not None:
+                    with Path(ends).open("a") as file:
+                        file.write(f"{index} {fault}\n")
 
         return Engine(), lambda prompt, ids: ("", "")
 
@@ -176,6 +179,15 @@ def test_a_start_that_fails_is_told_at_once_and_leaves_no_actor(pools):
     for worker in pools.started:
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(worker.__ray_ready__.remote(), timeout=20)
+
+
+def test_a_lost_engine_ends_in_order_where_its_worker_still_can(pools, tmp_path):
+    ends = tmp_path / "ends"
+    pool = pools.make(2, {0: "hangs", "ends": str(ends)}, timeout_s=2)
+    with pytest.raises(RolloutError):
+        pool.generate(PROMPTS, group_size=1, step=0)
+    assert pool.replace_lost_workers() == 1
+    assert ends.read_text() == "0 hangs\n"
 
 
 def test_restarts_are_used_up(pools):

@@ -206,6 +206,15 @@ def test_a_reward_that_raises_ends_the_run_with_its_own_exit_code(tmp_path):
     assert command.files_left() == []
 
 
+def engine_of(worker):
+    """(the engine core of a rollout worker on this machine, the directory of its sockets)"""
+    pid = ray.get(worker.__ray_call__.remote(lambda self: os.getpid()))
+    (core,) = [c for c in psutil.Process(pid).children() if "EngineCore" in c.cmdline()[0]]
+    sockets = Path(core.environ()["FLEDGE_ENGINE_SOCKETS"])
+    assert sockets.is_dir()
+    return core, sockets
+
+
 @pytest.mark.processes
 def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
     held_out = tmp_path / "held_out.jsonl"
@@ -228,8 +237,10 @@ def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
         assert result.workers["rollout/worker_restarts"] == 1
         assert 0.1 < result.workers["rollout/memory_peak_gib"] < 20
 
-        ray.kill(second)
+        core, sockets = engine_of(second)
+        core.kill()  # the worker lives, and removes what its engine leaves
         assert run._evaluate("after_a_loss")["eval/sums/prompts"] == 4
+        assert not sockets.exists()
 
         ray.kill(loop.rollout_pool.workers[0])
         assert loop.sync_weights().policy_version == 1
