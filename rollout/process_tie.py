@@ -8,14 +8,15 @@ loads them after it has shaken hands with the front end; one whose owner ends ea
 vLLM's sockets are files, three an engine, which it leaves in the temporary directory: even after an orderly end the
 process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
 the owner was killed, the engine's processes do. The same goes for the file over which an engine's workers meet, and for
-the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it. Where everything is killed at
-once, and where an engine fails to start, some of it stays.
+the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it. Where everything was killed at
+once, the next engine that starts on the machine removes what was left: an owner holds a lock while it lives.
 
 Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import shutil
@@ -23,25 +24,47 @@ import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
 SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
 _MEETING_VARIABLE = "FLEDGE_ENGINE_MEETING"  # in a worker: the file over which the engine's workers met
 _SHARED_MEMORY = Path("/dev/shm")
+_LOCK = "engine"  # in the directory of the sockets; holds the path of the meeting file
 
 
 class EngineFiles:
     """What an engine leaves on disk and in shared memory."""
 
-    def __init__(self, sockets: TemporaryDirectory[str]) -> None:
-        self._sockets = sockets
-        self.meeting = ""  # from a worker's `note_meeting`, once there is one
+    def __init__(self, base: str | None) -> None:
+        self._sockets = TemporaryDirectory(prefix="fledge-", dir=base, ignore_cleanup_errors=True)
+        self.directory = self._sockets.name
+        unlocked = Path(self.directory, f"{_LOCK}-new")
+        self._lock = unlocked.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(Path(self.directory, _LOCK))  # never seen unlocked while this process lives
+        self._meeting = ""
+
+    def note_meeting(self, path: str) -> None:
+        """From a worker's `note_meeting`."""
+        self._meeting = path
+        self._lock.write(path)
+        self._lock.flush()
 
     def cleanup(self) -> None:
         """Remove all of it, when the engine has ended."""
         self._sockets.cleanup()
-        _remove_meeting(self.meeting)
+        _remove_meeting(self._meeting)
+        self._lock.close()
+
+
+def remove_left(base: str) -> None:
+    """Remove what engines in this directory have left whose owners are gone."""
+    for path in Path(base).glob(f"fledge-*/{_LOCK}"):
+        with suppress(OSError), path.open() as lock:  # another user's, or the owner lives and holds it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_meeting(lock.read())
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def note_meeting(init_method: str) -> str:
@@ -69,9 +92,10 @@ def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
     base = environment.get("VLLM_RPC_BASE_PATH")
     if base == environment.get(SOCKETS_VARIABLE):  # of an engine that this process had before
         base = None
-    sockets = TemporaryDirectory(prefix="fledge-", dir=base, ignore_cleanup_errors=True)
-    environment[SOCKETS_VARIABLE] = environment["VLLM_RPC_BASE_PATH"] = sockets.name
-    return EngineFiles(sockets)
+    remove_left(base or gettempdir())
+    files = EngineFiles(base)
+    environment[SOCKETS_VARIABLE] = environment["VLLM_RPC_BASE_PATH"] = files.directory
+    return files
 
 
 def tie_to_owner() -> None:

@@ -92,7 +92,8 @@ class VLLMEngine:
                 trained=self._trained,
             )
             self._llm = llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-            self._files.meeting, *_ = await llm.collective_rpc("fledge_note_meeting")
+            meeting, *_ = await llm.collective_rpc("fledge_note_meeting")
+            self._files.note_meeting(meeting)
         except Exception as error:
             self._files.cleanup()
             raise RolloutError(

@@ -66,13 +66,47 @@ def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path:
     directories.append(Path(environment["VLLM_RPC_BASE_PATH"]))
     assert [directory.is_dir() for directory in directories] == [False, True]
     others, left = left_by_vllm(tmp_path), left_by_vllm(tmp_path)
-    second.meeting = note_meeting(f"file://{left[0]}")
+    second.note_meeting(note_meeting(f"file://{left[0]}"))
     second.cleanup()
     assert not any(path.exists() for path in (*directories, *left))
     assert all(path.exists() for path in others)
     assert note_meeting("tcp://127.0.0.1:1") == ""  # which also forgets the one above, in this process
     for path in others:
         path.unlink()
+
+
+def test_what_was_left_where_everything_was_killed_is_removed_by_the_next_owner(tmp_path: Path) -> None:
+    script = """
+import os, sys, time
+from rollout.process_tie import own
+files = own(os.environ)
+files.note_meeting(sys.argv[1])
+print(files.directory, flush=True)
+time.sleep(60)
+"""
+    lefts = [left_by_vllm(tmp_path), left_by_vllm(tmp_path)]
+    environment = os.environ | {"VLLM_RPC_BASE_PATH": str(tmp_path)}
+    owners = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(left[0])], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for left in lefts
+    ]
+    directories = [Path(owner.stdout.readline().strip()) for owner in owners if owner.stdout is not None]
+    (tmp_path / "fledge-of-somebody-else").mkdir()
+    owners[0].kill()
+    owners[0].wait()
+    try:
+        assert all(directory.is_dir() for directory in directories)
+        own({"VLLM_RPC_BASE_PATH": str(tmp_path)}).cleanup()
+        assert [directory.exists() for directory in directories] == [False, True], "the second owner lives"
+        assert [any(path.exists() for path in left) for left in lefts] == [False, True]
+    finally:
+        owners[1].kill()
+        owners[1].wait()
+    own({"VLLM_RPC_BASE_PATH": str(tmp_path)}).cleanup()
+    assert not any(path.exists() for left in lefts for path in left)
+    assert [path.name for path in tmp_path.iterdir()] == ["fledge-of-somebody-else"]
 
 
 def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
