@@ -4,7 +4,8 @@
 
 Everything recurs many times: steps, syncs, probes, evaluations, checkpoints, samples on disk. Each process of the run
 is looked at every few seconds; its second quarter of the time is compared with its last, so that the warm-up is out.
-Fails if something grew by more than `LIMITS` allow, or if the run left a process or a file in shared memory behind.
+Fails if something grew by more than `LIMITS` allow, or if the run left a process behind, or anything in shared memory,
+or an engine's sockets in the temporary directory. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import psutil
 import yaml
 
 PERIOD_S = 3.0
-SHARED_MEMORY = Path("/dev/shm")
+PLACES = ((Path("/dev/shm"), "*"), (Path(tempfile.gettempdir()), "fledge-engine-*"))
 
 
 class Usage(NamedTuple):
@@ -87,13 +88,17 @@ def role(process: psutil.Process) -> str:
     return " ".join(names)[:43]
 
 
-def look(root: psutil.Process, history: dict[tuple[int, str], list[tuple[float, Usage]]]) -> None:
+def look(root: psutil.Process, history: dict[tuple[psutil.Process, str], list[tuple[float, Usage]]]) -> None:
     for process in [root, *root.children(recursive=True)]:
         try:
             usage = Usage(process.memory_full_info().uss / 2**20, process.num_fds(), process.num_threads())
-            history[process.pid, role(process)].append((time.monotonic(), usage))
-        except psutil.NoSuchProcess:
+            history[process, role(process)].append((time.monotonic(), usage))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended; a zombie has no files to be counted
             continue
+
+
+def left_in_places() -> set[Path]:
+    return {path for place, pattern in PLACES for path in place.glob(pattern)}
 
 
 def growth(points: list[tuple[float, Usage]], start: float, end: float) -> tuple[Usage, Usage] | None:
@@ -108,40 +113,49 @@ def growth(points: list[tuple[float, Usage]], start: float, end: float) -> tuple
 
 def soak(folder: Path, family: str, steps: int, overrides: list[str]) -> bool:
     """Whether nothing grew and nothing was left behind."""
-    shared_before = set(SHARED_MEMORY.iterdir())
+    places_before = left_in_places()
     config = write_config(folder, family, steps)
     command = [sys.executable, "-m", "launch.cli", "train", str(config), *overrides]
-    history: dict[tuple[int, str], list[tuple[float, Usage]]] = defaultdict(list)
+    history: dict[tuple[psutil.Process, str], list[tuple[float, Usage]]] = defaultdict(list)
     metrics = folder / "run" / "metrics.jsonl"
     with (folder / "log").open("w") as log:
         run = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     start = 0.0
-    while run.poll() is None:
-        if not start and metrics.exists() and metrics.stat().st_size:
-            start = time.monotonic()  # the first step is over
-        if start:
-            look(run, history)
-        time.sleep(PERIOD_S)
+    try:
+        while run.poll() is None:
+            if not start and metrics.exists() and metrics.stat().st_size:
+                start = time.monotonic()  # the first step is over
+            if start:
+                look(run, history)
+            time.sleep(PERIOD_S)
+    finally:
+        if run.poll() is None:
+            run.terminate()
+            run.wait()
     end = max((when for points in history.values() for when, _ in points), default=0.0)
     if run.returncode != 0:
         print((folder / "log").read_text()[-4000:])
         return False
     print(f"{steps} steps in {end - start:.0f} s; own memory, files and threads in the second and the last quarter")
-    well = True
-    for (pid, name), points in sorted(history.items(), key=lambda item: item[0][1]):
+    compared, well = 0, True
+    for (process, name), points in sorted(history.items(), key=lambda item: (item[0][1], item[0][0].pid)):
         medians = growth(points, start, end)
         if medians is None:
             continue
+        compared += 1
         second, last = medians
         grew = [b - a > limit for a, b, limit in zip(second, last, LIMITS, strict=True)]
         well = well and not any(grew)
         cells = "".join(f"{a:9.0f} ->{b:6.0f}" for a, b in zip(second, last, strict=True))
-        print(f"{name:44s}{cells}{'   GREW' if any(grew) else ''}  ({pid})")
-    left = [f"process {name} ({pid})" for pid, name in history if psutil.pid_exists(pid)]
-    left += [str(path) for path in set(SHARED_MEMORY.iterdir()) - shared_before]
+        print(f"{name:44s}{cells}{'   GREW' if any(grew) else ''}  ({process.pid})")
+    _, alive = psutil.wait_procs([process for process, _ in history], timeout=10)
+    left = [f"process {name} ({process.pid})" for process, name in history if process in alive]
+    left += [str(path) for path in left_in_places() - places_before]
     for what in left:
         print(f"left behind: {what}")
-    return well and not left
+    if not compared:
+        print("the run was too short to compare anything; give it more --steps")
+    return well and not left and compared > 0
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Linear layers in float32 on CPUs with AVX-512, multiplied by oneDNN.
+"""Linear layers in float32 on AMD processors with AVX-512, multiplied by oneDNN.
 
-torch multiplies float32 with MKL, which on an AMD EPYC with AVX-512 is about half as fast as oneDNN; with AVX2 alone
+torch multiplies float32 with MKL, which keeps to AVX2 on them and is about half as fast as oneDNN; with AVX2 alone
 neither is ahead (`benchmarks/cpu_linear.py`). torch has no public name for oneDNN's product of plain tensors; the
 operator used here is the one that torch.compile lowers torch.nn.Linear to.
 
@@ -16,6 +16,7 @@ Shape legend: N rows, I inputs, O outputs.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -60,8 +61,8 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    rows: Tensor = _Linear.apply(inputs.flatten(0, -2), layer.weight, layer.bias)
-    return rows.unflatten(0, inputs.shape[:-1])
+    rows: Tensor = _Linear.apply(inputs.reshape(-1, inputs.shape[-1]), layer.weight, layer.bias)
+    return rows.view(*inputs.shape[:-1], rows.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -95,6 +96,7 @@ def _by_onednn(inputs: Tensor) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Than torch's own product, on this machine. Where torch has no MKL (ARM), its own is another one already."""
+    """Than torch's own product: where that is MKL's, the processor is AMD's, and it has AVX-512."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return both and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return both and wide and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

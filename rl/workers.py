@@ -35,6 +35,8 @@ from rl.errors import FledgeError, LearnerError, WeightSyncError
 from rl.weight_sync.api import Transport
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
     from rl.learner import Learner
     from rl.weight_sync.sender import WeightSender
 
@@ -76,6 +78,7 @@ class LearnerWorker:
         self._rank = rank
         self._world_size = world_size
         self._spec: LearnerSpec
+        self._store: TCPStore  # that all ranks meet at, in rank 0
         self._learner: Learner
         self._sender: WeightSender | None = None
         self._receivers: list[ActorHandle] = []
@@ -244,7 +247,9 @@ class LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
         group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
         try:
-            address = group._wait([group.workers[0].host_store.remote()], "host_store", "start_timeout_s")[0]
+            address = group._wait(
+                [group.workers[0].host_store.remote()], "serve the process group's store", "start_timeout_s"
+            )[0]
             layouts = group._all("start", spec, address, setting="start_timeout_s")
         except BaseException:
             group.shutdown()

@@ -9,7 +9,8 @@ vLLM's sockets are files, three an engine, which it leaves in the temporary dire
 process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
 the owner was killed, the engine's processes do. The same goes for the file over which an engine's workers meet, and for
 the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it. Where everything was killed at
-once, the next engine that starts on the machine removes what was left: an owner holds a lock while it lives.
+once, the next engine of the same user removes what was left in the same place: an owner holds a lock while it lives.
+Of an engine that fails to start, the file over which its workers meet stays.
 
 Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
@@ -21,8 +22,10 @@ import os
 import select
 import shutil
 import signal
+import stat
 import threading
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -30,20 +33,22 @@ OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by eve
 SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
 _MEETING_VARIABLE = "FLEDGE_ENGINE_MEETING"  # in a worker: the file over which the engine's workers met
 _SHARED_MEMORY = Path("/dev/shm")
-_LOCK = "engine"  # in the directory of the sockets; holds the path of the meeting file
+_PREFIX = "fledge-engine-"  # of the directory of the sockets
+_LOCK = ".fledge-engine.lock"  # in it; holds the path of the meeting file
 
 
 class EngineFiles:
     """What an engine leaves on disk and in shared memory."""
 
     def __init__(self, base: str | None) -> None:
-        self._sockets = TemporaryDirectory(prefix="fledge-", dir=base, ignore_cleanup_errors=True)
+        self._sockets = TemporaryDirectory(prefix=_PREFIX, dir=base, ignore_cleanup_errors=True)
         self.directory = self._sockets.name
+        self._meeting = ""
         unlocked = Path(self.directory, f"{_LOCK}-new")
         self._lock = unlocked.open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlocked.rename(Path(self.directory, _LOCK))  # never seen unlocked while this process lives
-        self._meeting = ""
+        with suppress(OSError):  # a file system without locks: without the name, nobody will remove the directory
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            unlocked.rename(Path(self.directory, _LOCK))  # never seen unlocked while this process lives
 
     def note_meeting(self, path: str) -> None:
         """From a worker's `note_meeting`."""
@@ -59,12 +64,16 @@ class EngineFiles:
 
 
 def remove_left(base: str) -> None:
-    """Remove what engines in this directory have left whose owners are gone."""
-    for path in Path(base).glob(f"fledge-*/{_LOCK}"):
-        with suppress(OSError), path.open() as lock:  # another user's, or the owner lives and holds it
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_meeting(lock.read())
-            shutil.rmtree(path.parent, ignore_errors=True)
+    """Remove what engines of this user have left in this directory, where their owners are gone."""
+    for directory in Path(base).glob(f"{_PREFIX}*"):
+        with suppress(OSError, ValueError):  # the owner lives and holds the lock; or it is no directory of an engine
+            status = directory.lstat()
+            if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
+                continue  # others could have put anything into it
+            with open(os.open(directory / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as lock:  # noqa: PTH123
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_meeting(lock.read())
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def note_meeting(init_method: str) -> str:
@@ -77,7 +86,7 @@ def note_meeting(init_method: str) -> str:
 def _remove_meeting(path: str) -> None:
     if not path:
         return
-    for left in (Path(path), *_SHARED_MEMORY.glob(f"{Path(path).name}-*")):
+    for left in (Path(path), *_SHARED_MEMORY.glob(f"{escape(Path(path).name)}-*")):
         with suppress(OSError):  # what cannot be removed must not keep an engine alive, or hide why one ended
             left.unlink()
 
@@ -86,7 +95,7 @@ def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
     """Declare this process the owner of every engine process that it starts with `environment`.
 
     Returns the engine's files; `cleanup` them when the engine has ended. Its sockets are in VLLM_RPC_BASE_PATH,
-    or TMPDIR; their paths must be short: a socket's has at most 107 characters, of which 53 are ours and vLLM's.
+    or TMPDIR; their paths must be short: a socket's has at most 107 characters, of which 60 are ours and vLLM's.
     """
     environment[OWNER_VARIABLE] = f"{os.getpid()}:{_start_time(os.getpid())}"
     base = environment.get("VLLM_RPC_BASE_PATH")

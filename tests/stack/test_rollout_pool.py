@@ -19,8 +19,8 @@ PROMPTS = tuple(Prompt(f"p{i}", tuple(range(i + 1)), text=str(i)) for i in range
 
 
 def builder(index, faults):
-    """What makes worker `index`; `faults` says what is wrong with which worker, and where they note their "ends"."""
-    fault, ends = faults.get(index), faults.get("ends")
+    """What makes worker `index`; `faults` says what is wrong with which worker, and where they note their "lives"."""
+    fault, lives = faults.get(index), faults.get("lives")
 
     def build():  # a function in a function travels as it is; the workers cannot import this file
         class Engine:
@@ -28,7 +28,13 @@ def builder(index, faults):
 
             drawn = 0
 
+            def note(self, what):
+                if lives is not None:
+                    with Path(lives).open("a") as file:
+                        file.write(f"{index} {what}\n")
+
             async def start(self):
+                self.note("starts")
                 if fault == "no start":
                     raise RolloutError(f"rollout engine {index} did not start: no memory")
                 if fault == "slow start":
@@ -58,9 +64,7 @@ def builder(index, faults):
                     raise RolloutError("no progress")
 
             async def shutdown(self):
-                if ends is not None:
-                    with Path(ends).open("a") as file:
-                        file.write(f"{index} {fault}\n")
+                self.note("ends")
 
         return Engine(), lambda prompt, ids: ("", "")
 
@@ -181,13 +185,13 @@ def test_a_start_that_fails_is_told_at_once_and_leaves_no_actor(pools):
             ray.get(worker.__ray_ready__.remote(), timeout=20)
 
 
-def test_a_lost_engine_ends_in_order_where_its_worker_still_can(pools, tmp_path):
-    ends = tmp_path / "ends"
-    pool = pools.make(2, {0: "hangs", "ends": str(ends)}, timeout_s=2)
+def test_a_lost_engine_ends_in_order_before_the_next_one_starts(pools, tmp_path):
+    lives = tmp_path / "lives"
+    pool = pools.make(1, {0: "hangs", "lives": str(lives)}, timeout_s=2)
     with pytest.raises(RolloutError):
         pool.generate(PROMPTS, group_size=1, step=0)
     assert pool.replace_lost_workers() == 1
-    assert ends.read_text() == "0 hangs\n"
+    assert lives.read_text().splitlines() == ["0 starts", "0 ends", "0 starts"]
 
 
 def test_restarts_are_used_up(pools):

@@ -238,7 +238,7 @@ def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
         assert 0.1 < result.workers["rollout/memory_peak_gib"] < 20
 
         core, sockets = engine_of(second)
-        core.kill()  # the worker lives, and removes what its engine leaves
+        core.kill()  # and its worker lives
         assert run._evaluate("after_a_loss")["eval/sums/prompts"] == 4
         assert not sockets.exists()
 

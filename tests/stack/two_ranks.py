@@ -19,7 +19,6 @@ def meeting() -> Iterator[dict[str, str]]:
     """The environment of ranks that meet at a store that is served here, so that no other program can take its port."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    del store
 
 
 def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:

@@ -71,24 +71,31 @@ def test_outputs_and_gradients_are_those_of_the_layer(
 def test_a_frozen_layer_and_constant_inputs_get_no_gradient() -> None:
     _, layer = _twins(8, 4, bias=True)
     layer.weight.requires_grad_(False)
-    x = torch.randn(3, 8)
+    x = torch.randn(5, 8)
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert x.grad is None
-    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 3.0))
+    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 5.0))
 
 
 def test_the_weight_of_the_backward_pass_is_the_one_that_the_layer_has_then() -> None:
     """ZeRO-3 frees a weight after the forward pass and gathers it into new storage before the backward pass."""
     _, layer = _twins(8, 4, bias=False)
-    x = torch.randn(3, 8, requires_grad=True)
+    x = torch.randn(5, 8, requires_grad=True)
     output = layer(x)
     whole = layer.weight.data
     layer.weight.data = torch.empty(0)
     layer.weight.data = whole.clone()
     output.sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, whole.sum(0).expand(3, 8), **CLOSE)
+    torch.testing.assert_close(x.grad, whole.sum(0).expand(5, 8), **CLOSE)
+
+
+def test_one_row_without_a_batch() -> None:
+    plain, replaced = _twins(8, 4, bias=True)
+    x = torch.randn(8)
+    torch.testing.assert_close(replaced(x), plain(x), **CLOSE)
+    assert replaced(torch.randn(0, 8)).shape == (0, 4)
 
 
 def test_no_rows_and_strided_rows() -> None:

@@ -93,7 +93,7 @@ time.sleep(60)
         for left in lefts
     ]
     directories = [Path(owner.stdout.readline().strip()) for owner in owners if owner.stdout is not None]
-    (tmp_path / "fledge-of-somebody-else").mkdir()
+    strange = unlike_an_engine(tmp_path, left_by_vllm(tmp_path)[0])
     owners[0].kill()
     owners[0].wait()
     try:
@@ -106,7 +106,23 @@ time.sleep(60)
         owners[1].wait()
     own({"VLLM_RPC_BASE_PATH": str(tmp_path)}).cleanup()
     assert not any(path.exists() for left in lefts for path in left)
-    assert [path.name for path in tmp_path.iterdir()] == ["fledge-of-somebody-else"]
+    assert set(strange) <= set(tmp_path.rglob("*"))
+
+
+def unlike_an_engine(base: Path, precious: Path) -> list[Path]:
+    """Directories that look like an engine's, but are not to be removed or believed."""
+    kinds = ("open", "binary", "pipe", "link", "none")
+    directories = {kind: base / f"fledge-engine-{kind}" for kind in kinds}
+    for kind, directory in directories.items():
+        directory.mkdir(mode=0o755 if kind == "open" else 0o700)
+    locks = {kind: directory / ".fledge-engine.lock" for kind, directory in directories.items()}
+    locks["open"].write_text(str(precious))  # anybody who may write to the base could have made it
+    locks["binary"].write_bytes(b"\xff\x00")
+    os.mkfifo(locks["pipe"])
+    locks["link"].symlink_to(precious)
+    (base / "fledge-engine-file").write_text("a file")
+    del directories["pipe"]  # may go; it must not be waited for
+    return [*directories.values(), base / "fledge-engine-file", precious]
 
 
 def test_child_of_an_owner_that_is_gone_ends_at_once() -> None:
