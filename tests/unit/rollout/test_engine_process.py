@@ -93,7 +93,9 @@ time.sleep(60)
         for left in lefts
     ]
     directories = [Path(owner.stdout.readline().strip()) for owner in owners if owner.stdout is not None]
-    strange = unlike_an_engine(tmp_path, left_by_vllm(tmp_path)[0])
+    precious = tmp_path / "precious"
+    precious.write_text("of somebody")
+    strange = unlike_an_engine(tmp_path, precious)
     owners[0].kill()
     owners[0].wait()
     try:
