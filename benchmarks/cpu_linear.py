@@ -35,12 +35,14 @@ def seconds(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> tuple[float, floa
 
 
 def main() -> None:
-    from rl.cpu_linear import use_onednn
+    from rl.cpu_linear import onednn_is_faster, use_onednn
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=1900)
     arguments = parser.parse_args()
+    if not onednn_is_faster():
+        sys.exit("on this machine torch's own product is kept (see rl/cpu_linear.py), so there is nothing to compare")
     torch.set_num_threads(arguments.threads)
     print(f"{torch.backends.cpu.get_cpu_capability()}, {arguments.threads} thread(s), {arguments.rows} rows; GFLOP/s")
     print(f"{'inputs x outputs':18s}{'torch, both passes':>22s}{'oneDNN, both passes':>22s}{'ratio':>8s}")

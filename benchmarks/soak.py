@@ -24,6 +24,8 @@ import psutil
 import yaml
 
 PERIOD_S = 3.0
+# A random model gets some of it, so that every step moves the weights.
+DENSE_REWARD = f"{Path(__file__).resolve().with_name('step_time.py')}:reward"
 PLACES = ((Path("/dev/shm"), "*"), (Path(tempfile.gettempdir()), "fledge-engine-*"))
 
 
@@ -37,12 +39,6 @@ class Usage(NamedTuple):
 
 # What the last quarter may have more than the second. Allocators keep what a longer batch once took.
 LIMITS = Usage(mib=32, files=8, threads=4)
-
-
-def lower_case(completions: list[Any], **_: Any) -> list[float]:
-    """The share of lower-case letters: a reward that a random model gets some of, so that every step moves weights."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [sum(letter.islower() for letter in text) / max(len(text), 1) for text in texts]
 
 
 def write_config(folder: Path, family: Any, steps: int) -> Path:
@@ -65,7 +61,7 @@ def write_config(folder: Path, family: Any, steps: int) -> Path:
             "enforce_eager": True,
         },
         "reward": {
-            "functions": [{"name": "math"}, {"name": f"{Path(__file__).resolve()}:lower_case"}],
+            "functions": [{"name": "math"}, {"name": DENSE_REWARD}],
             "num_workers": 1,
         },
         "algorithm": {"kl": {"placement": "loss", "coefficient": 0.001}},
