@@ -153,6 +153,7 @@ class Controller:
         self.group_size = group_size
         self.report = report
         self.policy_version: int | None = None  # of the weights that the rollout workers serve
+        self.steps_learned = 0  # steps that are in the learners' weights, also where what follows in a step fails
 
     def sync_weights(self) -> WeightVersion:
         """Send the learners' weights to the rollout workers and serve them."""
@@ -193,6 +194,7 @@ class Controller:
         clock.lap("annotate")
         batch = self.build_train_batch(scored, annotations)
         update = self.learners.update(batch)
+        self.steps_learned = step + 1
         clock.lap("update")
         weights = self.sync_weights()
         clock.lap("sync")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from rl.checkpoint import LEARNER, CheckpointStore
 from rl.controller import Controller, StepResult
-from rl.errors import WeightSyncError
+from rl.errors import FledgeError, RewardError, RolloutError, WeightSyncError
 from rl.evaluation import Evaluator
 from rl.metrics import MetricSink, read_metrics, step_metrics
 from rl.probe import AgreementBounds, WeightProbe
@@ -68,6 +68,8 @@ class TrainingRun:
         self._open_sinks = open_sinks
         self._last_row = -1  # step of the last row of an earlier life that stands
         self._owed: dict[str, float] | None = None  # metrics of the step before `next_step`, which has no whole row
+        self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` says beside the learners' part
+        self._saved_step = 0
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint; False when there is none.
@@ -81,7 +83,7 @@ class TrainingRun:
         state = found.state
         self.controller.learners.load_checkpoint(found.path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
-        self.next_step = self._last_row = int(state["step"])
+        self.next_step = self._last_row = self._saved_step = self.controller.steps_learned = int(state["step"])
         if "metrics" in state and not self._row_is_whole(self.next_step):
             self._last_row, self._owed = self.next_step - 1, state["metrics"]
         self.display.message(found.describe())
@@ -106,6 +108,9 @@ class TrainingRun:
             while self.next_step < plan.total_steps:
                 metrics = self._step(sinks)
             return metrics
+        except (RolloutError, RewardError):
+            self._save_what_was_learned()
+            raise
         finally:
             for sink in sinks:
                 sink.close()
@@ -123,9 +128,10 @@ class TrainingRun:
         if self.probe.due():
             metrics |= self.controller.surviving_losses(lambda: self._probe(result))
         self.next_step += 1
+        self._state = {"metrics": dict(metrics), "prompt_source": self.controller.prompt_source.state_dict()}
         done = self.next_step
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
-            self._save(metrics)  # before the evaluation, so that one which fails costs no step
+            self._save(done, self._state)  # before the evaluation, so that one which fails costs no step
         return self._evaluate_and_record(sinks, metrics)
 
     def _evaluate_and_record(self, sinks: Sequence[MetricSink], metrics: dict[str, float]) -> dict[str, float]:
@@ -192,10 +198,21 @@ class TrainingRun:
         for sink in sinks:
             sink.write(step, metrics)
 
-    def _save(self, metrics: Mapping[str, float]) -> None:
-        state: dict[str, Any] = {
-            "metrics": dict(metrics),
-            "prompt_source": self.controller.prompt_source.state_dict(),
-        }
-        path = self.checkpoints.save(self.next_step, state, self.controller.learners.save_checkpoint)
+    def _save(self, step: int, state: Mapping[str, Any]) -> None:
+        path = self.checkpoints.save(step, state, self.controller.learners.save_checkpoint)
+        self._saved_step = step
         self.display.message(f"checkpoint {path}")
+
+    def _save_what_was_learned(self) -> None:
+        """Where rollouts or rewards fail for good, the learners are well, and what they learned since the last
+        checkpoint is kept. A step that failed after its update is in it, without its row."""
+        step = self.controller.steps_learned
+        if step == self._saved_step:
+            return
+        state = self._state
+        if step != self.next_step:
+            state = {"prompt_source": self.controller.prompt_source.state_dict()}
+        try:
+            self._save(step, state)
+        except (FledgeError, OSError) as error:  # not in the place of what ended the run
+            self.display.message(f"the steps since the last checkpoint could not be saved: {error}")

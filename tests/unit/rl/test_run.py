@@ -13,7 +13,7 @@ from rl.batch import RolloutBatch
 from rl.checkpoint import CheckpointStore, read_state
 from rl.config import CurriculumConfig, DynamicSamplingConfig
 from rl.data_shaping import PassRateCurriculum
-from rl.errors import CheckpointError, RolloutError, WeightSyncError
+from rl.errors import CheckpointError, RewardError, RolloutError, WeightSyncError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, read_metrics
 from rl.probe import AgreementBounds, WeightProbe
@@ -174,6 +174,74 @@ def raise_(error):
     raise error
 
 
+class FailingRewards(FakeRewardPool):
+    """Scores so many batches, then never again."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__(frozenset({"p0", "p3"}))
+        self.good = good
+
+    def score(self, rollouts, *, earlier=()):
+        self.good -= 1
+        if self.good < 0:
+            raise RewardError("the reward fails on every sample")
+        return super().score(rollouts, earlier=earlier)
+
+
+def test_rewards_that_fail_for_good_cost_no_step_that_was_learned(tmp_path):
+    shaped_run(tmp_path / "straight", 6).execute()
+    run = shaped_run(tmp_path / "failed", 6, checkpoint_every=0, rewards=FailingRewards(good=7))
+    with pytest.raises(RewardError):
+        run.execute()
+    rows = len(read_metrics(tmp_path / "failed"))
+    assert 0 < rows < 6
+    (saved,) = (tmp_path / "failed" / "checkpoints").iterdir()
+    assert saved.name == f"step_{rows:06d}"
+    assert f"checkpoint {saved}" in run.display.messages
+
+    resumed = shaped_run(tmp_path / "failed", 6)
+    assert resumed.restore()
+    resumed.execute()
+    assert drawn(tmp_path / "failed") == drawn(tmp_path / "straight"), "the failed step drew its prompts again"
+
+
+@pytest.mark.parametrize("good, expected", [(0, []), (2, [2])])
+def test_what_is_on_disk_or_was_never_learned_is_not_saved_again(tmp_path, good, expected):
+    saves = []
+    for resumes in (False, True):
+        run = make_run(tmp_path, shaping={"rewards": FailingRewards(0 if resumes else good)})
+        assert run.restore() == (resumes and good > 0)
+        run.checkpoints.save = lambda *args, save=run.checkpoints.save: saves.append(args[0]) or save(*args)
+        with pytest.raises(RewardError):
+            run.execute()
+        assert saves == expected
+
+
+def test_a_step_whose_sync_fails_for_good_is_kept_without_its_row(tmp_path):
+    class DiesInTheThirdSync(EvalPool):
+        def load_weights(self, version):
+            if version.policy_version == 3:
+                raise RolloutError("rollout workers [0] are lost and rollout.max_restarts 0 is used up")
+            super().load_weights(version)
+
+    with pytest.raises(RolloutError, match="used up"):
+        make_run(tmp_path, pool=DiesInTheThirdSync()).execute()
+    learners, source = FakeLearners(), FakePromptSource()
+    run = make_run(tmp_path, learners=learners, source=source)
+    assert run.restore()
+    assert (run.next_step, learners.version, source.drawn) == (3, 3, 6)
+    run.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 4]
+
+
+def test_a_save_that_fails_does_not_hide_what_ended_the_run(tmp_path):
+    run = make_run(tmp_path, checkpoint_every=0, shaping={"rewards": FailingRewards(1)})
+    run.checkpoints.save = lambda *args: raise_(OSError("no space left"))
+    with pytest.raises(RewardError):
+        run.execute()
+    assert run.display.messages[-1] == "the steps since the last checkpoint could not be saved: no space left"
+
+
 def test_a_resumed_run_continues_where_the_checkpoint_was(tmp_path):
     make_run(tmp_path, total_steps=3).execute()  # the last step always saves
     learners, source = FakeLearners(), FakePromptSource()
@@ -184,16 +252,16 @@ def test_a_resumed_run_continues_where_the_checkpoint_was(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def shaped_run(run_dir: Path, total_steps: int) -> TrainingRun:
+def shaped_run(run_dir: Path, total_steps: int, *, rewards=None, **plan) -> TrainingRun:
     """Dynamic sampling over a curriculum: what is drawn depends on everything that was scored before."""
     curriculum = PassRateCurriculum(CurriculumConfig())
     source = CurriculumSource(PromptSource(PROMPTS, shuffle=True, seed=1), curriculum, seed=1)
     shaping = {
-        "rewards": FakeRewardPool(frozenset({"p0", "p3"})),
+        "rewards": rewards or FakeRewardPool(frozenset({"p0", "p3"})),
         "dynamic_sampling": DynamicSamplingConfig(max_rounds=2),
         "curriculum": curriculum,
     }
-    return make_run(run_dir, total_steps=total_steps, source=source, shaping=shaping)
+    return make_run(run_dir, total_steps=total_steps, source=source, shaping=shaping, **plan)
 
 
 def drawn(run_dir: Path) -> list[tuple[list[str], float]]:
