@@ -154,6 +154,7 @@ class Controller:
         self.report = report
         self.policy_version: int | None = None  # of the weights that the rollout workers serve
         self.steps_learned = 0  # steps that are in the learners' weights, also where what follows in a step fails
+        self.last_update: UpdateResult | None = None
 
     def sync_weights(self) -> WeightVersion:
         """Send the learners' weights to the rollout workers and serve them."""
@@ -169,7 +170,7 @@ class Controller:
 
     def surviving_losses(self, call: Callable[[], T]) -> T:
         """What `call` returns. When it fails and rollout workers are lost, they are replaced and given the weights, and
-        it is called again; a failure for another reason is raised."""
+        it is called again; a failure for another reason is raised, and one to replace them with what was lost."""
         synced = True
         while True:
             try:
@@ -180,7 +181,10 @@ class Controller:
             except BrokenSyncError:
                 raise
             except (RolloutError, WeightSyncError) as error:
-                replaced = self.rollout_pool.replace_lost_workers()
+                try:
+                    replaced = self.rollout_pool.replace_lost_workers()
+                except RolloutError as last:
+                    raise RolloutError(f"{last} (first: {error})") from error
                 if not replaced:
                     raise  # every worker answers, so trying again would fail again
                 self.report(f"{replaced} rollout worker(s) lost and replaced: {error}")
@@ -193,7 +197,7 @@ class Controller:
         annotations = self.learners.annotate(scored)
         clock.lap("annotate")
         batch = self.build_train_batch(scored, annotations)
-        update = self.learners.update(batch)
+        update = self.last_update = self.learners.update(batch)
         self.steps_learned = step + 1
         clock.lap("update")
         weights = self.sync_weights()

@@ -128,7 +128,7 @@ class TrainingRun:
         if self.probe.due():
             metrics |= self.controller.surviving_losses(lambda: self._probe(result))
         self.next_step += 1
-        self._state = {"metrics": dict(metrics), "prompt_source": self.controller.prompt_source.state_dict()}
+        self._state = self._run_state(metrics)
         done = self.next_step
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
             self._save(done, self._state)  # before the evaluation, so that one which fails costs no step
@@ -198,6 +198,9 @@ class TrainingRun:
         for sink in sinks:
             sink.write(step, metrics)
 
+    def _run_state(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        return {"metrics": dict(metrics), "prompt_source": self.controller.prompt_source.state_dict()}
+
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
         path = self.checkpoints.save(step, state, self.controller.learners.save_checkpoint)
         self._saved_step = step
@@ -205,14 +208,14 @@ class TrainingRun:
 
     def _save_what_was_learned(self) -> None:
         """Where rollouts or rewards fail for good, the learners are well, and what they learned since the last
-        checkpoint is kept. A step that failed after its update is in it, without its row."""
-        step = self.controller.steps_learned
+        checkpoint is kept. Of a step that failed after its update the metrics of the update are known."""
+        step, update = self.controller.steps_learned, self.controller.last_update
         if step == self._saved_step:
             return
-        state = self._state
-        if step != self.next_step:
-            state = {"prompt_source": self.controller.prompt_source.state_dict()}
         try:
-            self._save(step, state)
+            if step != self.next_step and update is not None:
+                self._check_agreement(update.metrics)
+                self._state = self._run_state(update.metrics)
+            self._save(step, self._state)
         except (FledgeError, OSError) as error:  # not in the place of what ended the run
             self.display.message(f"the steps since the last checkpoint could not be saved: {error}")

@@ -287,8 +287,7 @@ class RolloutPool:
         self._restarts += len(lost)
         if self._restarts > self._config.max_restarts:
             raise RolloutError(
-                f"rollout workers {lost} are lost and rollout.max_restarts {self._config.max_restarts} is used up; "
-                "see the workers' logs for the cause"
+                f"rollout workers {lost} are lost and rollout.max_restarts {self._config.max_restarts} is used up"
             )
         # In order, where they still can: an engine's memory and files are then free when its successor starts.
         _end_workers([self.workers[index] for index in lost])

@@ -114,6 +114,16 @@ def test_a_failure_that_replacing_does_not_mend_is_raised():
         loop.step(0)
 
 
+def test_why_a_worker_was_lost_is_said_also_where_none_can_take_its_place():
+    class UsedUp(FakeRolloutPool):
+        def replace_lost_workers(self) -> int:
+            raise RolloutError("rollout.max_restarts 0 is used up")
+
+    loop = controller(UsedUp(lost=1), FakeLearners())
+    with pytest.raises(RolloutError, match=r"rollout.max_restarts 0 is used up \(first: rollout worker 0 died\)"):
+        loop.surviving_losses(lambda: loop._generate(PROMPTS, 0, 0))
+
+
 def test_dynamic_sampling_generates_again_with_the_same_weights_and_new_seeds():
     pool, source = FakeRolloutPool(), FakePromptSource()
     hard = FakeRewardPool(frozenset({"p0", "p1", "p3"}))

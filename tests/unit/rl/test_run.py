@@ -217,21 +217,40 @@ def test_what_is_on_disk_or_was_never_learned_is_not_saved_again(tmp_path, good,
         assert saves == expected
 
 
-def test_a_step_whose_sync_fails_for_good_is_kept_without_its_row(tmp_path):
-    class DiesInTheThirdSync(EvalPool):
-        def load_weights(self, version):
-            if version.policy_version == 3:
-                raise RolloutError("rollout workers [0] are lost and rollout.max_restarts 0 is used up")
-            super().load_weights(version)
+class DiesInASync(EvalPool):
+    """Of one policy version, for good."""
 
+    def __init__(self, version):
+        super().__init__()
+        self.version = version
+
+    def load_weights(self, version):
+        if version.policy_version == self.version:
+            raise RolloutError("rollout workers [0] are lost and rollout.max_restarts 0 is used up")
+        super().load_weights(version)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_step_whose_sync_fails_for_good_is_kept_with_what_is_known_of_it(tmp_path, version):
     with pytest.raises(RolloutError, match="used up"):
-        make_run(tmp_path, pool=DiesInTheThirdSync()).execute()
+        make_run(tmp_path, pool=DiesInASync(version), evaluate_every=4).execute()
     learners, source = FakeLearners(), FakePromptSource()
-    run = make_run(tmp_path, learners=learners, source=source)
+    run = make_run(tmp_path, learners=learners, source=source, evaluate_every=4)
     assert run.restore()
-    assert (run.next_step, learners.version, source.drawn) == (3, 3, 6)
-    run.execute()
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 4]
+    assert (run.next_step, learners.version, source.drawn) == (version, version, 2 * version)
+    last = run.execute()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[version - 1]["learner/loss"] == 0.1
+    assert last["eval/held/pass@2"] == 1.0, "the evaluation of the last step is made up for"
+
+
+def test_an_update_that_disagreed_with_its_rollouts_is_not_kept(tmp_path):
+    run = make_run(tmp_path, learners=FakeLearners(logprob_diff=5.0), pool=DiesInASync(1))
+    with pytest.raises(RolloutError, match="used up"):
+        run.execute()
+    assert not (tmp_path / "checkpoints").exists()
+    assert "could not be saved: step 0: rollout and learner disagree" in run.display.messages[-1]
 
 
 def test_a_save_that_fails_does_not_hide_what_ended_the_run(tmp_path):
