@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,8 +141,15 @@ class CombinedReward:
                     outcome[part.label] = value if error is None else error
             yield index, parts.failure or _results_of(parts.parts, outcome)
 
-    def finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
-        """Run the parts that compare a group's responses with each other, and combine. Pure arithmetic."""
+    def finish(
+        self,
+        samples: Sequence[RewardInput],
+        results: Sequence[PartResults],
+        *,
+        compared: Callable[[], None] = lambda: None,
+    ) -> tuple[Score, ...]:
+        """Run the parts that compare a group's responses with each other, and combine. `compared` is called after each
+        group."""
         results = list(results)
         groups: dict[int, dict[Any, list[int]]] = {}  # identity of a part -> group -> its samples that use the part
         comparing: dict[int, _Part] = {}
@@ -158,6 +165,7 @@ class CombinedReward:
                 scored = [index for index in indices if results[index].status is RewardStatus.OK]
                 if scored:
                     self._score_group(part, scored, samples, results)
+                    compared()
         return tuple(self._combine(sample, result) for sample, result in zip(samples, results, strict=True))
 
     def _score_group(
@@ -339,14 +347,17 @@ def to_output(value: Any) -> RewardOutput:
     """
     if isinstance(value, RewardOutput):
         parts = {key: _finite(part, key) for key, part in value.breakdown.items()}
-        return RewardOutput(_finite(value.reward), parts, value.extracted)
+        return RewardOutput(_finite(value.reward), parts, _as_text(value.extracted))
     if isinstance(value, Mapping):
         if "score" not in value:
             raise TypeError(f'the reward returned a dict without "score"; its keys are {", ".join(map(str, value))}')
         parts = {str(k): _finite(v, str(k)) for k, v in value.items() if k not in ("score", "pred") and _is_number(v)}
-        pred = value.get("pred")
-        return RewardOutput(_finite(value["score"]), parts, None if pred is None else str(pred))
+        return RewardOutput(_finite(value["score"]), parts, _as_text(value.get("pred")))
     return RewardOutput(_finite(value))
+
+
+def _as_text(answer: Any) -> str | None:
+    return None if answer is None else str(answer)
 
 
 def _is_number(value: Any) -> bool:

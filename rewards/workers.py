@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -50,8 +51,7 @@ _ATTEMPTS = 3
 class RewardPool:
     """Reward workers, spread over the cluster.
 
-    One event loop in a thread of its own owns the workers, so `score` (blocking) and `score_async` may be used from any
-    thread or loop, at the same time. Chunks wait for an idle worker: that is the back-pressure.
+    One event loop in a thread of its own owns the workers. Chunks wait for an idle worker: that is the back-pressure.
 
     Raises:
         ConfigError, RewardError: a reward cannot be loaded, here or on a worker; before any sample is scored.
@@ -84,13 +84,6 @@ class RewardPool:
         scored = self._submit(self._score(batch)).result()
         check_error_fraction([*earlier, *scored.scores], self._config.max_error_fraction)
         return scored
-
-    async def score_async(self, batch: RolloutBatch) -> ScoredBatch:
-        """Score some rollouts, whole groups at a time, beside other calls; waits while every worker is busy.
-
-        Does not look at the share of errors: a few rollouts are too few. Call `check_error_fraction` on a step's worth.
-        """
-        return await asyncio.wrap_future(self._submit(self._score(batch)))
 
     def metrics(self) -> dict[str, float]:
         """Of the workers, so far in this run."""
@@ -142,7 +135,34 @@ class RewardPool:
         for chunk, answer in zip(chunks, answers):
             for index, result in zip(chunk, answer, strict=True):
                 results[index] = result
-        return ScoredBatch(batch, self._combined.finish(samples, results))
+        return ScoredBatch(batch, await self._finish(samples, results))
+
+    async def _finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
+        """Compare and combine, in a thread: a plugin that hangs in it must hold neither the loop nor the end of the
+        process. It cannot be ended as a scoring process can, so it ends the run."""
+        scores: concurrent.futures.Future[tuple[Score, ...]] = concurrent.futures.Future()
+        num_compared = seen = 0
+
+        def compared() -> None:
+            nonlocal num_compared
+            num_compared += 1
+
+        def run() -> None:
+            try:
+                scores.set_result(self._combined.finish(samples, results, compared=compared))
+            except BaseException as error:  # noqa: BLE001  raised where it is awaited
+                scores.set_exception(error)
+
+        threading.Thread(target=run, name="reward-groups", daemon=True).start()
+        waiting = asyncio.wrap_future(scores)
+        while not (await asyncio.wait([waiting], timeout=self._config.timeout_s))[0]:
+            if seen == num_compared:
+                raise RewardError(
+                    "a reward that compares a group's responses (score_group) has not come back within "
+                    f"reward.timeout_s {self._config.timeout_s:g}; it must be cheap (docs/rewards/writing-a-reward.md)"
+                )
+            seen = num_compared
+        return waiting.result()
 
     async def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
         """On an idle worker; a worker that is lost meanwhile is replaced, and the chunk tried again elsewhere."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import textwrap
 import time
@@ -48,6 +47,13 @@ PLUGIN = textwrap.dedent(
                 mark.touch()
                 os._exit(7)
         return float(text == ANSWER)
+
+
+    class Compare:
+        def score_group(self, samples, task_rewards):
+            if any(sample.response == "hang" for sample in samples):
+                time.sleep(600)
+            return [1.0 for _ in samples]
 
 
     def completions_reward(completions, **kwargs):
@@ -137,15 +143,6 @@ def test_a_lost_worker_is_replaced_and_its_chunk_scored_elsewhere(pool: RewardPo
     assert pool.metrics() == {"reward/worker_restarts": float(pool.num_replaced)}
 
 
-def test_many_async_calls_share_the_workers(pool: RewardPool) -> None:
-    async def score_all() -> list[float]:
-        batches = [make_batch("right", "wrong") for _ in range(12)]
-        scored = await asyncio.gather(*(pool.score_async(batch) for batch in batches))
-        return [score.reward for one in scored for score in one.scores]
-
-    assert asyncio.run(score_all()) == [1.5, 0.0] * 12
-
-
 def test_workers_hold_no_framework(pool: RewardPool) -> None:
     frameworks = {"torch", "vllm", "deepspeed", "transformers", "verl"}
     for worker in pool.worker_handles():
@@ -168,6 +165,17 @@ def test_a_batch_function_that_hangs_is_rescored_one_by_one(
         pool.close()
     assert [score.status for score in scored.scores] == [RewardStatus.OK, RewardStatus.TIMEOUT, RewardStatus.OK]
     assert scored.scores[0].reward == 1.0
+
+
+def test_a_comparison_of_a_group_that_hangs_ends_the_run(ray_cluster: None, plugin: Path) -> None:
+    functions = (RewardFunctionConfig(name="exact"), RewardFunctionConfig(name=f"{plugin}:Compare"))
+    pool = RewardPool(RewardConfig(functions=functions, num_workers=1, timeout_s=1.0))
+    try:
+        assert [score.reward for score in pool.score(make_batch("right", "wrong")).scores] == [2.0, 1.0]
+        with pytest.raises(RewardError, match="score_group.* has not come back within reward.timeout_s 1"):
+            pool.score(make_batch("right", "hang"))
+    finally:
+        pool.close()  # does not wait for it
 
 
 def test_closing_leaves_no_process_behind(ray_cluster: None) -> None:

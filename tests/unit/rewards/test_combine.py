@@ -289,6 +289,7 @@ def test_every_real_number_is_a_reward(value: Any) -> None:
 
 
 def test_verl_dicts_become_a_breakdown() -> None:
+    assert to_output(RewardOutput(1.0, extracted=["4"])).extracted == "['4']"  # type: ignore[arg-type]
     assert to_output({"score": 0.5, "acc": True, "pred": 7, "n": np.int64(3)}) == RewardOutput(
         0.5, {"acc": 1.0, "n": 3.0}, "7"
     )
