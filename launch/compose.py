@@ -36,7 +36,10 @@ from rollout.engine import RolloutEngine
 from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
 
 # What a resumed run must share with its checkpoint. How long, how often and where it runs may change.
-_LEARNER_FIXED = ("seed", "model.path", "model.dtype", "learner.num_workers", "learner.optimizer.name")
+_LEARNER_FIXED = (
+    *("seed", "model.path", "model.revision", "model.dtype"),
+    *("learner.num_workers", "learner.optimizer.name", "learner.moe.freeze_router"),
+)
 _SFT_FIXED = (*_LEARNER_FIXED, "data", "batch_size")
 _TRAIN_FIXED = (
     *(*_LEARNER_FIXED, "learner.epochs", "learner.mini_batches", "critic.path", "critic.optimizer.name"),

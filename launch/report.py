@@ -6,6 +6,7 @@ Left out: anything that needs a server or a second file.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,4 +105,5 @@ def _last_samples(run_dir: Path) -> list[dict[str, Any]]:
     files = sorted((run_dir / "samples").glob("step_*.jsonl"))
     if not files:
         return []
-    return [json.loads(line) for line in files[-1].read_text().splitlines()[:_MOST_SAMPLES]]
+    with files[-1].open() as lines:  # not `splitlines`, which also splits at U+2028 and its like within a response
+        return [json.loads(line) for line in itertools.islice(lines, _MOST_SAMPLES)]

@@ -136,12 +136,15 @@ def plan_update(
     return plan
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Literal["packed", "bucketed"]) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, layout: Literal["packed", "bucketed"], *, together: bool = False
+) -> list[list[int]]:
     """Group sequences so that no group holds more than `max_tokens` positions, padding included.
 
     bucketed: sequences of similar length together; a group of k sequences costs k times its longest one. The groups are
     the cheapest ones, where every group costs an overhead of max_tokens / 16 besides.
     packed: first-fit decreasing; a group costs the sum of its lengths.
+    together: one group where all of them fit, though several may be cheaper.
 
     Groups come longest or fullest first, so that ranks that run in lockstep meet groups of similar cost.
 
@@ -154,6 +157,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, layout: Literal["pack
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if order:
         _check_fits(lengths[order[0]], max_tokens)
+        if together and len(order) * lengths[order[0]] <= max_tokens:
+            return [order]
     return (_bucket if layout == "bucketed" else _pack)(order, lengths, max_tokens)
 
 

@@ -185,12 +185,16 @@ def _persistent_buffers(model: Any) -> dict[str, Tensor]:
 
 def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.dynamic_module_utils import custom_object_save
 
     config = model.config.to_dict()
     config.pop("quantization_config", None)  # the weights are written dequantised
     config["dtype"] = source.dtype
     config["architectures"] = [type(model).__name__]
-    type(model.config).from_dict(config).save_pretrained(directory)
+    written = type(model.config).from_dict(config)
+    if model._auto_class is not None:  # as save_pretrained does: the model's own code goes with it
+        custom_object_save(model, directory, config=written)
+    written.save_pretrained(directory)
     try:
         generation = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
     except OSError:  # the checkpoint has none

@@ -118,7 +118,7 @@ class LockstepEngine:
         sums.add_sum(f"{self.name}/skipped_steps", 0.0)
         if share.num_loss_tokens == 0:
             return  # nothing to learn on any rank; a step would still move the weights by momentum and decay
-        groups = self._groups([TokenSequence.of(s) for s in share.samples])
+        groups = self._groups([TokenSequence.of(s) for s in share.samples], together=not split_invariant)
         if not split_invariant and (len(groups) > 1 or self.world_size > 1):
             raise LearnerError(
                 f"this policy loss looks across sequences and cannot be split, but the mini-batch takes {len(groups)} "
@@ -148,16 +148,16 @@ class LockstepEngine:
         name = f"{self.name}/skipped_steps"
         return {name: totals[name] / self.world_size}
 
-    def _groups(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def _groups(self, sequences: Sequence[TokenSequence], *, together: bool = False) -> list[list[int]]:
         """Micro-batches of this rank, as many as the rank with the most has: ZeRO-3 runs in lockstep. Groups that are
-        empty run `_EMPTY`."""
+        empty run `_EMPTY`. `together`: as of `micro_batches`."""
         lengths, max_tokens = [s.num_positions for s in sequences], self.config.max_tokens_per_microbatch
         if self.layout == "shared_prefix":
             groups = shared_prefix_micro_batches(
                 [s.prompt_key for s in sequences], [len(s.prompt_ids) for s in sequences], lengths, max_tokens
             )
         else:
-            groups = micro_batches(lengths, max_tokens, self.layout)
+            groups = micro_batches(lengths, max_tokens, self.layout, together=together)
         count = torch.tensor(len(groups), device=self.device)
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
         return groups + [[] for _ in range(int(count) - len(groups))]

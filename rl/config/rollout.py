@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rl.config.types import Float, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -13,6 +13,19 @@ _ENGINE_OWN = (
     *("model", "revision", "dtype", "seed", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
     *("worker_extension_cls", "weight_transfer_config", "logprobs_mode"),
 )
+
+_LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for (`vllm.sampling_params._MAX_TEMP`)
+
+
+def _sampled_as_asked(temperature: float) -> float:
+    if 0.0 < temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"vLLM would sample at {_LEAST_TEMPERATURE} in its place; set at least that, or 0 for the likeliest token"
+        )
+    return temperature
+
+
+Temperature = Annotated[NonNegativeFloat, AfterValidator(_sampled_as_asked)]
 
 
 class RejectDegenerateConfig(Section):
@@ -32,7 +45,7 @@ class RolloutConfig(Section):
     prompts_per_step: PositiveInt = Field(32, description="groups a training step")
     group_size: PositiveInt = Field(8, description="responses a prompt")
     max_response_tokens: PositiveInt = Field(1024, description="longer responses are cut, and say so")
-    temperature: NonNegativeFloat = Field(1.0, description="of the samples to learn from")
+    temperature: Temperature = Field(1.0, description="of the samples to learn from")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
     top_k: NonNegativeInt = Field(0, description="0: every token")
     min_p: Fraction = Field(0.0, description="0: every token")
@@ -79,7 +92,7 @@ class EvaluationConfig(Section):
     at_start: bool = Field(False, description="before the first step, too")
     samples_per_prompt: PositiveInt = Field(1, description="k of avg@k and maj@k")
     pass_at: tuple[PositiveInt, ...] = Field((1,), description="each k of pass@k")
-    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    temperature: Temperature = Field(0.0, description="0: greedy")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
     top_k: NonNegativeInt = Field(0, description="0: every token")
     min_p: Fraction = Field(0.0, description="0: every token")

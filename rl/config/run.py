@@ -108,6 +108,12 @@ class TrainConfig(RunConfig):
                 f"a mini-batch of {samples // self.learner.mini_batches} samples cannot feed learner.num_workers "
                 f"{self.learner.num_workers}; raise rollout.prompts_per_step or lower learner.mini_batches"
             )
+        kl = self.algorithm.kl
+        if kl.adaptive_target is not None and kl.adaptive_horizon < samples:
+            raise ValueError(
+                f"algorithm.kl.adaptive_horizon {kl.adaptive_horizon} is under a step's {samples} samples, so the "
+                "coefficient could jump, or turn negative, in one step; set it to several steps' worth"
+            )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if self.learner.max_tokens_per_microbatch < longest:
             raise ValueError(

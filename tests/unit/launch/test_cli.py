@@ -152,6 +152,15 @@ def test_export_and_report_of_something_else(fledge, tmp_path):
     assert "metrics.jsonl, line 2, is damaged" in fledge("report", tmp_path)[1]
 
 
+def test_a_report_shows_what_models_say(fledge, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    (tmp_path / "samples").mkdir()
+    row = {"prompt": "?", "response": "one\u2028line <b>", "answer": "", "reward": 0.5, "breakdown": {}}
+    (tmp_path / "samples" / "step_000001.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert fledge("report", tmp_path)[0] == 0
+    assert "one\u2028line &lt;b&gt;" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, lambda: signal.raise_signal(signal.SIGTERM)], ids=["int", "term"])
 def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, config, monkeypatch, ends):
     def train(*_, **__):

@@ -46,6 +46,9 @@ def test_bucketed_groups_weigh_padding_against_the_overhead_of_a_group() -> None
     assert micro_batches([30, 8, 8, 7], 32, "bucketed") == [[0], [1, 2, 3]]
     assert micro_batches([6, 30, 8, 7], 160, "bucketed") == [[1], [2, 3, 0]]
     assert micro_batches([9, 10, 9, 10], 640, "bucketed") == [[1, 3, 0, 2]]
+    assert micro_batches([30, 8, 8, 7], 120, "bucketed") == [[0], [1, 2, 3]]
+    assert micro_batches([30, 8, 8, 7], 120, "bucketed", together=True) == [[0, 1, 2, 3]]
+    assert micro_batches([30, 8, 8, 7], 119, "bucketed", together=True) == [[0], [1, 2, 3]]
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(60, 200))

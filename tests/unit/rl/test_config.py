@@ -97,6 +97,8 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("critic.warmup_steps=100", "critic.warmup_steps 100 leaves no step of total_steps 100 for the policy"),
         ("critic.clip_range=0", "critic.clip_range is 0: input should be greater than 0"),
         ("critic.optimiser.lr=1", "unknown key critic.optimiser; did you mean optimizer?"),
+        ("rollout.temperature=0.005", "rollout.temperature: vLLM would sample at 0.01 in its place; set at least"),
+        ("evaluation.temperature=0.001", "evaluation.temperature: vLLM would sample at 0.01"),
         ("no_equals_sign", "override 'no_equals_sign' is not key=value"),
     ],
 )
@@ -119,6 +121,10 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
         (
             ["algorithm.kl={placement: loss, coefficient: 0.1, adaptive_horizon: 9}"],
             "kl.adaptive_horizon is set but kl.adaptive_target is not",
+        ),
+        (
+            ["algorithm.kl={placement: loss, coefficient: 0.1, adaptive_target: 0.1, adaptive_horizon: 255}"],
+            "algorithm.kl.adaptive_horizon 255 is under a step's 256 samples",
         ),
         (["algorithm.rollout_correction.lower=0.5"], "lower 0.5 has no effect with mode truncate; set mode to mask"),
         (["learner.optimizer={name: sgd, eps: 0.1}"], "eps has no effect with optimizer.name sgd"),
