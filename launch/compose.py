@@ -27,6 +27,7 @@ from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
+from rl.models import has_experts, load_config
 from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, drop_held_out, load_prompts, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
@@ -267,7 +268,8 @@ def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
 
 
 def agreement_bounds(config: TrainConfig) -> AgreementBounds:
-    return AgreementBounds.for_dtype(config.model.dtype, config.sync.probe_tolerance)
+    experts = has_experts(load_config(config.model))
+    return AgreementBounds.for_dtype(config.model.dtype, config.sync.probe_tolerance, experts=experts)
 
 
 def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:

@@ -19,7 +19,7 @@ from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
 from rl.losses.contract import check_policy_loss
-from rl.models import attention_of, load_config
+from rl.models import attention_of, has_experts, load_config
 
 
 def check_algorithm(config: TrainConfig) -> None:
@@ -83,9 +83,7 @@ def check_layout(config: RunConfig) -> None:
         )
     try:
         checkpoint = load_config(config.model)
-        if config.learner.moe.router_replay and not (
-            getattr(checkpoint, "num_experts", None) or getattr(checkpoint, "num_local_experts", None)
-        ):
+        if config.learner.moe.router_replay and not has_experts(checkpoint):
             raise ConfigError(f"learner.moe.router_replay is true, but model.path {config.model.path} has no experts")
         attention = attention_of(config.model, checkpoint, device)
         layout = resolve_layout(config.learner.layout, attention=attention, device=device)

@@ -67,6 +67,11 @@ def load_config(model: ModelConfig, path: str | None = None) -> Any:
         ) from error
 
 
+def has_experts(config: Any) -> bool:
+    """Whether a transformers configuration is of a mixture of experts."""
+    return bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+
+
 def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, path: str | None = None) -> nn.Module:
     """Load weights, partitioned over the ranks while they are read.
 

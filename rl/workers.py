@@ -82,6 +82,7 @@ class LearnerWorker:
         self._learner: Learner
         self._sender: WeightSender | None = None
         self._receivers: list[ActorHandle] = []
+        self._shares_gpu = False  # with an engine
 
     def host_store(self) -> tuple[str, int]:
         """Serve the store that the process group meets at, from now on: a port that is only looked for can be another
@@ -132,7 +133,9 @@ class LearnerWorker:
         return self._learner.annotate(list(samples), old_logprobs=old_logprobs)
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
-        return self._learner.score_logprobs(pairs)
+        logprobs = self._learner.score_logprobs(pairs)
+        self._leave_room()
+        return logprobs
 
     def update(self, shares: Sequence[MiniBatchShare]) -> UpdateResult:
         return self._learner.update(list(shares))
@@ -145,7 +148,18 @@ class LearnerWorker:
         if self._sender is None or list(receivers) != self._receivers:
             self._connect(sync, receivers)
         assert self._sender is not None
-        return self._sender.send(self._learner.policy_version)
+        self._shares_gpu = sync.transport == "ipc"
+        self._leave_room()
+        version = self._sender.send(self._learner.policy_version)
+        self._leave_room()
+        return version
+
+    def _leave_room(self) -> None:
+        """An engine on the same GPU cannot have what torch only caches here; vLLM counts on finding it free."""
+        if self._shares_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _connect(self, sync: SyncSpec, receivers: Sequence[ActorHandle]) -> None:
         import torch

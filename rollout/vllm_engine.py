@@ -78,6 +78,7 @@ class VLLMEngine:
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
         self._files = set_environment(self._model, self._rollout)
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
@@ -91,7 +92,10 @@ class VLLMEngine:
                 deterministic=self._deterministic,
                 trained=self._trained,
             )
-            self._llm = llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            # As what it is used for, it gets vLLM's large batches on GPUs: AsyncLLM alone would get 2,048 tokens.
+            self._llm = llm = await asyncio.to_thread(
+                AsyncLLM.from_engine_args, arguments, usage_context=UsageContext.LLM_CLASS
+            )
             meeting, *_ = await llm.collective_rpc("fledge_note_meeting")
             self._files.note_meeting(meeting)
         except Exception as error:

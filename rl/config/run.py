@@ -22,14 +22,14 @@ class SyncConfig(Section):
         description="shared memory on CPUs; on GPUs NCCL, or CUDA IPC where they are shared; see docs/weight-sync.md",
     )
     bucket_mib: PositiveInt = Field(256, description="of one message, or of one tensor where that is larger")
-    timeout_s: PositiveFloat = Field(300.0, description="of one message, or of a whole NCCL broadcast")
+    timeout_s: PositiveFloat = Field(300.0, description="of one message; of a whole sync between GPUs")
     probe_every: NonNegativeInt = Field(
         20, description="syncs between log-probability probes after the first; 0: never"
     )
     probe_tolerance: PositiveFloat | None = Field(
         None,
-        description="largest mean |difference| allowed; null: 1e-4 in float32, 0.05 in bfloat16. In float32 one token "
-        "may differ by ten times as much",
+        description="largest mean |difference| allowed; null: 1e-4 in float32, in bfloat16 0.1, or 0.3 with experts. "
+        "In float32 one token may differ by ten times as much",
     )
 
 

@@ -455,3 +455,11 @@ def test_a_damaged_state_says_what_to_do(tmp_path):
         (path / "state.json").write_text(text)
         with pytest.raises(CheckpointError, match="holds no run state that this version reads; remove"):
             read_state(path)
+
+
+def test_bounds_of_agreement_by_dtype_and_kind_of_model():
+    assert AgreementBounds.for_dtype("float32", experts=True) == AgreementBounds(1e-4, 1e-3)
+    assert AgreementBounds.for_dtype("float32", 1e-3).maximum == pytest.approx(1e-2)
+    dense, mixture = AgreementBounds.for_dtype("bfloat16"), AgreementBounds.for_dtype("bfloat16", experts=True)
+    assert (dense.mean, mixture.mean) == (0.1, 0.3)
+    assert AgreementBounds.for_dtype("bfloat16", 0.5, experts=True) == AgreementBounds(0.5, float("inf"))
