@@ -261,7 +261,7 @@ def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
         deterministic=config.deterministic,
         device=device,
         total_optimizer_steps=steps,
-        temperature=config.rollout.temperature or 1.0,
+        temperature=config.rollout.temperature,
         fixed_length=config.rollout.max_response_tokens,
         critic=config.critic,
     )

@@ -72,7 +72,7 @@ class Learner:
         self.policy_version = 0
         self._config, self._model_config, self._algorithm = config, model, algorithm
         self._temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
-        self._objective = PolicyObjective(algorithm, fixed_length) if algorithm else None
+        self._objective: Objective = PolicyObjective(algorithm, fixed_length) if algorithm else SupervisedObjective()
         self._policy = self._start_policy(total_optimizer_steps)
         check_layout(
             self._policy.engine, self._head, self._policy.layout, device=self.device, dtype=DTYPES[model.dtype]
@@ -97,7 +97,7 @@ class Learner:
         The policy's where `old_logprobs` asks for them, the reference's where there is a KL term. kl_coefficient is the
         adaptive one's value for this step.
         """
-        if self._algorithm is None or self._objective is None:
+        if self._algorithm is None or not isinstance(self._objective, PolicyObjective):
             raise LearnerError("annotate needs an algorithm; this learner was made for supervised training")
         tokens = [TokenSequence.of(s) for s in sequences]
         old = ref = None
@@ -119,30 +119,24 @@ class Learner:
         Raises:
             LearnerError: too many non-finite steps in a row, or samples that lack what the algorithm needs.
         """
-        if self._objective is None:
-            raise LearnerError("update needs an algorithm; this learner was made for supervised training")
         if len(mini_batches) > 1 and any(s.old_logprobs is None for share in mini_batches for s in share.samples):
             raise LearnerError(
                 f"an update of {len(mini_batches)} optimizer steps needs old_logprobs; annotate the batch first"
             )
-        result = self._run(mini_batches, self._objective)
-        if "learner/kl_ref" not in result.metrics:
+        result, objective = self._run(mini_batches), self._objective
+        if not isinstance(objective, PolicyObjective) or "learner/kl_ref" not in result.metrics:
             return result
-        used = {"learner/kl_coefficient": self._objective.kl.coefficient}
+        used = {"learner/kl_coefficient": objective.kl.coefficient}
         samples = sum(share.num_sequences for share in mini_batches) // self._config.epochs
-        self._objective.kl.update(result.metrics["learner/kl_ref"], samples)
+        objective.kl.update(result.metrics["learner/kl_ref"], samples)
         return UpdateResult(result.policy_version, {**result.metrics, **used}, result.seconds)
-
-    def sft_step(self, share: MiniBatchShare) -> UpdateResult:
-        """One supervised optimizer step: negative log-likelihood of the response tokens under the loss mask."""
-        return self._run([share], SupervisedObjective())
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write weights, optimizer, schedule and random state into `directory`, each rank its own shard."""
         state = {
             "policy_version": self.policy_version,
             "skipped_in_a_row": self._policy.skipped_in_a_row,
-            "kl_coefficient": self._objective.kl.adapted if self._objective else None,
+            "kl_coefficient": self._objective.kl.adapted if isinstance(self._objective, PolicyObjective) else None,
         }
         save_checkpoint(self._policy.engine, Path(directory), state)
 
@@ -151,7 +145,7 @@ class Learner:
         state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]
-        if self._objective is not None:
+        if isinstance(self._objective, PolicyObjective):
             self._objective.kl.restore(state["kl_coefficient"])
 
     def export_hf(self, directory: str | Path) -> None:
@@ -214,12 +208,12 @@ class Learner:
 
         return self._policy.map_tokens(sequences, forward)
 
-    def _run(self, shares: Sequence[MiniBatchShare], objective: Objective) -> UpdateResult:
+    def _run(self, shares: Sequence[MiniBatchShare]) -> UpdateResult:
         start = time.perf_counter()
         self._policy.engine.train()
         sums = MetricSums()
         for share in shares:
-            self._optimizer_step(share, objective, sums)
+            self._optimizer_step(share, sums)
         self.policy_version += 1
         seconds = time.perf_counter() - start
         sums.add_sum("learner/tokens", sum(s.num_tokens for share in shares for s in share.samples))
@@ -232,22 +226,17 @@ class Learner:
         metrics |= self._policy.skipped_steps(totals)
         return UpdateResult(policy_version=self.policy_version, metrics=metrics, seconds=seconds)
 
-    def _optimizer_step(self, share: MiniBatchShare, objective: Objective, sums: MetricSums) -> None:
+    def _optimizer_step(self, share: MiniBatchShare, sums: MetricSums) -> None:
         def micro_step(samples: Sequence[TrainSample], micro: MicroBatch) -> Tensor:
-            return self._micro_step(samples, micro, share, objective, sums)
+            return self._micro_step(samples, micro, share, sums)
 
-        self._policy.optimizer_step(share, micro_step, sums, split_invariant=objective.split_invariant)
+        self._policy.optimizer_step(share, micro_step, sums, split_invariant=self._objective.split_invariant)
 
     def _micro_step(
-        self,
-        samples: Sequence[TrainSample],
-        micro: MicroBatch,
-        share: MiniBatchShare,
-        objective: Objective,
-        sums: MetricSums,
+        self, samples: Sequence[TrainSample], micro: MicroBatch, share: MiniBatchShare, sums: MetricSums
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
-        moe = self._config.moe
+        moe, objective = self._config.moe, self._objective
         if moe.router_replay and samples and micro.routed_experts is None:
             raise LearnerError(
                 "learner.moe.router_replay is set, but the rollouts carry no routed_experts; record them in the "

@@ -20,7 +20,7 @@ from rl.run import Display
 class SupervisedLearners(Protocol):
     """The learner group, as supervised training uses it."""
 
-    def sft_step(self, batch: TrainBatch) -> UpdateResult: ...
+    def update(self, batch: TrainBatch) -> UpdateResult: ...
     def save_checkpoint(self, directory: Path) -> None: ...
     def load_checkpoint(self, directory: Path) -> None: ...
 
@@ -85,7 +85,7 @@ class SupervisedRun:
         metrics: dict[str, float] = {}
         try:
             while self.next_step < self.total_steps:
-                result = self._learners.sft_step(self._batch(self.next_step))
+                result = self._learners.update(self._batch(self.next_step))
                 metrics = {**result.metrics, "time/step_s": result.seconds}
                 self.next_step += 1
                 for sink in sinks:

@@ -140,9 +140,6 @@ class LearnerWorker:
     def update(self, shares: Sequence[MiniBatchShare]) -> UpdateResult:
         return self._learner.update(list(shares))
 
-    def sft_step(self, share: MiniBatchShare) -> UpdateResult:
-        return self._learner.sft_step(share)
-
     def publish_weights(self, sync: SyncSpec, receivers: Sequence[ActorHandle]) -> WeightVersion:
         """Send the weights to every rollout worker; a collective over the ranks."""
         if self._sender is None or list(receivers) != self._receivers:
@@ -339,16 +336,6 @@ class LearnerGroup:
                 f"or masked), in {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
                 f"{self.spec.learner.max_skipped_steps}); see the status and error fields of the last samples file"
             )
-
-    def sft_step(self, batch: TrainBatch) -> UpdateResult:
-        """One supervised optimizer step."""
-        started = time.perf_counter()
-        plan = plan_update(batch, num_ranks=len(self.workers))
-        results: list[UpdateResult] = self._wait(
-            [w.sft_step.remote(shares[0]) for w, shares in zip(self.workers, plan, strict=True)], "sft_step"
-        )
-        self.policy_version = results[0].policy_version
-        return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
 
     def publish_weights(self) -> WeightVersion:
         """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""

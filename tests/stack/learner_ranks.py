@@ -234,7 +234,7 @@ class Scenarios:
             dtype="bfloat16", algorithm=None, optimizer=OptimizerConfig(lr=3e-3), offload_optimizer=True
         )
         plan = plan_update(TrainBatch.from_samples(tuple(samples())), num_ranks=2)
-        losses = [learner.sft_step(plan[learner.rank][0]).metrics["learner/loss"] for _ in range(6)]
+        losses = [learner.update(plan[learner.rank]).metrics["learner/loss"] for _ in range(6)]
         self.results["sft"] = {"losses": losses, "dtype": str(next(learner.module.parameters()).dtype)}
         learner.close()
 

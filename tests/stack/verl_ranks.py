@@ -215,7 +215,7 @@ class Scenarios:
         }
         ours.close()
         ours = learner(self.out_dir, None, OPTIMIZER)
-        losses: list[UpdateResult] = [ours.sft_step(shares(BATCH, 1)[0]) for _ in range(2)]
+        losses: list[UpdateResult] = [ours.update(shares(BATCH, 1)) for _ in range(2)]
         self.results["learner_sft"] = {
             "losses": [result.metrics["learner/loss"] for result in losses],
             "weights": weights(ours.module),

@@ -26,7 +26,7 @@ class Learners:
 
     seen: list = field(default_factory=list)
 
-    def sft_step(self, batch):
+    def update(self, batch):
         self.seen.append([int(sample.response_ids[0]) for sample in batch.samples])
         return UpdateResult(len(self.seen), {"learner/loss": 1.0})
 
