@@ -52,8 +52,8 @@ def sequence_cost(num_tokens: int) -> float:
     return num_tokens * (1.0 + num_tokens / (6.0 * _HIDDEN_SIZE))
 
 
-def balance(samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: bool = False) -> list[list[TrainSample]]:
-    """Deal samples to ranks so that their costs are about equal: longest first, each to the least loaded rank.
+def balance(samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: bool = False) -> list[list[int]]:
+    """The places of each rank's samples, dealt so that costs are about equal: longest first, each to the least loaded.
 
     The largest load is at most 4/3 - 1/(3 num_ranks) of the best possible one (Graham 1969). Every rank gets work as
     long as there are as many samples as ranks. With `share_prefixes`, samples of one prompt stay together, which costs
@@ -74,7 +74,7 @@ def balance(samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: b
         load, rank = heapq.heappop(heap)
         shares[rank] += pieces[number]
         heapq.heappush(heap, (load + costs[number], rank))
-    return [[samples[i] for i in sorted(share)] for share in shares]
+    return [sorted(share) for share in shares]
 
 
 def _by_prompt(prompts: Sequence[bytes]) -> list[list[int]]:
@@ -89,15 +89,6 @@ def _cost_together(samples: Sequence[TrainSample]) -> float:
     """`sequence_cost` of samples that share their prompt."""
     prompt = sequence_cost(len(samples[0].prompt_ids))
     return prompt + sum(sequence_cost(s.num_tokens) - prompt for s in samples)
-
-
-def deal(
-    samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: bool = False
-) -> tuple[list[list[TrainSample]], list[list[int]]]:
-    """Balanced shares, and for each the samples' places in the whole."""
-    places = {id(sample): place for place, sample in enumerate(samples)}
-    shares = balance(samples, num_ranks, share_prefixes=share_prefixes)
-    return shares, [[places[id(sample)] for sample in share] for share in shares]
 
 
 def collect(
@@ -131,8 +122,9 @@ def plan_update(
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         for part in split_into_mini_batches(batch, mini_batches, seed=epoch_seed):
             shares = balance(part.samples, num_ranks, share_prefixes=share_prefixes)
-            for rank, samples in enumerate(shares):
-                plan[rank].append(MiniBatchShare(tuple(samples), part.num_loss_tokens, part.num_sequences))
+            for rank, share in enumerate(shares):
+                samples = tuple(part.samples[i] for i in share)
+                plan[rank].append(MiniBatchShare(samples, part.num_loss_tokens, part.num_sequences))
     return plan
 
 

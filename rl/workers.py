@@ -29,7 +29,7 @@ from rl.batch import (
     UpdateResult,
     WeightVersion,
 )
-from rl.batching import Layout, MiniBatchShare, collect, deal, plan_update
+from rl.batching import Layout, MiniBatchShare, balance, collect, plan_update
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import FledgeError, LearnerError, WeightSyncError
 from rl.weight_sync.api import Transport
@@ -293,18 +293,18 @@ class LearnerGroup:
             )
             for rollout in scored.batch.rollouts
         ]
-        shares, indices = deal(samples, len(self.workers), share_prefixes=self.share_prefixes)
+        shares = balance(samples, len(self.workers), share_prefixes=self.share_prefixes)
         parts = self._wait(
             [
-                w.annotate.remote(share, old_logprobs=self.needs_old_logprobs)
+                w.annotate.remote([samples[i] for i in share], old_logprobs=self.needs_old_logprobs)
                 for w, share in zip(self.workers, shares, strict=True)
             ],
             "annotate",
         )
         return Annotations(
-            old_logprobs=collect([p.old_logprobs for p in parts], indices, len(samples)),
-            ref_logprobs=collect([p.ref_logprobs for p in parts], indices, len(samples)),
-            values=collect([p.values for p in parts], indices, len(samples)),
+            old_logprobs=collect([p.old_logprobs for p in parts], shares, len(samples)),
+            ref_logprobs=collect([p.ref_logprobs for p in parts], shares, len(samples)),
+            values=collect([p.values for p in parts], shares, len(samples)),
             kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
         )
 
