@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from launch.environment import keep_worker_priority, quiet_frameworks, secure_ray
+from launch.environment import installed_version, keep_worker_priority, quiet_frameworks, refuse_hidden, secure_ray
 from launch.reward_commands import reward_app
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config.loading import load_config
@@ -34,6 +34,22 @@ Overrides = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in run_dir")]
 
 INTERRUPTED = 130
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fledge {installed_version('fledge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What every command shares."""
 
 
 @app.command()
@@ -98,10 +114,13 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: every known error is one message and its kind's exit code; Ctrl-C and SIGTERM end it cleanly."""
+    """Entry point: every known error is one message and its kind's exit code; Ctrl-C, SIGTERM or SIGHUP end it."""
     quiet_frameworks()
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _terminate)
     try:
+        refuse_hidden(Path.cwd())
         # Outside its standalone mode, typer turns Ctrl-C and typer.Exit into a return value; commands return nothing.
         exit_code = app(standalone_mode=False) or 0
     except FledgeError as error:
@@ -109,13 +128,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            _say(f"error: {error.format_message()}")
+            if message := error.format_message():  # without arguments the help has been shown, and there is none
+                _say(f"error: {message}")
             sys.exit(2)
         raise
     if exit_code == INTERRUPTED:
-        resumable = sys.argv[1:2] in (["train"], ["sft"])
-        kept = "; every finished step is in the run directory, and --resume goes on from the last checkpoint"
-        _say(f"interrupted{kept if resumable else ''}")
+        _say("interrupted")
     sys.exit(exit_code)
 
 

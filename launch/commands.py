@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import typer
+
 from launch.cluster import place_learners, ray_cluster, resolve_device
-from launch.compose import checkpoint_store, evaluator_of, open_sinks, start_learners, training_run
+from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
 from launch.display import ProgressDisplay
 from launch.preflight import check_checkpoint, check_layout, check_logging
-from rl.checkpoint import LEARNER
+from rl.checkpoint import LEARNER, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
+from rl.learner_checkpoint import LAST_WRITTEN
 from rl.metrics import METRICS_FILE
 from rl.prompts import load_sft_examples, load_tokenizer
+from rl.run import row_is_whole
 from rl.supervised import SupervisedRun, steps_per_epoch
 from rl.workers import LearnerSpec
 
@@ -33,8 +37,16 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
     with (
         _claimed_run_dir(config, resume=resume) as run_dir,
         ProgressDisplay(config.name, config.total_steps) as display,
-        training_run(config, display) as run,
     ):
+        exported = (MODEL, CRITIC) if config.critic is not None else (MODEL,)
+        if resume and _is_finished(config, config.total_steps, exported):
+            display.message(_nothing_to_do(run_dir, "total_steps"))
+            return {}
+        return _train(config, run_dir, display, resume=resume)
+
+
+def _train(config: TrainConfig, run_dir: Path, display: ProgressDisplay, *, resume: bool) -> dict[str, float]:
+    with training_run(config, display) as run:
         _warn_of_a_lost_run_dir(run_dir, display)
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))
@@ -60,6 +72,9 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         )
         total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
         display = stack.enter_context(ProgressDisplay(config.name, total_steps))
+        if resume and _is_finished(config, total_steps, (MODEL,)):
+            display.message(_nothing_to_do(run_dir, "epochs"))
+            return {}
         dropped = f", {examples.num_dropped_too_long} too long and dropped" if examples.num_dropped_too_long else ""
         verbatim = f", {examples.num_verbatim} encoded as they stand (docs/data.md)" if examples.num_verbatim else ""
         display.message(f"worked examples {examples.name}: {len(examples.examples)}{dropped}{verbatim}")
@@ -102,9 +117,16 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
     """`fledge eval`: score the model of the config on its evaluation data; samples and metrics go to run_dir."""
     run_dir = Path(config.run_dir)
     _make_run_dir(run_dir)
+    results = run_dir / "eval.json"
+    if results.exists():
+        raise ConfigError(
+            f"run_dir {run_dir} already holds an evaluation, of {json.loads(results.read_text())['model']}; choose "
+            "another run_dir, or remove eval.json and samples/eval_*_final.jsonl in it"
+        )
     with ProgressDisplay(config.name, 1) as display, evaluator_of(config, display) as evaluator:
         metrics = evaluator.evaluate(run_dir / "samples", "final")
-    (run_dir / "eval.json").write_text(json.dumps({"model": config.model.path, **metrics}, indent=1) + "\n")
+    (run_dir / "eval_config.yaml").write_text(to_yaml(config))
+    results.write_text(json.dumps({"model": config.model.path, **metrics}, indent=1) + "\n")
     return metrics
 
 
@@ -121,6 +143,8 @@ def export(run_dir: Path, out_dir: Path) -> Path:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        if next(out_dir.iterdir(), None) is not None:
+            raise ConfigError(f"{out_dir} holds files already; choose another folder, or remove it")
     except OSError as error:
         raise ConfigError(f"{out_dir} cannot be written: {error}; choose another folder") from error
     export_checkpoint(checkpoint / LEARNER, config.model, out_dir)
@@ -129,6 +153,22 @@ def export(run_dir: Path, out_dir: Path) -> Path:
 
 def _is_train_config(path: Path) -> bool:
     return any(line.startswith("rollout:") for line in path.read_text().splitlines())
+
+
+def _is_finished(config: TrainConfig | SftConfig, total_steps: int, exported: Sequence[str]) -> bool:
+    """Whether the newest checkpoint has every step, and every folder of `exported` was finished after it."""
+    run_dir = Path(config.run_dir)
+    newest = checkpoint_store(config, run_dir).latest()
+    if newest is None or (step := read_state(newest)["step"]) < total_steps:
+        return False
+    if isinstance(config, TrainConfig) and not row_is_whole(run_plan(config, run_dir), step):
+        return False
+    last_written = [run_dir / folder / LAST_WRITTEN for folder in exported]
+    return all(file.is_file() and file.stat().st_mtime >= newest.stat().st_mtime for file in last_written)
+
+
+def _nothing_to_do(run_dir: Path, setting: str) -> str:
+    return f"nothing to do: {run_dir} has all its steps, and {run_dir / MODEL} is theirs; raise {setting} to go on"
 
 
 def _no_checkpoint(run_dir: Path) -> str:
@@ -161,9 +201,16 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
             raise ConfigError(
                 f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
             )
+        store = checkpoint_store(config, run_dir)
         if resume:
-            checkpoint_store(config, run_dir).resume()
-        yield run_dir
+            store.resume()
+        try:
+            yield run_dir
+        except KeyboardInterrupt:
+            newest = store.latest()
+            where = f"goes on from {newest}" if newest else "starts at the beginning: there is no checkpoint yet"
+            typer.echo(f"--resume {where}", err=True)
+            raise
 
 
 def _write_config(run_dir: Path, config: TrainConfig | SftConfig) -> None:

@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_algorithm, check_checkpoint, check_layout, check_logging
+from launch.preflight import check_algorithm, check_checkpoint, check_layout, check_length, check_logging
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -177,6 +177,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     if config.algorithm.kl.reference is not None:
         check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
     check_algorithm(config)
+    check_length(config)
     check_layout(config)
     check_logging(config)
     train_prompts, eval_sets = load_data(config, display)
@@ -215,7 +216,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             report=display.message,
         )
         yield TrainingRun(
-            _plan(config, run_dir),
+            run_plan(config, run_dir),
             controller,
             checkpoints=checkpoint_store(config, run_dir),
             probe=WeightProbe(every=config.sync.probe_every, bounds=agreement_bounds(config)),
@@ -230,6 +231,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
 def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
     check_checkpoint(config.model.path, "model.path")
+    check_length(config)
     _, eval_sets = load_data(config, display, train=False)
     if not eval_sets:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")
@@ -371,7 +373,7 @@ def _comparable(rollout: RolloutConfig) -> bool:
     return rollout.top_p == 1.0 and rollout.top_k == 0 and rollout.min_p == 0.0 and rollout.temperature > 0.0
 
 
-def _plan(config: TrainConfig, run_dir: Path) -> RunPlan:
+def run_plan(config: TrainConfig, run_dir: Path) -> RunPlan:
     return RunPlan(
         run_dir=run_dir,
         total_steps=config.total_steps,

@@ -7,6 +7,9 @@ import os
 import secrets
 from pathlib import Path
 
+from rewards.loading import OWN_PACKAGES
+from rl.errors import ConfigError
+
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -36,6 +39,23 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def refuse_hidden(folder: Path) -> None:
+    """Ray's workers look for modules in the driver's working directory first, and so do scoring processes.
+
+    Raises:
+        ConfigError: something there has the name of one of Fledge's packages.
+    """
+    if (folder / "launch" / Path(__file__).name).exists():  # Fledge itself, or a job's copy of it
+        return
+    for package in OWN_PACKAGES:
+        for path in (folder / f"{package}.py", folder / package / "__init__.py"):
+            if path.exists():
+                raise ConfigError(
+                    f"{path} would hide Fledge's own package {package} from the workers; give it another name, or "
+                    "start from another directory"
+                )
 
 
 def cluster_address(configured: str | None) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,9 +63,44 @@ def check_checkpoint(path: str, key: str) -> None:
             f"{key} {path} does not exist (looked in {Path.cwd()}); give a Hugging Face checkpoint folder or a hub name"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{key} {path} has no config.json, so it is no Hugging Face checkpoint")
+        raise ConfigError(f"{key} {path} has no config.json, so it is no Hugging Face checkpoint{_of_a_run(folder)}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ConfigError(f"{key} {path} holds no weights (*.safetensors or *.bin)")
+
+
+def _of_a_run(folder: Path) -> str:
+    """What was meant where the folder is a run directory, or within one."""
+    for run in (folder, *folder.resolve().parents):
+        if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
+            if (run / "model").is_dir():
+                return f"; the model of that run is {run / 'model'}"
+            return f"; `fledge export {run} OUT_DIR` makes one of that run's newest checkpoint"
+    return ""
+
+
+def check_length(config: TrainConfig) -> None:
+    """Raise ConfigError where responses may be longer than the model's positions reach. Positions that are stretched
+    (YaRN and its like) are left to the engine to judge, and so is what rollout.engine_options says of them."""
+    try:
+        text: Any = load_config(config.model).get_text_config()
+    except LearnerError as error:
+        raise ConfigError(str(error)) from error
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some models have one a kind of layer
+    stretched = any(kind.get("rope_type", "default") != "default" for kind in kinds)
+    if limit is None or stretched or {"max_model_len", "hf_overrides"} & config.rollout.engine_options.keys():
+        return
+    for section, tokens in (
+        ("rollout", config.rollout.max_response_tokens),
+        ("evaluation", config.evaluation.max_response_tokens or 0),
+    ):
+        longest = config.data.max_prompt_tokens + tokens
+        if longest > limit:
+            raise ConfigError(
+                f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {section}.max_response_tokens {tokens} = "
+                f"{longest} is over the {limit} positions of model.path {config.model.path}; lower one of them"
+            )
 
 
 def check_layout(config: RunConfig) -> None:

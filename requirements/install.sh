@@ -36,5 +36,6 @@ if [ "$kind" = cpu ]; then
 else
     install
 fi
-.venv/bin/uv pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+.venv/bin/uv pip install --quiet --python .venv --no-deps --no-build-isolation \
+    --config-setting editable_mode=compat --editable . # a path, so that a folder rewards/ of the user's hides nothing
 touch ".venv/.installed-$kind"

@@ -25,6 +25,7 @@ from rl.errors import ConfigError, FledgeError, RewardError
 
 ENTRY_POINT_GROUP = "fledge.rewards"
 MAX_ERROR_CHARACTERS = 300
+OWN_PACKAGES = ("launch", "rewards", "rl", "rollout")  # Fledge's, at the top level
 BUILTIN_REWARDS = {
     name: f"rewards.{name}"
     for name in (
@@ -157,7 +158,11 @@ def _load_module(name: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:
-        raise RewardError(f"reward {name!r}: importing {module} failed: {describe_error(error)}") from error
+        package = module.partition(".")[0]
+        ours = (
+            f"; {package} is Fledge's own package: name a file of yours by its path" if package in OWN_PACKAGES else ""
+        )
+        raise RewardError(f"reward {name!r}: importing {module} failed: {describe_error(error)}{ours}") from error
 
 
 def _load_file(name: str, location: str) -> ModuleType:

@@ -26,6 +26,7 @@ class Crew:
     member: str  # "learner rank", say
     error: type[FledgeError]
     passing: tuple[type[FledgeError], ...] = ()  # raised by a member, these are raised here as they are
+    remedy: str = ""  # where a member is lost
 
     def wait(
         self,
@@ -71,7 +72,14 @@ class Crew:
             cause = str(error.cause) if isinstance(error.cause, FledgeError) else repr(error.cause)
             raise self.error(f"{self.member} {index} failed to {what}: {cause}") from error
         except RayError as error:  # it died, its node did, or Ray's memory monitor killed it
-            raise self.error(f"{self.member} {index} was lost before it could {what}: {error}") from error
+            raise self.error(
+                f"{self.member} {index} was lost before it could {what}: {_without_ids(error)}{self.remedy}"
+            ) from error
+
+
+def _without_ids(error: RayError) -> str:
+    """Ray's text in one line, without the identities of the actor, which it indents."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t"))
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:

@@ -5,6 +5,8 @@ Left out: atomicity (`rl.checkpoint` writes into a temporary folder and renames 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from rl.weight_sync.source import Zero3WeightSource
 _TAG = "zero3"
 _META = "learner.json"
 _OF_ONE_RANK = re.compile(r"(?:random|(?:bf16_)?zero_pp_rank)_(\d+)")  # all other files are rank 0's
+LAST_WRITTEN = "generation_config.json"  # of an exported model
 _SHARD_BYTES = 4 * 2**30
 _BUCKET_BYTES = 256 * 2**20
 
@@ -164,7 +167,8 @@ def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) ->
         )
     # The float32 master weights round to exactly the weights that were trained with.
     try:
-        masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress
+            masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)
     except Exception as error:  # as in `load_checkpoint`
         raise CheckpointError(_damaged(checkpoint, f"{type(error).__name__}: {error}")) from error
     writer = _ShardWriter(directory)
@@ -209,7 +213,7 @@ def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
         end_of_turn = ChatTemplate(tokenizer, source.chat_template_options).end_of_turn_id
         generation.eos_token_id = with_end_of_turn(generation.eos_token_id, end_of_turn)
     # Not by save_pretrained, which refuses what many published configurations hold: a temperature without do_sample.
-    (directory / "generation_config.json").write_text(generation.to_json_string())
+    (directory / LAST_WRITTEN).write_text(generation.to_json_string())
 
 
 def with_end_of_turn(ends: int | list[int] | None, end_of_turn: int) -> int | list[int]:

@@ -5,11 +5,13 @@ checkpoints). Left out: processes and placement (`launch`), and what a step is (
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rl.batch import RewardStatus
 from rl.checkpoint import LEARNER, CheckpointStore
 from rl.controller import Controller, StepResult
 from rl.errors import FledgeError, RewardError, RolloutError, WeightSyncError
@@ -41,6 +43,16 @@ class RunPlan:
     samples_every: int = 1  # steps; 0: none
     samples_per_step: int = 64
 
+    def evaluates_after(self, step: int) -> bool:
+        every = self.evaluate_every
+        return every > 0 and (step % every == 0 or step == self.total_steps)
+
+
+def row_is_whole(plan: RunPlan, step: int) -> bool:
+    """Whether the row of a step was written, with its evaluation: a step is saved before either."""
+    row = next((row for row in read_metrics(plan.run_dir) if row["step"] == step), {})
+    return bool(row) and (any(name.startswith("eval/") for name in row) or not plan.evaluates_after(step))
+
 
 class TrainingRun:
     """Runs the plan. Build it, `restore()` if wanted, then `execute()`."""
@@ -70,6 +82,7 @@ class TrainingRun:
         self._owed: dict[str, float] | None = None  # metrics of the step before `next_step`, which has no whole row
         self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` says beside the learners' part
         self._saved_step = 0
+        self._told_of: set[RewardStatus] = set()
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint; False when there is none.
@@ -84,15 +97,10 @@ class TrainingRun:
         self.controller.learners.load_checkpoint(found.path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
         self.next_step = self._last_row = self._saved_step = self.controller.steps_learned = int(state["step"])
-        if "metrics" in state and not self._row_is_whole(self.next_step):
+        if "metrics" in state and not row_is_whole(self.plan, self.next_step):
             self._last_row, self._owed = self.next_step - 1, state["metrics"]
         self.display.message(found.describe())
         return True
-
-    def _row_is_whole(self, step: int) -> bool:
-        """Whether the row of a step was written, with its evaluation: a step is saved before either."""
-        row = next((row for row in read_metrics(self.plan.run_dir) if row["step"] == step), {})
-        return bool(row) and (any(name.startswith("eval/") for name in row) or not self._evaluation_is_due(step))
 
     def execute(self) -> dict[str, float]:
         """Run to the end; returns the metrics of the last step (and of the last evaluation)."""
@@ -120,6 +128,7 @@ class TrainingRun:
         result = self.controller.step(self.next_step)
         metrics = step_metrics(result)
         self._write_samples(result)
+        self._tell_of_failures(result)
         try:
             self._check_agreement(metrics)
         except WeightSyncError:
@@ -138,16 +147,12 @@ class TrainingRun:
         """The end of a step: its evaluation, where the plan has one, and its row."""
         done = self.next_step
         try:
-            if self._evaluation_is_due(done):
+            if self.plan.evaluates_after(done):
                 metrics |= self._evaluate(f"step_{done:06d}")
         finally:
             self._record(sinks, done, metrics)
         self.display.step(done, metrics)
         return metrics
-
-    def _evaluation_is_due(self, step: int) -> bool:
-        every = self.plan.evaluate_every
-        return self.evaluator is not None and every > 0 and (step % every == 0 or step == self.plan.total_steps)
 
     def _probe(self, result: StepResult) -> dict[str, float]:
         return self.probe.check(
@@ -174,6 +179,20 @@ class TrainingRun:
             "a sync was missed or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md (where "
             "the model's numerics alone explain it, sync.probe_tolerance raises the bound of the mean)"
         )
+
+    def _tell_of_failures(self, result: StepResult) -> None:
+        """Of each kind, once: samples without a reward are left out of the loss and of reward/mean, which alone would
+        not say so. Every step counts them in its metrics."""
+        scores = result.scored.scores
+        failed = Counter((s.status, s.error) for s in scores if not s.ok and s.status is not RewardStatus.SKIPPED)
+        for (status, error), _ in failed.most_common():
+            if status not in self._told_of:
+                self._told_of.add(status)
+                count = sum(number for (kind, _), number in failed.items() if kind is status)
+                self.display.message(
+                    f"step {result.step + 1}: {count} of {len(scores)} samples could not be scored: {status.value}: "
+                    f"{error}; later ones are counted in reward/{status.value}_count"
+                )
 
     def _write_samples(self, result: StepResult) -> None:
         plan = self.plan

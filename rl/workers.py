@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 
 
 _EXIT_TIMEOUT_S = 20.0
-_LEARNERS = Crew("learner rank", LearnerError, passing=(FledgeError,))
+_LEARNERS = Crew(
+    "learner rank", LearnerError, passing=(FledgeError,), remedy="; --resume goes on from the last checkpoint"
+)
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 

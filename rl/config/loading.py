@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from rl.config import RunConfig
+from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.errors import ConfigError
 
 Root = TypeVar("Root", bound=RunConfig)
@@ -58,7 +58,14 @@ def validate(plain: Any, schema: type[Root], source: str) -> Root:
     try:
         return schema.model_validate(plain)
     except ValidationError as error:
-        lines = [_explain(problem, schema) for problem in error.errors()]
+        problems = error.errors()
+        foreign = {str(p["loc"][0]) for p in problems if p["type"] == "extra_forbidden" and len(p["loc"]) == 1}
+        for command, other in (("fledge train", TrainConfig), ("fledge sft", SftConfig)):
+            if foreign and other is not schema and foreign <= other.model_fields.keys():
+                raise ConfigError(
+                    f"{source} is a configuration for `{command}`: {', '.join(sorted(foreign))} belong there"
+                ) from None
+        lines = [_explain(problem, schema) for problem in problems]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
@@ -93,7 +100,9 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
         known = _fields_at(schema, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        near = _keys_named(str(location[-1]), schema) or difflib.get_close_matches(
+            str(location[-1]), known, n=1, cutoff=0.5
+        )
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
         return f"unknown key {key}; {hint}"
     if kind == "missing":
@@ -101,8 +110,20 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if key else message
-    message = message[0].lower() + message[1:]
-    return f"{key} is {value!r}: {message}"
+    if kind == "tuple_type":
+        return f"{key} is {value!r}: it must be a list, [..., ...]"
+    if kind == "model_type":
+        return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
+    return f"{key} is {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_named(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of the sections in the schema that have a key of this name, the shallowest first."""
+    found = [prefix + name] if prefix and name in schema.model_fields else []
+    for key, field in schema.model_fields.items():
+        if (section := _model_in(field.annotation)) is not None:
+            found += _keys_named(name, section, f"{prefix}{key}.")
+    return sorted(found, key=lambda key: key.count("."))
 
 
 def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:

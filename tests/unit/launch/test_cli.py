@@ -1,6 +1,8 @@
 """Bad input from the command line: one clear message, the right exit code, no traceback, nothing started or lost."""
 
 import json
+import os
+import re
 import signal
 import sys
 
@@ -16,7 +18,7 @@ from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
 from rl.config import TrainConfig
 from rl.config.loading import load_config
-from rl.errors import CheckpointError, ConfigError
+from rl.errors import CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +163,122 @@ def test_a_report_shows_what_models_say(fledge, tmp_path):
     assert "one\u2028line &lt;b&gt;" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("ends", [KeyboardInterrupt, lambda: signal.raise_signal(signal.SIGTERM)], ids=["int", "term"])
-def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, config, monkeypatch, ends):
-    def train(*_, **__):
-        raise ends() or AssertionError("went on after the signal")
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["int", "term", "hup"])
+@pytest.mark.parametrize("saved", [False, True], ids=["unsaved", "saved"])
+def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, config, monkeypatch, ends, saved):
+    def train(config, run_dir, display, *, resume):
+        if saved:
+            store = checkpoint_store(config, run_dir)
+            store.save(3, {}, lambda folder: (folder / "w").write_text("1"))
+        signal.raise_signal(ends)
+        raise AssertionError("went on after the signal")
 
-    monkeypatch.setattr("launch.commands.train", train)
+    monkeypatch.setattr("launch.commands._train", train)
     exit_code, said = fledge("train", save(tmp_path, config))
     assert exit_code == 130
-    assert "--resume goes on from the last checkpoint" in said
+    assert said.endswith("interrupted\n")
+    if saved:
+        assert f"--resume goes on from {tmp_path}/run/checkpoints/step_000003" in said
+    else:
+        assert "--resume starts at the beginning: there is no checkpoint yet" in said
+
+
+def test_a_hangup_is_ignored_where_it_was(fledge, tmp_path, config, monkeypatch):
+    monkeypatch.setattr("launch.commands.train", lambda *_, **__: signal.raise_signal(signal.SIGHUP) or {})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert fledge("train", save(tmp_path, config))[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("hiding", ["rewards.py", "rl/__init__.py"])
+def test_files_that_would_hide_a_package_are_refused(fledge, tmp_path, config, monkeypatch, hiding):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rollout").mkdir()  # without __init__.py it hides nothing
+    assert fledge("report", tmp_path)[0] == DataError.exit_code
+    (tmp_path / hiding).parent.mkdir(exist_ok=True)
+    (tmp_path / hiding).touch()
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert (exit_code, f"{tmp_path / hiding} would hide Fledge's own package" in said) == (2, True)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "environment.py").touch()  # a job's copy of Fledge
+    assert fledge("report", tmp_path)[0] == DataError.exit_code
+
+
+def test_the_version_and_what_the_commands_are(fledge):
+    exit_code, said = fledge("--version")
+    assert exit_code == 0
+    assert re.fullmatch(r"fledge \d+\.\d+\.\d+\n", said)
+    for arguments in ((), ("reward",)):
+        exit_code, said = fledge(*arguments)
+        assert (exit_code, "Usage:" in said, "error:" in said) == (2, True, False)
+
+
+def test_the_other_commands_configuration_is_told_from_a_typo(fledge, tmp_path, config):
+    exit_code, said = fledge("sft", save(tmp_path, config | {"rollout": {"group_size": 4}, "sync": {}}))
+    assert (exit_code, "is a configuration for `fledge train`: rollout, sync belong there" in said) == (2, True)
+
+
+def test_responses_that_are_longer_than_the_model_reaches(fledge, tmp_path, config, model):
+    limit = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    most = limit - 100
+    path = save(tmp_path, config | {"learner": {"max_tokens_per_microbatch": 2 * limit}})
+    for command, section in (("train", "rollout"), ("eval", "rollout"), ("eval", "evaluation")):
+        lengths = [f"{section}.max_response_tokens={most + 1}", "data.max_prompt_tokens=100"]
+        if section == "evaluation":
+            lengths.append("rollout.max_response_tokens=10")
+        exit_code, said = fledge(command, path, *lengths)
+        expected = f"100 + {section}.max_response_tokens {most + 1} = {limit + 1} is over the {limit} positions of"
+        assert (exit_code, expected in " ".join(said.split())) == (2, True), said
+
+
+def test_a_run_in_the_place_of_its_model(fledge, tmp_path, config, model):
+    run = tmp_path / "other"
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    for path in (run, run / "checkpoints" / "step_000001"):
+        exit_code, said = fledge("eval", save(tmp_path, config), f"model.path={path}")
+        assert (exit_code, f"`fledge export {run} OUT_DIR` makes one" in " ".join(said.split())) == (2, True), said
+    (run / "model").mkdir()
+    assert f"the model of that run is {run}/model" in " ".join(
+        fledge("eval", save(tmp_path, config), f"model.path={run}")[1].split()
+    )
+
+
+def test_an_evaluation_is_not_overwritten(fledge, tmp_path, config):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval.json").write_text('{"model": "models/a", "eval/x/avg@1": 0.5}')
+    exit_code, said = fledge("eval", save(tmp_path, config))
+    assert (exit_code, "already holds an evaluation, of models/a" in said) == (2, True)
+
+
+def test_a_resumed_run_that_is_finished_starts_nothing(fledge, tmp_path, config, monkeypatch):
+    def train(*_, **__):
+        raise ConfigError("it goes on")
+
+    monkeypatch.setattr("launch.commands._train", train)
+    path = save(tmp_path, config)
+    run = tmp_path / "run"
+    store = checkpoint_store(load_config(path, ["total_steps=3"], TrainConfig), run)
+    store.save(3, {}, lambda folder: (folder / "w").write_text("1"))
+    (run / "config.yaml").write_text("seed: 0\n")
+
+    def resume(total_steps=3):
+        return fledge("train", path, f"total_steps={total_steps}", "--resume")
+
+    assert "it goes on" in resume()[1], "no model, no row"
+    (run / "model").mkdir()
+    (run / "model" / "generation_config.json").touch()
+    assert "it goes on" in resume()[1], "no row"
+    (run / "metrics.jsonl").write_text('{"step": 3}\n')
+    for total_steps in (3, 2):
+        exit_code, said = resume(total_steps)
+        assert (exit_code, f"nothing to do: {run} has all its steps" in said) == (0, True), said
+    assert (run / "config.yaml").read_text() == "seed: 0\n"
+    assert "it goes on" in resume(4)[1]
+    os.utime(run / "model" / "generation_config.json", (0, 0))
+    assert "it goes on" in resume()[1], "the model is of an earlier end"
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])

@@ -1,6 +1,7 @@
 """What happens around the steps: metrics, samples, probe, agreement, checkpoints, resume."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
 
-from rl.batch import RolloutBatch
+from rl.batch import RewardStatus, RolloutBatch, Score
 from rl.checkpoint import CheckpointStore, read_state
 from rl.config import CurriculumConfig, DynamicSamplingConfig
 from rl.data_shaping import PassRateCurriculum
@@ -203,6 +204,23 @@ def test_rewards_that_fail_for_good_cost_no_step_that_was_learned(tmp_path):
     assert resumed.restore()
     resumed.execute()
     assert drawn(tmp_path / "failed") == drawn(tmp_path / "straight"), "the failed step drew its prompts again"
+
+
+def test_samples_without_a_reward_are_told_of_once_a_kind(tmp_path):
+    class Fails(FakeRewardPool):
+        def score(self, rollouts, *, earlier=()):
+            scored = super().score(rollouts, earlier=earlier)
+            broken = Score(math.nan, status=RewardStatus.PLUGIN_ERROR, error="mine: KeyError: 'level'")
+            skipped = Score(math.nan, status=RewardStatus.SKIPPED, error="the rollout was aborted")
+            return replace(scored, scores=(broken, broken, skipped, *scored.scores[3:]))
+
+    run = make_run(tmp_path, total_steps=3, shaping={"rewards": Fails()})
+    run.execute()
+    told = [text for text in run.display.messages if "could not be scored" in text]
+    assert told == [
+        "step 1: 2 of 4 samples could not be scored: plugin_error: mine: KeyError: 'level'; "
+        "later ones are counted in reward/plugin_error_count"
+    ]
 
 
 @pytest.mark.parametrize("good, expected", [(0, []), (2, [2])])
