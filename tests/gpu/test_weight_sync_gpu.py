@@ -20,8 +20,9 @@ from rollout.reload_mends import GPT_OSS_EXPERTS, GPT_OSS_SINKS
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 log = logging.getLogger(__name__)  # figures: pytest --log-cli-level=INFO tests/gpu
 
-# dtype -> (differences of two implementations, in log-probability; what an update that was not served must exceed)
-BOUNDS = {"float32": (1e-3, 3e-3), "bfloat16": (0.2, 0.3)}
+# dtype -> (differences of two implementations, in log-probability; what an update that was not served must exceed).
+# In bfloat16 they are means: on a CPU with AVX-512 0.045 at most, and 0.23 at least of an update of BROAD_PARTS.
+BOUNDS = {"float32": (1e-3, 3e-3), "bfloat16": (0.1, 0.2)}
 MULTI_RANK_NCCL = 23000  # the first that can serve two ranks on one GPU, when asked to
 BROAD_PARTS = ("embed_tokens", "self_attn", "mlp", "norm")  # one part alone does not show through bfloat16's rounding
 
@@ -65,8 +66,8 @@ def test_engine_follows_the_model(rig: EngineRig) -> None:
 
 
 def test_mends_that_are_not_for_cpus_are_still_needed(rig: EngineRig) -> None:
-    if rig.family != "gpt_oss":
-        pytest.skip("these are GPT-OSS's")
+    if rig.family != "gpt_oss" or rig.dtype_name != "float32":
+        pytest.skip("these are GPT-OSS's, and its sinks do not show through bfloat16's rounding")
     close, visible = BOUNDS[rig.dtype_name]
     for mend, part in ((GPT_OSS_EXPERTS, "experts"), (GPT_OSS_SINKS, "sinks")):
         wrong = rig.difference_without({mend}, part)

@@ -121,6 +121,39 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
             run._step([])
 
 
+def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, ray_cluster):
+    config = config_dict(tmp_path, "gpt_oss", total_steps=4)
+    config["model"]["dtype"] = "bfloat16"
+    config["sync"]["probe_tolerance"] = 0.1  # the default makes room for large models, whose experts flip
+    with run_here(config) as run:
+        run.controller.sync_weights()
+        for _ in range(2):
+            metrics = run._step([])
+            assert 0 < metrics["rollout/logprob_diff_mean"] < 0.05
+            assert 0 < metrics["sync/probe_diff_mean"] < 0.05
+            assert metrics["learner/grad_norm"] > 0
+        ray.get([worker.__ray_call__.remote(forget(0.5)) for worker in run.controller.learners.workers])
+        with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
+            run._step([])
+
+
+def forget(scale):
+    """Moves the learner's weights behind the back of the engine."""
+
+    def in_worker(worker):
+        import deepspeed
+        import torch
+
+        parameters = list(worker._learner.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for parameter in parameters:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(scale * parameter.std() * noise)
+
+    return in_worker
+
+
 def claim(version):
     def in_worker(worker):  # a function in a function travels as it is; the workers cannot import this file
         llm = worker._engine._engine()
