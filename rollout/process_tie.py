@@ -2,8 +2,8 @@
 
 vLLM 0.31 ends its engine core when the front end asks for it, but a front end that is killed cannot ask, and the core
 then lives on with all of its memory. PR_SET_PDEATHSIG is no cure: it fires when the *thread* that started the child
-ends. So each process watches the owner through a pidfd, from the moment that it loads its plugins. (An engine core
-loads them after it has shaken hands with the front end; one whose owner ends earlier gives up by itself, in 5 minutes.)
+ends. So each process waits for the owner's end, from the moment that it loads its plugins. (An engine core loads them
+after it has shaken hands with the front end; one whose owner ends earlier gives up by itself, in 5 minutes.)
 
 vLLM's sockets are files, three an engine, which it leaves in the temporary directory: even after an orderly end the
 process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import shutil
 import signal
 import stat
@@ -28,6 +27,8 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+
+import psutil
 
 OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
 SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
@@ -116,20 +117,14 @@ def tie_to_owner() -> None:
     pid, start_time = (int(part) for part in owner.split(":"))
     if pid == os.getpid():
         return
-    try:
-        pidfd = os.pidfd_open(pid)
-        alive = _start_time(pid) == start_time  # checked after the pidfd is held, so the pid cannot be another process
-    except (ProcessLookupError, FileNotFoundError):
-        alive = False
-    if not alive:
-        _end()
-    threading.Thread(target=_watch, args=(pidfd,), name="fledge-owner-watch", daemon=True).start()
+    threading.Thread(target=_watch, args=(pid, start_time), name="fledge-owner-watch", daemon=True).start()
 
 
-def _watch(pidfd: int) -> None:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)  # readable when the process has ended
-    poll.poll()
+def _watch(pid: int, start_time: int) -> None:
+    with suppress(psutil.NoSuchProcess, FileNotFoundError):
+        owner = psutil.Process(pid)
+        if _start_time(pid) == start_time:
+            owner.wait()  # through a pidfd where the kernel has them, else by looking
     _end()
 
 

@@ -10,11 +10,17 @@ import sys
 import uuid
 from pathlib import Path
 
+import pytest
+
 from rollout.process_tie import OWNER_VARIABLE, note_meeting, own
 from rollout.vllm_engine import merge_digests
 
 CHILD = """
-import sys, time
+import errno, os, sys, time
+if "no_pidfd" in sys.argv:
+    def pidfd_open(*_):
+        raise OSError(errno.ENOSYS, "not there, as in gVisor")
+    os.pidfd_open = pidfd_open
 from rollout.process_tie import note_meeting, tie_to_owner
 tie_to_owner()
 note_meeting("file://" + sys.argv[1])
@@ -26,7 +32,7 @@ import os, subprocess, sys
 from rollout.process_tie import own
 files = own(os.environ)
 print(os.environ["VLLM_RPC_BASE_PATH"], flush=True)
-child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, sys.argv[1]], stdout=subprocess.PIPE, text=True)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline().strip(), child.pid, flush=True)
 child.wait()
 """
@@ -41,9 +47,10 @@ def left_by_vllm(directory: Path) -> list[Path]:
     return [meeting, segment]
 
 
-def test_child_dies_with_a_killed_owner_and_takes_the_files_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["pidfd", "no_pidfd"])
+def test_child_dies_with_a_killed_owner_and_takes_the_files_along(tmp_path: Path, kernel: str) -> None:
     left = left_by_vllm(tmp_path)
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(left[0])], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(left[0]), kernel], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     sockets = Path(owner.stdout.readline().strip())
     state, pid = owner.stdout.readline().split()
