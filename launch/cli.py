@@ -120,7 +120,6 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, _terminate)
     try:
-        refuse_hidden(Path.cwd())
         # Outside its standalone mode, typer turns Ctrl-C and typer.Exit into a return value; commands return nothing.
         exit_code = app(standalone_mode=False) or 0
     except FledgeError as error:
@@ -140,6 +139,7 @@ def main() -> None:
 def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Config:
     """Load and validate before any framework is imported: a typo costs a moment, not a minute."""
     config = load_config(path, overrides or [], schema)
+    refuse_hidden(Path.cwd())
     secure_ray(config.ray.address)
     keep_worker_priority()
     return config

@@ -182,14 +182,6 @@ def resolve_device(config: RunConfig) -> str:
             "deterministic promises the same weights bit for bit, which GPUs do not keep; set it to false, or device "
             "to cpu"
         )
-    critic = config.critic if isinstance(config, TrainConfig) else None
-    names = {"learner": config.learner.optimizer.name, "critic": critic.optimizer.name if critic else None}
-    for section, name in names.items():
-        if device == "cuda" and name == "cpu_adam" and not config.learner.offload_optimizer:
-            raise ConfigError(
-                f"{section}.optimizer.name is cpu_adam, which cannot step on a GPU; set learner.offload_optimizer to "
-                "true, or name to fused_adamw"
-            )
     return device
 
 

@@ -72,7 +72,7 @@ def _of_a_run(folder: Path) -> str:
     """What was meant where the folder is a run directory, or within one."""
     for run in (folder, *folder.resolve().parents):
         if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
-            if (run / "model").is_dir():
+            if (run / "model" / "config.json").is_file():
                 return f"; the model of that run is {run / 'model'}"
             return f"; `fledge export {run} OUT_DIR` makes one of that run's newest checkpoint"
     return ""
@@ -126,6 +126,18 @@ def check_layout(config: RunConfig) -> None:
         refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_optimizers(config: RunConfig, *, device: str) -> None:
+    """Raise ConfigError where an optimizer for CPUs would meet weights on a GPU."""
+    critic = config.critic if isinstance(config, TrainConfig) else None
+    on_gpu = device == "cuda" and not config.learner.offload_optimizer
+    for section, trained in (("learner", config.learner), ("critic", critic)):
+        if on_gpu and trained is not None and trained.optimizer.name == "cpu_adam":
+            raise ConfigError(
+                f"{section}.optimizer.name is cpu_adam, which cannot step on a GPU; set learner.offload_optimizer to "
+                "true, or name to fused_adamw"
+            )
 
 
 def check_logging(config: RunConfig) -> None:

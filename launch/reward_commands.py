@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from launch.environment import refuse_hidden
 from launch.reward_files import score_file
 from rewards.loading import BUILTIN_REWARDS, absolute_name, list_rewards
 from rl.config import RewardConfig
@@ -54,6 +55,7 @@ def score(
     Rows may also have prompt, answer (else it is read from the response), data_source, group_id, num_tokens and
     truncated; their other fields reach the reward as the row's own.
     """
+    refuse_hidden(Path.cwd())
     function = {"name": absolute_name(name), "options": _parse_options(options or [])}
     config = RewardConfig.model_validate({"functions": [function], "num_workers": workers, "timeout_s": timeout})
     counts, total = score_file(input_path, output_path, config)

@@ -134,11 +134,11 @@ class TrainingRun:
         except WeightSyncError:
             self._record(sinks, self.next_step + 1, metrics)  # what led to it, for whoever looks into it
             raise
+        done = self.next_step = self.next_step + 1
+        self._state = self._run_state(metrics)
         if self.probe.due():
             metrics |= self.controller.surviving_losses(lambda: self._probe(result))
-        self.next_step += 1
-        self._state = self._run_state(metrics)
-        done = self.next_step
+            self._state = self._run_state(metrics)
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
             self._save(done, self._state)  # before the evaluation, so that one which fails costs no step
         return self._evaluate_and_record(sinks, metrics)

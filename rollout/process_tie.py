@@ -19,20 +19,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import shutil
 import signal
 import stat
 import threading
+import time
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-import psutil
-
 OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
 SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
 _MEETING_VARIABLE = "FLEDGE_ENGINE_MEETING"  # in a worker: the file over which the engine's workers met
+_START_TIME = 19  # in clock ticks since boot: with the pid, it names a process once and for all
+_LOOK_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "fledge-engine-"  # of the directory of the sockets
 _LOCK = ".fledge-engine.lock"  # in it; holds the path of the meeting file
@@ -98,7 +100,7 @@ def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
     Returns the engine's files; `cleanup` them when the engine has ended. Its sockets are in VLLM_RPC_BASE_PATH,
     or TMPDIR; their paths must be short: a socket's has at most 107 characters, of which 60 are ours and vLLM's.
     """
-    environment[OWNER_VARIABLE] = f"{os.getpid()}:{_start_time(os.getpid())}"
+    environment[OWNER_VARIABLE] = f"{os.getpid()}:{_stat(os.getpid())[_START_TIME]}"
     base = environment.get("VLLM_RPC_BASE_PATH")
     if base == environment.get(SOCKETS_VARIABLE):  # of an engine that this process had before
         base = None
@@ -121,11 +123,22 @@ def tie_to_owner() -> None:
 
 
 def _watch(pid: int, start_time: int) -> None:
-    with suppress(psutil.NoSuchProcess, FileNotFoundError):
-        owner = psutil.Process(pid)
-        if _start_time(pid) == start_time:
-            owner.wait()  # through a pidfd where the kernel has them, else by looking
+    poll = select.poll()
+    with suppress(OSError):  # the owner has ended, or the kernel has no pidfd (gVisor)
+        poll.register(os.pidfd_open(pid), select.POLLIN)  # readable when the process has ended, reaped or not
+        if _is_running(pid, start_time):  # checked after the pidfd is held, so the pid cannot be another process
+            poll.poll()
+    while _is_running(pid, start_time):
+        time.sleep(_LOOK_S)
     _end()
+
+
+def _is_running(pid: int, start_time: int) -> bool:
+    try:
+        fields = _stat(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return int(fields[_START_TIME]) == start_time and fields[0] not in "ZX"  # a zombie may never be reaped
 
 
 def _end() -> None:
@@ -136,6 +149,6 @@ def _end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _start_time(pid: int) -> int:
-    """In clock ticks since boot: with the pid, it names a process once and for all (proc(5), field 22 of stat)."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from its third field on, the state (proc(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

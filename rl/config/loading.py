@@ -21,6 +21,13 @@ from rl.errors import ConfigError
 
 Root = TypeVar("Root", bound=RunConfig)
 
+# For whom the keys are that mark another command's configuration, and how many of them do.
+_OTHER_COMMAND: dict[type[RunConfig], tuple[str, set[str], int]] = {
+    SftConfig: ("fledge train", {"rollout", "reward", "algorithm"}, 1),
+    TrainConfig: ("fledge sft", {"epochs", "batch_size"}, 2),
+}
+_SHOWN_PLACES = 2
+
 
 def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) -> Root:
     """Load `path`, apply `key=value` overrides in order, and validate.
@@ -60,11 +67,11 @@ def validate(plain: Any, schema: type[Root], source: str) -> Root:
     except ValidationError as error:
         problems = error.errors()
         foreign = {str(p["loc"][0]) for p in problems if p["type"] == "extra_forbidden" and len(p["loc"]) == 1}
-        for command, other in (("fledge train", TrainConfig), ("fledge sft", SftConfig)):
-            if foreign and other is not schema and foreign <= other.model_fields.keys():
-                raise ConfigError(
-                    f"{source} is a configuration for `{command}`: {', '.join(sorted(foreign))} belong there"
-                ) from None
+        command, marks, enough = _OTHER_COMMAND.get(schema, ("", set(), 1))
+        if len(foreign & marks) >= enough:
+            raise ConfigError(
+                f"{source} is a configuration for `{command}`: {', '.join(sorted(foreign))} belong there"
+            ) from None
         lines = [_explain(problem, schema) for problem in problems]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
@@ -100,10 +107,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
         known = _fields_at(schema, location[:-1])
-        near = _keys_named(str(location[-1]), schema) or difflib.get_close_matches(
-            str(location[-1]), known, n=1, cutoff=0.5
-        )
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        near = _did_you_mean(str(location[-1]), location[:-1], known, schema)
+        hint = f"did you mean {near}?" if near else f"known keys here: {', '.join(sorted(known))}"
         return f"unknown key {key}; {hint}"
     if kind == "missing":
         return f"{key} is required but not set"
@@ -117,13 +122,26 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     return f"{key} is {value!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys_named(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted keys of the sections in the schema that have a key of this name, the shallowest first."""
-    found = [prefix + name] if prefix and name in schema.model_fields else []
+def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], schema: type[BaseModel]) -> str:
+    """The key of this name in a section further down, else one here that is written much like it, else the only key
+    of this name anywhere; empty where nothing is near."""
+    everywhere = _places(name, schema)
+    here = ".".join(str(part) for part in location)
+    below = [place for place in everywhere if not here or place.startswith(f"{here}.")]
+    if 0 < len(below) <= _SHOWN_PLACES:
+        return " or ".join(below)
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return near[0]
+    return everywhere[0] if len(everywhere) == 1 else ""
+
+
+def _places(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of this name, in the schema's own order; items of lists have none."""
+    found = [prefix + name] if name in schema.model_fields else []
     for key, field in schema.model_fields.items():
-        if (section := _model_in(field.annotation)) is not None:
-            found += _keys_named(name, section, f"{prefix}{key}.")
-    return sorted(found, key=lambda key: key.count("."))
+        if typing.get_origin(field.annotation) is not tuple and (section := _model_in(field.annotation)) is not None:
+            found += _places(name, section, f"{prefix}{key}.")
+    return found
 
 
 def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:

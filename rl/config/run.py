@@ -111,8 +111,9 @@ class TrainConfig(RunConfig):
         kl = self.algorithm.kl
         if kl.adaptive_target is not None and kl.adaptive_horizon < samples:
             raise ValueError(
-                f"algorithm.kl.adaptive_horizon {kl.adaptive_horizon} is under a step's {samples} samples, so the "
-                "coefficient could jump, or turn negative, in one step; set it to several steps' worth"
+                f"algorithm.kl.adaptive_horizon {kl.adaptive_horizon} is under a step's {samples} samples, so one step "
+                "could move the coefficient by more than a fifth, and far under it make it negative; set it to several "
+                "steps' worth"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if self.learner.max_tokens_per_microbatch < longest:

@@ -18,7 +18,7 @@ from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
 from rl.config import TrainConfig
 from rl.config.loading import load_config
-from rl.errors import CheckpointError, ConfigError, DataError
+from rl.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,11 @@ def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, con
         raise AssertionError("went on after the signal")
 
     monkeypatch.setattr("launch.commands._train", train)
-    exit_code, said = fledge("train", save(tmp_path, config))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        exit_code, said = fledge("train", save(tmp_path, config))
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert exit_code == 130
     assert said.endswith("interrupted\n")
     if saved:
@@ -196,14 +200,18 @@ def test_a_hangup_is_ignored_where_it_was(fledge, tmp_path, config, monkeypatch)
 def test_files_that_would_hide_a_package_are_refused(fledge, tmp_path, config, monkeypatch, hiding):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rollout").mkdir()  # without __init__.py it hides nothing
-    assert fledge("report", tmp_path)[0] == DataError.exit_code
+    broken = save(tmp_path, config | {"data": {"train": {"path": str(tmp_path / "nowhere.jsonl")}}})
+    assert "would hide" not in fledge("train", broken)[1]
     (tmp_path / hiding).parent.mkdir(exist_ok=True)
     (tmp_path / hiding).touch()
-    exit_code, said = fledge("train", save(tmp_path, config))
-    assert (exit_code, f"{tmp_path / hiding} would hide Fledge's own package" in said) == (2, True)
+    scoring = ("reward", "score", "exact", "--input", "in.jsonl", "--output", "out.jsonl")
+    for arguments in (("train", broken), ("eval", broken), scoring):
+        exit_code, said = fledge(*arguments)
+        assert (exit_code, f"{tmp_path / hiding} would hide Fledge's own package" in said) == (2, True)
+    assert fledge("--version")[0] == 0
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "environment.py").touch()  # a job's copy of Fledge
-    assert fledge("report", tmp_path)[0] == DataError.exit_code
+    assert "would hide" not in fledge("train", broken)[1]
 
 
 def test_the_version_and_what_the_commands_are(fledge):
@@ -218,6 +226,10 @@ def test_the_version_and_what_the_commands_are(fledge):
 def test_the_other_commands_configuration_is_told_from_a_typo(fledge, tmp_path, config):
     exit_code, said = fledge("sft", save(tmp_path, config | {"rollout": {"group_size": 4}, "sync": {}}))
     assert (exit_code, "is a configuration for `fledge train`: rollout, sync belong there" in said) == (2, True)
+    exit_code, said = fledge("train", save(tmp_path, config | {"epochs": 3, "batch_size": 4}))
+    assert (exit_code, "is a configuration for `fledge sft`: batch_size, epochs belong there" in said) == (2, True)
+    exit_code, said = fledge("train", save(tmp_path, config), "batch_size=4")
+    assert (exit_code, "unknown key batch_size; did you mean reward.batch_size?" in said) == (2, True)
 
 
 def test_responses_that_are_longer_than_the_model_reaches(fledge, tmp_path, config, model):
@@ -241,16 +253,18 @@ def test_a_run_in_the_place_of_its_model(fledge, tmp_path, config, model):
         exit_code, said = fledge("eval", save(tmp_path, config), f"model.path={path}")
         assert (exit_code, f"`fledge export {run} OUT_DIR` makes one" in " ".join(said.split())) == (2, True), said
     (run / "model").mkdir()
-    assert f"the model of that run is {run}/model" in " ".join(
-        fledge("eval", save(tmp_path, config), f"model.path={run}")[1].split()
-    )
+    assert "OUT_DIR" in fledge("eval", save(tmp_path, config), f"model.path={run}")[1], "it was cut short"
+    (run / "model" / "config.json").touch()
+    said = fledge("eval", save(tmp_path, config), f"model.path={run}")[1]
+    assert f"the model of that run is {run}/model" in " ".join(said.split())
 
 
 def test_an_evaluation_is_not_overwritten(fledge, tmp_path, config):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "eval.json").write_text('{"model": "models/a", "eval/x/avg@1": 0.5}')
-    exit_code, said = fledge("eval", save(tmp_path, config))
-    assert (exit_code, "already holds an evaluation, of models/a" in said) == (2, True)
+    for left in ('{"model": "models/a", "eval/x/avg@1": 0.5}', ""):
+        (tmp_path / "run" / "eval.json").write_text(left)
+        exit_code, said = fledge("eval", save(tmp_path, config))
+        assert (exit_code, "already holds an evaluation" in said) == (2, True)
 
 
 def test_a_resumed_run_that_is_finished_starts_nothing(fledge, tmp_path, config, monkeypatch):

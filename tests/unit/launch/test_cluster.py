@@ -56,25 +56,6 @@ def test_the_device_is_one_that_the_cluster_has_and_torch_can_use(monkeypatch, g
             resolve_device(run_on(wanted, deterministic=True))
 
 
-@pytest.mark.parametrize("section", ["learner", "critic"])
-def test_an_optimizer_for_cpus_is_refused_on_gpus(monkeypatch, section):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8})
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    settings = {"learner": {}, section: {"optimizer": {"name": "cpu_adam"}}}
-    data = {"train": {"path": "d"}}
-
-    def resolve(device="cuda", **learner):
-        learner = settings["learner"] | learner
-        return resolve_device(
-            TrainConfig(model={"path": "m"}, data=data, device=device, **(settings | {"learner": learner}))
-        )
-
-    with pytest.raises(ConfigError, match=f"{section}.optimizer.name is cpu_adam, which cannot step on a GPU"):
-        resolve()
-    assert resolve(offload_optimizer=True) == "cuda"
-    assert resolve("cpu") == "cpu"
-
-
 @pytest.mark.parametrize(("version", "refused"), [("0.31.0", True), ("0.31.0+cpu", False), (None, False)])
 def test_a_run_on_cpus_needs_an_engine_that_has_a_build_for_them(monkeypatch, version, refused):
     def installed(name):
