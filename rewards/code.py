@@ -23,10 +23,12 @@ from rewards.sandbox.local import LocalSandbox
 from rewards.sandbox.suite import Judgement, Test, judged_true, parse_tests
 from rl.errors import ConfigError
 
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`{]*)[^`\n]*$")
+# possessive (`*+`), since a search that goes back takes quadratic time on a flood of fence marks
+_OPENING = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[ \t]*+([^\s`{]*+)[^`\n]*+$")
+_CLOSING = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[ \t]*+$")
 _TAGS: dict[Language, frozenset[str]] = {
-    "python": frozenset({"", "python", "python3", "py"}),
-    "cpp": frozenset({"", "cpp", "c++", "cc", "cxx"}),
+    "python": frozenset({"python", "python3", "py"}),
+    "cpp": frozenset({"cpp", "c++", "cc", "cxx"}),
 }
 
 
@@ -40,27 +42,35 @@ class CodeOutcome:
 
 
 def extract_program(text: str, language: Language) -> str | None:
-    """The last complete fenced block tagged with the language, or with nothing; None when there is none.
+    """The last complete fenced block tagged with the language, else the last one without a tag; None without either.
 
-    A block that is not closed does not count: it is what a response cut at its limit looks like.
+    A block without a tag often shows output, so it never goes before a tagged one. A block that is not closed does not
+    count: it is what a response cut at its limit looks like.
     """
-    found: str | None = None
+    tagged: str | None = None
+    untagged: str | None = None
     lines = text.replace("\r\n", "\n").split("\n")
     index = 0
     while index < len(lines):
-        opening = _FENCE.match(lines[index])
+        opening = _OPENING.match(lines[index])
         index += 1
         if opening is None:
             continue
-        mark = opening[1]
-        closing = re.compile(rf"^ {{0,3}}{re.escape(mark[0])}{{{len(mark)},}}[ \t]*$")
-        end = next((i for i in range(index, len(lines)) if closing.match(lines[i])), None)
+        end = next((i for i in range(index, len(lines)) if _closes(lines[i], opening[1])), None)
         if end is None:
             break
-        if opening[2].lower() in _TAGS[language]:
-            found = "\n".join(lines[index:end]) + "\n"
+        tag, block = opening[2].lower(), "\n".join(lines[index:end]) + "\n"
+        if tag in _TAGS[language]:
+            tagged = block
+        elif not tag:
+            untagged = block
         index = end + 1
-    return found
+    return untagged if tagged is None else tagged
+
+
+def _closes(line: str, mark: str) -> bool:
+    closing = _CLOSING.match(line)
+    return closing is not None and closing[1].startswith(mark)
 
 
 @register_reward("code")

@@ -3,6 +3,7 @@
 Left out: running either half (`rewards.code`). In `assert abs(f(2) - 3.0) < 1e-6` the program is asked for `f(2)`
 alone; its plain value then takes the call's place, and `abs(_0 - 3.0) < 1e-6` is judged where the program has never
 been: here when it compares with a literal, else in a fresh box. What the program redefines, it redefines for itself.
+The same goes for library names that a test uses without importing them, as MBPP's do (`math.isclose(f(2), 4.0)`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ from rewards.sandbox.inside import plain
 MAX_TEST_CHARACTERS = 100_000
 _BUILTINS = frozenset(dir(builtins))
 _USUAL = (abs, all, any, bool, float, int, isinstance, len, list, round, set, sorted, str, tuple, type)
-_CHECKS = frozenset(function.__name__ for function in _USUAL)
+_MEMBERS = {  # what tests use without importing it, and the module that it is from; no name that a program's may be
+    "Counter": "collections",
+    "OrderedDict": "collections",
+    "defaultdict": "collections",
+    "deque": "collections",
+    "deepcopy": "copy",
+    "Decimal": "decimal",
+    "Fraction": "fractions",
+    "inf": "math",
+    "isclose": "math",
+}
+_ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot", "nx": "networkx", "tf": "tensorflow"}
+_PACKAGES = frozenset(_ALIASES.values()) | {"jax", "matplotlib", "pytest", "scipy", "sklearn", "sympy", "torch"}
+_CHECKS = frozenset(_MEMBERS).union(function.__name__ for function in _USUAL)
 _BINDERS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.NamedExpr, ast.Await, ast.Yield)
 
 
@@ -31,6 +45,7 @@ class AssertTest:
 
     source: str
     imports: str  # the test's import statements
+    library: str  # import statements of library names that the judgement uses and no test imports
     calls: tuple[str, ...]  # evaluated in the program's box, in this order
     roots: tuple[str, ...]  # names in `calls` that the program must define
     judgement: str  # Python expression of _0, _1, ... (the calls' values)
@@ -66,7 +81,7 @@ def split_asserts(tests: list[str], packages: Collection[str] = ()) -> list[Asse
         raise GroundTruthError("the tests hold no assert statement")
     known = _imported_names(imports)
     try:
-        return [_split(statement, "\n".join(imports), known) for statement in asserts]
+        return [_split(statement, "\n".join(imports), known, packages) for statement in asserts]
     except RecursionError as error:
         raise GroundTruthError("an assert statement nests too deep to be split") from error
 
@@ -102,22 +117,60 @@ def _imported_names(imports: list[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _split(statement: ast.Assert, imports: str, imported: frozenset[str]) -> AssertTest:
+def _library(expression: ast.expr, imported: frozenset[str], packages: Collection[str], source: str) -> dict[str, str]:
+    """Import statements, by name, of the libraries' names that the expression uses though no test imports them.
+
+    They are never the program's: one that redefines `math` would be its own judge in `math.isclose(f(2), 4.0)`.
+    """
+    library: dict[str, str] = {}
+    own = imported | _bound(expression)
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Name) and node.id in _MEMBERS and node.id not in own:
+            library[node.id] = f"from {_MEMBERS[node.id]} import {node.id}"
+        # a module is known by the attribute taken of it: what a test calls by a module's name (`copy(1)`) is none
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id not in own:
+            name = node.value.id
+            module = _ALIASES.get(name, name)
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names or top in packages:
+                library[name] = f"import {module} as {name}"
+            elif module in _PACKAGES:
+                raise GroundTruthError(
+                    f"{_short(source)} uses {name}, which no box has; boxes have the standard library and what the"
+                    f" option packages names ({', '.join(packages) or 'nothing'})"
+                )
+    return library
+
+
+def _split(statement: ast.Assert, imports: str, imported: frozenset[str], packages: Collection[str]) -> AssertTest:
     source = ast.unparse(statement)
-    splitter = _Splitter(imported | _BUILTINS, source)
+    library = _library(statement.test, imported, packages, source)
+    known = imported | _BUILTINS | library.keys()
+    splitter = _Splitter(known, source)
     condition = splitter.visit(_copy(statement.test))
     if not splitter.calls:
-        # a function that has a builtin's name (`sum`): the first call that is not a usual check is the one under test
-        called = [name for name in map(_called_builtin, ast.walk(statement.test)) if name]
-        if not called:
+        root = _named_like_a_known(statement.test, library)
+        if root is None:
             raise GroundTruthError(f"{_short(source)} asks nothing of the program")
-        root = next((name for name in called if name not in _CHECKS), called[0])
-        splitter = _Splitter((imported | _BUILTINS) - {root}, source)
+        splitter = _Splitter(known - {root}, source)
         condition = splitter.visit(_copy(statement.test))
     judgement = ast.unparse(ast.fix_missing_locations(condition))
     is_equality, expected = _literal_comparison(condition)
     roots = tuple(sorted(splitter.roots))
-    return AssertTest(source, imports, tuple(splitter.calls), roots, judgement, expected, is_equality)
+    used = {node.id for node in ast.walk(condition) if isinstance(node, ast.Name)}
+    needed = "\n".join(line for name, line in library.items() if name in used)
+    return AssertTest(source, imports, needed, tuple(splitter.calls), roots, judgement, expected, is_equality)
+
+
+def _named_like_a_known(expression: ast.expr, library: Collection[str]) -> str | None:
+    """The function under test where all names are known: it has a library's (`Fraction`) or else a builtin's name (`sum`).
+
+    Of several, the first that is not a usual check.
+    """
+    nodes = list(ast.walk(expression))
+    members = [node.id for node in nodes if isinstance(node, ast.Name) and node.id in library and node.id in _MEMBERS]
+    called = [name for name in map(_called_builtin, nodes) if name]
+    return min(members + called, key=lambda name: name in _CHECKS, default=None)
 
 
 def _copy(expression: ast.expr) -> ast.expr:
@@ -225,7 +278,7 @@ def judge_here(test: AssertTest, value: bytes | None, tolerance: float) -> bool 
 def judge_source(test: AssertTest) -> str:
     """A program that defines `judge(*values)`, to be run where the untrusted program is not."""
     names = ", ".join(f"_{i}" for i in range(len(test.calls)))
-    return f"{test.imports}\ndef judge({names}):\n    return bool({test.judgement})\n"
+    return f"{test.imports}\n{test.library}\ndef judge({names}):\n    return bool({test.judgement})\n"
 
 
 def _short(text: str) -> str:

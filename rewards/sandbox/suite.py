@@ -101,12 +101,31 @@ def _call_values(given: Any, expected: Any) -> tuple[list[Any], Any]:
     if not isinstance(given, str):
         if not isinstance(given, list | tuple):
             raise GroundTruthError(f"a call's input is a {type(given).__name__}; expected a list of arguments")
-        return list(given), expected
+        return [_with_integer_keys(argument) for argument in given], _expected_with_integer_keys(expected)
     try:
         arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
         return arguments, json.loads(expected) if isinstance(expected, str) else expected
     except (ValueError, RecursionError) as error:
         raise GroundTruthError(f"a call's input or output is text but not JSON: {error}") from error
+
+
+def _expected_with_integer_keys(expected: Any) -> Any:
+    if isinstance(expected, list) and len(expected) == 1:  # often only a wrapper
+        return [_with_integer_keys(expected[0])]
+    return _with_integer_keys(expected)
+
+
+def _with_integer_keys(value: Any) -> Any:
+    """APPS went through JSON, which made every key text; like its own grader, turn keys back where all are integers."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        return value
+    try:
+        integers = {key: int(key) for key in value}
+    except ValueError:
+        return value
+    if any(str(integer) != key for key, integer in integers.items()):  # "007" never was an integer
+        return value
+    return {integers[key]: item for key, item in value.items()}
 
 
 def _call_test(name: str, arguments: list[Any], expected: Any, wrapped: bool) -> Test:

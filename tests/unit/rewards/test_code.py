@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rewards.api import GroundTruthError, RewardInput, RewardOutput, registered_rewards
 from rewards.code import CodeReward, extract_program
-from rewards.sandbox import asserts, grading
+from rewards.sandbox import grading
 from rewards.sandbox.inside import plain
 from rewards.sandbox.suite import parse_tests
 from rl.errors import ConfigError
@@ -50,6 +50,10 @@ def test_it_is_registered_by_name() -> None:
         ("```python\na\n```\nthen\n```py\nb\n```\nend", "b\n"),
         ("```python\na\n```\n```cpp\nb\n```", "a\n"),
         ("```\na\n```", "a\n"),
+        ("```python\na\n```\nExample output:\n```\n4\n```", "a\n"),
+        ("```\n4\n```\n```python\na\n```\n```text\n4\n```", "a\n"),
+        ("```\na\n```\n```\nb\n```\n```cpp\nc\n```", "b\n"),
+        ("~~~~python\na\n~~~\n````\nb\n~~~~~", "a\n~~~\n````\nb\n"),
         ("~~~python\na\n~~~", "a\n"),
         ("```python\na\n```\n```python\ncut off", "a\n"),
         ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''\n"),
@@ -64,6 +68,18 @@ def test_it_is_registered_by_name() -> None:
 )
 def test_the_program_is_the_last_complete_block_of_the_language(text: str, program: str | None) -> None:
     assert extract_program(text, "python") == program
+
+
+FLOODS = ("~", "~~~ ", "`", "```\n", "```a", "``` ", "~~~\n~~~~\n", "    ")
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+@pytest.mark.parametrize("end", ["", "`", "x`", "\n~~~"])
+def test_a_flood_of_fence_marks_is_read_in_one_pass(flood: str, end: str) -> None:
+    """With a search that goes back over the marks, the worst of these never ends."""
+    flooded = "```python\na\n```\n" + (flood * (200_000 // len(flood))) + end
+    assert extract_program(flooded, "python") == "a\n"
+    extract_program(flood * (200_000 // len(flood)) + end, "python")
 
 
 @given(st.text(alphabet="`~ \npythoncp+a", max_size=200))
@@ -149,6 +165,10 @@ def test_a_row_may_name_its_language(reward: CodeReward) -> None:
         (["assert 1 == 1"], "asks nothing"),
         (["assert all(f(i) for i in range(3))"], "comprehension or lambda"),
         (["import math"], "no assert statement"),
+        (["assert np.allclose(f(2), 4.0)"], "uses np, which no box has"),
+        (["assert f(2) == pytest.approx(4.0)"], "uses pytest, which no box has"),
+        (["assert f(numpy.array([2])) == 4"], "uses numpy, which no box has"),
+        (["assert math.gcd(4, 6) == 2"], "asks nothing"),
         (["import numpy as np\nassert np.allclose(f(1), 2)"], "imports numpy, which no box has"),
         (["from . import f\nassert f(1) == 2"], "a relative module"),
         ([3], "list"),
@@ -164,29 +184,6 @@ def test_broken_ground_truths_are_found_before_any_run(reward: CodeReward, groun
 def test_calls_need_python() -> None:
     with pytest.raises(GroundTruthError, match="need Python programs"):
         parse_tests(["assert f(1) == 2"], "cpp")
-
-
-@pytest.mark.parametrize(
-    ("test", "calls", "judgement"),
-    [
-        ("assert f(2) == 3", ("f(2)",), "_0 == 3"),
-        ("assert 3 == f(2)", ("f(2)",), "3 == _0"),
-        ("assert abs(f(2) - 3.0) < 1e-6", ("f(2)",), "abs(_0 - 3.0) < 1e-06"),
-        ("assert f(g(1)) == g(2)", ("f(g(1))", "g(2)"), "_0 == _1"),
-        ("assert Solution().f([1])[0] == 1", ("Solution().f([1])",), "_0[0] == 1"),
-        ("assert f(1).real == 1", ("f(1)",), "_0.real == 1"),
-        ("assert set(f([i for i in range(3)])) == {0}", ("f([i for i in range(3)])",), "set(_0) == {0}"),
-        ("assert sorted(f(1), key=lambda x: -x) == [2, 1]", ("f(1)",), "sorted(_0, key=lambda x: -x) == [2, 1]"),
-        ("import math\nassert math.isclose(f(1), 2)", ("f(1)",), "math.isclose(_0, 2)"),
-        ("assert sum(1, 2) == 3", ("sum(1, 2)",), "_0 == 3"),
-        ("assert abs(pow(2, 3) - 8) < 1", ("pow(2, 3)",), "abs(_0 - 8) < 1"),
-        ("assert LIMIT == 3, 'message'", ("LIMIT",), "_0 == 3"),
-        ("assert f(1) == 2 and f(2) == 3", ("f(1)", "f(2)"), "_0 == 2 and _1 == 3"),
-    ],
-)
-def test_asserts_are_split_at_the_program(test: str, calls: tuple[str, ...], judgement: str) -> None:
-    (split,) = asserts.split_asserts([test])
-    assert (split.calls, split.judgement) == (calls, judgement)
 
 
 def test_asserts_are_judged_where_the_program_is_not(reward: CodeReward) -> None:
@@ -217,6 +214,45 @@ def f(x): return Yes()
     assert scores(
         reward, sample(patched, tests), sample("def f(x): return 2", ["import math", tests[5], tests[2]])
     ) == [0, 1]
+
+
+def test_no_program_brings_the_library_that_judges_it(reward: CodeReward) -> None:
+    close, counted, infinite = (
+        ["assert math.isclose(f(2), 4.0)"],
+        ["assert Counter(f(2)) == Counter('aab')"],
+        ["assert f(2) == inf"],
+    )
+    assert scores(
+        reward,
+        sample("import math\ndef f(x): return math.sqrt(16.0)", close),
+        sample("def f(x): return 2.0 * x", close),
+        sample("class math: isclose = lambda *a, **k: True\ndef f(x): return 0", close),
+        sample("import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 0", close),
+        sample("from collections import Counter\ndef f(x): return ['a', 'b', 'a']", counted),
+        sample("Counter = lambda x: 1\ndef f(x): return 0", counted),
+        sample("from math import inf\ndef f(x): return inf", infinite),
+        sample("inf = 1\ndef f(x): return inf", infinite),
+        sample("def gcd(a, b): return gcd(b, a % b) if b else a", ["assert gcd(4, 6) == 2"]),
+        sample("import math\ndef f(x): return x", ["assert f(math.pi) == 3.141592653589793"]),
+    ) == [1, 1, 0, 0, 1, 0, 1, 0, 1, 1]
+
+
+def test_calls_get_the_integer_keys_that_json_made_text(reward: CodeReward) -> None:
+    def rows(argument: Any, expected: Any) -> dict[str, Any]:
+        return {"fn_name": "f", "inputs": [[argument]], "outputs": [expected]}
+
+    text = {"fn_name": "f", "inputs": ['{"1": 2}'], "outputs": ["2"]}
+    assert scores(
+        reward,
+        sample("def f(d): return d[1]", rows({"1": 2}, 2)),
+        sample("def f(d): return d[1]", json.dumps(rows({"1": 2}, 2))),
+        sample("def f(d): return d", rows({"-1": 2, "10": 3}, {"-1": 2, "10": 3})),
+        sample("def f(d): return {1: 2}", rows({}, [{"1": 2}])),
+        sample("def f(d): return {'1': 2}", rows({}, {"1": 2})),
+        sample("def f(d): return d['1'] + d['a']", rows({"1": 2, "a": 3}, 5)),
+        sample("def f(d): return d['007']", rows({"007": 2}, 2)),
+        sample("def f(d): return d['1']", text),
+    ) == [1, 1, 1, 1, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
