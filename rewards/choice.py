@@ -8,16 +8,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards.api import GroundTruthError, RewardInput, RewardOutput, register_reward
-from rewards.format import boxed_contents
+from rewards.format import boxed_contents, nfkc, tagged_contents
 from rl.errors import ConfigError
 
+# Repetitions are possessive (`*+`) where two of them could share out the same characters in many ways: tried one after
+# another, these would take time by the square of the text's length.
 _ANNOUNCEMENTS = (
-    r"(?:final\s+|correct\s+|best\s+|right\s+)?(?:answer|option|choice)(?:\s+is|\s*[:=])+(?:\s+(?:option|choice))?",
-    r"(?:最終)?(?:答え|解答|回答|正解|正答|選択肢)(?:は|[:=])+",
+    r"(?:final\s+|correct\s+|best\s+|right\s+)?(?:answer|option|choice)(?:\s+is|\s*[:=])++(?:\s+(?:option|choice))?",
+    r"(?:最終)?(?:答え|解答|回答|正解|正答|選択肢)(?:は|[:=])++",
 )
 _JOINTS = r"(?:\s*(?:,|、|/|&|と|か|または|もしくは|あるいは|and|or)\s*)"
-_DOUBT = r"\s*[,、]?\s*(?:or|maybe|perhaps|possibly|か|または|もしくは|あるいは).{0,20}?"  # "B, or maybe C"
+_DOUBT = r"\s*+[,、]?\s*+(?:or|maybe|perhaps|possibly|か|または|もしくは|あるいは).{0,20}?"  # "B, or maybe C"
 _TOUCHING = r"[A-Za-z0-9À-ɏァ-ヴー]"  # a letter beside one of these is part of a word
+_OPENING = r"(?:[(\[$]\s*|\*\*|\\text(?:bf)?\{\s*)*+"
+_CLOSING = r"(?:\s*+[)\]}$]|\*\*)*+"
+_GOES_ON = r"(?:and|or|because|since|as|for|but|which|while|due|is|maybe|perhaps|possibly)\b"  # behind a letter
+# "a" and "I" are words of English: in prose they are letters only where no other word follows
+_IS_WORD = rf"['’]\w|[^\S\n]+(?!{_GOES_ON})[a-z]"
+_ENDS = rf"(?=[)\]}}*$,;:!?。、ぁ-ん一-龥]|\.(?!\w)|\s*+(?:\Z|{_GOES_ON})|[^\S\n]*\n)"
+_MAX_STATED = 2000  # characters
 
 
 @register_reward("choice")
@@ -42,21 +51,32 @@ class ChoiceReward:
             raise ConfigError(f"reward 'choice' needs at least two different letters, not {letters!r}")
         self._letters = unicodedata.normalize("NFKC", letters).upper()
         self._choices_field = choices_field
-        letter = rf"(?:[(\[]\s*|\*\*|\\text\{{\s*|\\textbf\{{\s*)*([{re.escape(self._letters)}])(?:\s*[)\]}}]|\*\*)*"
-        one = rf"(?<!{_TOUCHING}){letter}(?!{_TOUCHING})"
-        run = rf"{one}(?:{_JOINTS}{one})*"
-        self._letter = re.compile(one, re.IGNORECASE)
-        self._doubt = re.compile(_DOUBT + one, re.IGNORECASE)
-        self._only = re.compile(rf"\W*(?P<run>{run})[\s.。:)*]*", re.IGNORECASE)
-        self._leading = re.compile(rf"[(\[*]*(?P<letter>[{re.escape(self._letters)}])[)\].:、]\**\s+(?P<text>\S.*)")
-        self._announced = re.compile(
-            rf"(?:{'|'.join(_ANNOUNCEMENTS)})\s*[*$]*(?:\\boxed\{{)?\s*(?P<run>{run})", re.IGNORECASE
+        capitals, small = f"[{re.escape(self._letters)}]", f"[{re.escape(self._letters.lower())}]"
+
+        def alone(letter: str) -> str:
+            return rf"(?<!{_TOUCHING}){letter}(?!{_TOUCHING})"
+
+        self._letter = re.compile(alone(capitals), re.IGNORECASE)
+        joined = rf"{_CLOSING}(?:{_JOINTS}{_OPENING}{alone(capitals)}{_CLOSING})*"
+        self._only = re.compile(
+            rf"(?:\\text(?:bf)?\{{|\W)*+(?P<run>{alone(capitals)}{joined})[\s.。:)*]*+", re.IGNORECASE
         )
+        self._leading = re.compile(rf"[(\[*]*(?P<letter>{capitals})[)\].:、]\**\s+(?P<text>\S.*)")
+        # In an announcement the case tells: a small letter must end the sentence or be closed by a bracket or bold.
+        capital = rf"{capitals}(?:(?<![AI])|(?!{_IS_WORD}))"
+        first = alone(rf"(?-i:{capital}|{small}{_ENDS})")
+        further = alone(rf"(?-i:{capital}|{small}(?:(?<![ai])|{_ENDS}))")  # "B, a prime number", but not "B and c are"
+        joined = rf"{_CLOSING}(?:{_JOINTS}{_OPENING}{further}{_CLOSING})*"
+        self._announced = re.compile(
+            rf"(?:{'|'.join(_ANNOUNCEMENTS)})(?:\\(?:boxed|text|textbf)\{{|[\s*$(\[])*+(?P<run>{first}{joined})",
+            re.IGNORECASE,
+        )
+        self._doubt = re.compile(rf"{_DOUBT}{_OPENING}{further}", re.IGNORECASE)
 
     def __call__(self, sample: RewardInput) -> RewardOutput:
         choices = self._choices(sample.extra)
         wanted = self._wanted(sample.ground_truth, choices)
-        chosen = self._chosen(unicodedata.normalize("NFKC", sample.answer).strip(), choices)
+        chosen = self._chosen(nfkc(sample.answer).strip(), choices)
         extracted = "".join(sorted(chosen)) or None
         return RewardOutput(float(chosen == wanted), {"answered": float(bool(chosen))}, extracted)
 
@@ -65,11 +85,8 @@ class ChoiceReward:
         self._wanted(ground_truth, self._choices(extra))
 
     def _chosen(self, answer: str, choices: Mapping[str, str]) -> frozenset[str]:
-        for inner in (
-            *reversed(boxed_contents(answer)),
-            *reversed(re.findall(r"<answer>(.*?)</answer>", answer, re.S)),
-        ):
-            return self._stated(inner.strip(), choices)
+        if marked := boxed_contents(answer) or tagged_contents(answer):
+            return self._stated(marked[-1].strip(), choices)
         if announcements := list(self._announced.finditer(answer)):
             doubted = self._doubt.match(answer, announcements[-1].end()) is not None
             return frozenset() if doubted else self._letters_in(announcements[-1]["run"])
@@ -77,9 +94,11 @@ class ChoiceReward:
 
     def _stated(self, text: str, choices: Mapping[str, str]) -> frozenset[str]:
         """Of a text that is all answer: letters only, a letter and a text, or a choice's text."""
+        if len(text) > _MAX_STATED:
+            return frozenset()
         if match := self._only.fullmatch(text):
             return self._letters_in(match["run"])
-        by_text = frozenset(letter for letter, choice in choices.items() if _normal(choice) == _normal(text))
+        by_text = _with_text(text, choices)
         if len(by_text) == 1:
             return by_text
         match = self._leading.fullmatch(text)  # one line: a list of all choices is no answer
@@ -114,6 +133,8 @@ class ChoiceReward:
         elif isinstance(ground_truth, str):
             text = unicodedata.normalize("NFKC", ground_truth).strip()
             stripped = text.strip("()[]. ").upper()
+            if len(stripped) > 1 and len(by_text := _with_text(text, choices)) == 1:  # the text "Bad" is not A, B and D
+                return by_text
             if stripped and set(stripped) <= set(self._letters) and len(set(stripped)) == len(stripped):
                 return frozenset(stripped)
             if letters := self._stated(text, choices):
@@ -121,6 +142,10 @@ class ChoiceReward:
         raise GroundTruthError(
             f"choice: the ground truth {ground_truth!r} is no letter of {self._letters}, no index and no choice's text"
         )
+
+
+def _with_text(text: str, choices: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(letter for letter, choice in choices.items() if _normal(choice) == _normal(text))
 
 
 def _normal(text: str) -> str:

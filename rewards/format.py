@@ -6,11 +6,16 @@ Left out: whether the answer is right.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from rewards.api import RewardInput, RewardOutput, register_reward
 from rl.errors import ConfigError
 
-_HARMONY_CHANNEL = "<|channel|>"
+_HARMONY_START, _HARMONY_MESSAGE = "<|start|>", "<|message|>"
+_HARMONY_END, _HARMONY_RETURN = "<|end|>", "<|return|>"
+_HARMONY_HEADER = re.compile(r"\s*(?:assistant\b[^<]*)?<\|channel\|>\s*(\w+)\b[^<]*(?:<\|constrain\|>[^<]*)?")
+_MAX_NESTED_BOXES = 100
+_NFKC_PIECE = 4096
 
 
 @register_reward("format")
@@ -19,7 +24,8 @@ class FormatReward:
 
     Args:
         thinking: one block of reasoning that is not empty, from the first character on, then an answer that is not
-            empty; the tags appear nowhere else. In harmony, an analysis channel and a final one.
+            empty; the tags appear nowhere else. In harmony, a message in the analysis channel that is not empty, and
+            then one in the final channel, which is the last.
         prompt_opens_thinking: the chat template itself writes the opening tag, so the response begins inside.
         open_tag, close_tag: the thinking tags.
         answer_tags: the answer has exactly one `<answer>...</answer>`, not empty.
@@ -62,7 +68,7 @@ class FormatReward:
         if self._thinking:
             checks["thinking"] = self._thinks(sample)
         if self._answer_tags:
-            contents = re.findall(r"<answer>(.*?)</answer>", sample.answer, re.DOTALL)
+            contents = tagged_contents(sample.answer)
             checks["answer_tags"] = len(contents) == 1 == sample.answer.count("<answer>") and bool(contents[0].strip())
         if self._boxed:
             contents = boxed_contents(sample.answer)
@@ -76,8 +82,8 @@ class FormatReward:
         return RewardOutput(reward, {name: float(holds) for name, holds in checks.items()})
 
     def _thinks(self, sample: RewardInput) -> bool:
-        if _HARMONY_CHANNEL in sample.response:
-            return f"{_HARMONY_CHANNEL}analysis" in sample.response and bool(sample.answer.strip())
+        if _thinks_in_harmony(sample):
+            return True
         text = sample.response.strip()
         if self._prompt_opens:
             text = self._open + text
@@ -87,19 +93,73 @@ class FormatReward:
         return bool(reasoning.strip()) and bool(answer.strip())
 
 
+def _thinks_in_harmony(sample: RewardInput) -> bool:
+    """Is the response analysis and then a final message?
+
+    Only an answer that a harmony tokenizer found stands right behind `<|message|>`. To any other model these marks are
+    text that it may write at will, and its answer is the whole response or stands behind a closing tag.
+    """
+    text, answer = sample.response.rstrip(), sample.answer.strip()
+    if not text.endswith(answer):
+        text = text.removesuffix(_HARMONY_RETURN).removesuffix(_HARMONY_END).rstrip()
+    head = text.removesuffix(answer).rstrip()
+    if not answer or not text.endswith(answer) or not head.endswith(_HARMONY_MESSAGE):
+        return False
+    *before, final = head.removesuffix(_HARMONY_MESSAGE).split(_HARMONY_START)
+    return _channel(final) == "final" and any(_is_analysis(message) for message in before)
+
+
+def _is_analysis(message: str) -> bool:
+    header, _, content = message.partition(_HARMONY_MESSAGE)
+    return _channel(header) == "analysis" and bool(content.partition(_HARMONY_END)[0].strip())
+
+
+def _channel(header: str) -> str:
+    """Of an assistant's message; "" for any other header."""
+    match = _HARMONY_HEADER.fullmatch(header)
+    return match[1] if match else ""
+
+
+def nfkc(text: str) -> str:
+    """Unicode NFKC, in pieces: whole, a long run of combining marks takes time by the square of its length."""
+    pieces = (text[i : i + _NFKC_PIECE] for i in range(0, len(text), _NFKC_PIECE))
+    return "".join(unicodedata.normalize("NFKC", piece) for piece in pieces)
+
+
+def tagged_contents(text: str) -> list[str]:
+    """What stands in each `<answer>...</answer>`, up to the first closing tag.
+
+    Example: "<answer>3</answer> or <answer>4" gives ["3"].
+    """
+    contents: list[str] = []
+    end = 0
+    while (start := text.find("<answer>", end)) >= 0:
+        start += len("<answer>")
+        end = text.find("</answer>", start)
+        if end < 0:
+            break
+        contents.append(text[start:end])
+    return contents
+
+
 def boxed_contents(text: str) -> list[str]:
     r"""What stands in each `\boxed{...}`, by matching braces; a box that is never closed is "".
 
+    So is one inside a hundred others: contents of any depth would take memory by the square of the text's length.
     Example: r"\boxed{\frac{1}{2}} or \boxed{3" gives [r"\frac{1}{2}", ""].
     """
-    contents: list[str] = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            character = text[end]
-            if character == "\\":
-                end += 1
-            depth += (character == "{") - (character == "}")
-            end += 1
-        contents.append(text[match.end() : end - 1] if depth == 0 else "")
+    boxes = {match.end() - 1: i for i, match in enumerate(re.finditer(r"\\boxed\s*\{", text))}  # brace -> box
+    contents = [""] * len(boxes)
+    opened: list[int] = []  # braces
+    depth = 0  # of boxes among them
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # an escaped brace is none
+        if match[0] == "{":
+            opened.append(match.start())
+            depth += match.start() in boxes
+        elif match[0] == "}" and opened:
+            brace = opened.pop()
+            if brace in boxes:
+                if depth <= _MAX_NESTED_BOXES:
+                    contents[boxes[brace]] = text[brace + 1 : match.start()]
+                depth -= 1
     return contents

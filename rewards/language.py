@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rewards.api import RewardInput, RewardOutput, register_reward
+from rewards.format import nfkc
 from rl.errors import ConfigError
 
 # ISO code -> the scripts that the language is written in, by the first word of the Unicode character name.
@@ -31,14 +32,16 @@ _SCRIPTS: dict[str, frozenset[str]] = {
 _KANA = frozenset({"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"})
 _NO_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code
-    r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)"  # mathematics
-    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[a-zA-Z]+"
+    r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)"  # mathematics
+    r"|\\boxed\{[^{}]*\}|\\[a-zA-Z]+"
     r"|https?://\S+|</?\w+>|<\|[^|>]*\|>",  # links, tags, special tokens
     re.DOTALL,
 )
+_ENVIRONMENT_MARK = re.compile(r"\\(begin|end)\{(\w+\*?)\}")
 _SENTENCE = re.compile(r"[^.!?。!?\n]+[.!?。!?\n]*")
 _ACRONYM_OR_SYMBOL = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z][A-Z0-9]{1,7}|[A-Za-z]{1,2})(?![A-Za-z0-9])")
 _CHUNK_LETTERS = 60  # enough for lingua to tell related languages apart
+_MAX_CHUNK = 2000  # characters
 _DECIDABLE_LETTERS = {"CJK": 12}  # less than this says nothing about which of its languages it is
 
 
@@ -133,7 +136,7 @@ def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, 
 
     Japanese sentences stay whole: their Han and kana come as one passage of kana.
     """
-    text = _NO_LANGUAGE.sub(" ", unicodedata.normalize("NFKC", text))
+    text = _NO_LANGUAGE.sub(" ", _without_environments(nfkc(text)))
     if wanted_scripts and "LATIN" not in wanted_scripts:
         text = _ACRONYM_OR_SYMBOL.sub(" ", text)
     open_passages: dict[str, str] = {}
@@ -142,29 +145,51 @@ def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, 
             joined = f"{open_passages.get(script, '')} {piece}".strip()
             if len(joined) >= _CHUNK_LETTERS:
                 open_passages.pop(script, None)
-                yield joined, script
+                for start in range(0, len(joined), _MAX_CHUNK):  # lingua's time goes by the square of a word's length
+                    yield joined[start : start + _MAX_CHUNK], script
             else:
                 open_passages[script] = joined
     yield from ((passage, script) for script, passage in open_passages.items())
 
 
+def _without_environments(text: str) -> str:
+    r"""Leaves out what stands from a `\begin{x}` to the next `\end{x}`.
+
+    Not by a regular expression, which would search the rest of the text for each `\begin` that nothing closes.
+    """
+    marks = list(_ENVIRONMENT_MARK.finditer(text))
+    next_end: dict[str, int] = {}
+    ends: dict[int, int] = {}  # begin -> end
+    for mark in reversed(marks):
+        if mark[1] == "end":
+            next_end[mark[2]] = mark.end()
+        elif mark[2] in next_end:
+            ends[mark.start()] = next_end[mark[2]]
+    kept, position = [], 0
+    for begin, end in sorted(ends.items()):
+        if begin >= position:
+            kept.append(text[position:begin])
+            position = end
+    return " ".join([*kept, text[position:]])
+
+
 def _by_script(sentence: str) -> dict[str, str]:
     """The words of a sentence by script. Example: "xは値 ok" gives {"LATIN": "x ok", "HIRAGANA": "は値"}."""
-    runs: list[tuple[str, str]] = []
+    runs: list[tuple[str, list[str]]] = []
     for character in sentence:
         script = _script(character)
         if script and runs and runs[-1][0] == script:
-            runs[-1] = (script, runs[-1][1] + character)
+            runs[-1][1].append(character)
         elif script:
-            runs.append((script, character))
+            runs.append((script, [character]))
         elif runs and character.isspace():
-            runs[-1] = (runs[-1][0], runs[-1][1] + " ")
+            runs[-1][1].append(" ")
     scripts = {script for script, _ in runs}
     japanese = bool(scripts & _KANA)
     pieces: dict[str, list[str]] = {}
     for script, run in runs:
         name = "HIRAGANA" if japanese and script in _KANA | {"CJK"} else script
-        pieces.setdefault(name, []).append(run.strip())
+        pieces.setdefault(name, []).append("".join(run).strip())
     return {script: ("" if script in ("HIRAGANA", "CJK") else " ").join(parts) for script, parts in pieces.items()}
 
 

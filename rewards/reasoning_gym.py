@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from rewards.api import GroundTruthError, RewardInput, RewardOutput, register_reward
-from rewards.format import boxed_contents
+from rewards.format import boxed_contents, tagged_contents
 
 _PREFIX = "reasoning_gym:"
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 FULL_MARKS = 0.999  # some scorers compute 1.0 in floating point
+_DECOYS = ("nan", "0", "foo")  # answers that a model finds to be right always, where a scorer lets them pass
 
 
 @register_reward("reasoning_gym")
@@ -45,18 +45,27 @@ class ReasoningGymReward:
         return RewardOutput(reward, {"score": score, "scorer_failed": failed}, extracted)
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
-        """Raise GroundTruthError when the scorer cannot work with the row, or refuses the row's own answer."""
+        """Raise GroundTruthError when the scorer cannot work with the row, or takes another answer than the row's."""
         dataset = self._dataset(str(extra.get("data_source", "")), extra)
-        if ground_truth is None:  # tasks with many right answers have none of their own
-            return
-        try:
-            score = float(dataset.score_answer(ground_truth, _entry(ground_truth, extra)))
-        except Exception as error:
-            raise GroundTruthError(f"reasoning_gym: the scorer fails on the row's own answer: {error!r}") from error
-        if score < FULL_MARKS:
-            raise GroundTruthError(
-                f"reasoning_gym: the scorer gives the row's own answer {ground_truth!r} only {score}"
-            )
+        entry = _entry(ground_truth, extra)
+        if ground_truth is not None:  # tasks with many right answers have none of their own
+            try:
+                score = float(dataset.score_answer(ground_truth, entry))
+            except Exception as error:
+                raise GroundTruthError(f"reasoning_gym: the scorer fails on the row's own answer: {error!r}") from error
+            if score < FULL_MARKS:
+                raise GroundTruthError(
+                    f"reasoning_gym: the scorer gives the row's own answer {ground_truth!r} only {score}"
+                )
+        for decoy in _DECOYS:
+            score = 0.0
+            with contextlib.suppress(Exception):  # a scorer that raises does not fall for the decoy
+                score = float(dataset.score_answer(decoy, entry))
+            if score >= FULL_MARKS and not _same(decoy, ground_truth):
+                raise GroundTruthError(
+                    f"reasoning_gym: the scorer gives full marks to {decoy!r}, though the row's own answer is "
+                    f"{ground_truth!r}; where it does so for each row, the task cannot be trained on"
+                )
 
     def _dataset(self, data_source: str, extra: Mapping[str, Any]) -> Any:
         import reasoning_gym
@@ -83,9 +92,18 @@ def _entry(ground_truth: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     return {"question": extra.get("question", ""), "answer": ground_truth, "metadata": dict(metadata)}
 
 
+def _same(decoy: str, ground_truth: Any) -> bool:
+    """As text or as numbers."""
+    own = str(ground_truth).strip()
+    try:
+        return decoy == own or float(decoy) == float(own)
+    except ValueError:
+        return False
+
+
 def _extract(answer: str) -> str:
-    if tagged := _ANSWER_TAG.findall(answer):
-        return str(tagged[-1]).strip()
+    if tagged := tagged_contents(answer):
+        return tagged[-1].strip()
     if boxes := boxed_contents(answer):
         return boxes[-1].strip()
     return answer.strip()

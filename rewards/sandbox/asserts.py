@@ -163,7 +163,7 @@ def _split(statement: ast.Assert, imports: str, imported: frozenset[str], packag
 
 
 def _named_like_a_known(expression: ast.expr, library: Collection[str]) -> str | None:
-    """The function under test where all names are known: it has a library's (`Fraction`) or else a builtin's name (`sum`).
+    """The function under test where all names are known: a library's (`Fraction`) or else a builtin's (`sum`).
 
     Of several, the first that is not a usual check.
     """

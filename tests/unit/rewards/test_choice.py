@@ -51,6 +51,15 @@ def reward(answer: str, ground_truth: Any = "B", choices: Any = None, **options:
         "正解:(B)",
         "最終回答: B",
         "選択肢はB",
+        "The answer is b.",
+        "the answer is (b) here",
+        "The answer is **b** here",
+        "answer: b\nIt is in France.",
+        "The answer is b, because it is in France",
+        "答えはbです",
+        "The answer is B, a city in France.",
+        "The answer is B. But the answer is a hard one.",
+        r"The answer is $\boxed{\text{(B)}}$.",
     ],
 )
 def test_right_answers(answer: str) -> None:
@@ -83,6 +92,10 @@ def test_right_answers(answer: str) -> None:
         "The answer is B, or maybe C",
         "The answer is B or possibly (C)",
         "答えはB、またはC",
+        "The answer is B and c are right",
+        "The answer is a or b.",
+        "The answer is $B$ or $C$",
+        "The answer is b squared",
     ],
 )
 def test_wrong_answers_and_hedges(answer: str) -> None:
@@ -103,6 +116,39 @@ def test_texts_of_choices() -> None:
 def test_forms_of_the_ground_truth(ground_truth: Any) -> None:
     assert reward("B", ground_truth, CITIES) == 1.0
     assert reward("A", ground_truth, CITIES) == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "The answer is a prime number, so B.",
+        "The answer is a prime number, so (B).",
+        "The correct answer is a tough call.",
+        "Answer: A prime number",
+        "Answer: I think C",
+        "Answer: I'd say C",
+    ],
+)
+def test_articles_and_pronouns_are_no_letters(answer: str) -> None:
+    assert all(reward(answer, letter) == 0.0 for letter in "ABCI")
+
+
+def test_a_and_i_are_letters_where_nothing_else_fits() -> None:
+    assert reward("The answer is A because it is even.", "A") == reward("The answer is a.", "A") == 1.0
+    assert reward("The answer is **A** prime number", "A") == reward("The answer is I.", "I") == 1.0
+
+
+def test_a_ground_truth_that_is_a_text_made_of_letters() -> None:
+    assert reward("B", "Bad", ["Good", "Bad"]) == reward("C", "AB", ["A", "B", "AB", "O"]) == 1.0
+    assert reward("A, B, D", "Bad", ["Good", "Bad", "Ugly", "Odd"]) == 0.0
+    assert reward("A", "A", ["B", "A"]) == 1.0  # a single letter is a letter
+
+
+@pytest.mark.parametrize("flood", ["(", "**", " ", "( ", "A,", "answer is", "answer is (", r"\boxed{", "<answer>", ":"])
+def test_flooding_scores_0_and_costs_no_time(flood: str) -> None:
+    flooded = flood * (200_000 // len(flood))
+    for answer in (flooded, f"answer is C{flooded}x", f"answer is {flooded}x", f"C{flooded}"):
+        assert reward(answer) == 0.0
 
 
 def test_several_right_letters() -> None:

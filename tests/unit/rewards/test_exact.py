@@ -25,6 +25,20 @@ def reward(answer: str, ground_truth: Any, **options: Any) -> float:
         ("42", 42),
         ("colour", ["color", "colour"]),
         ("...", "..."),
+        ("A1.", "A1"),
+        ("**Paris**", "Paris"),
+        ('"Paris"', "Paris"),
+        ("(Paris)", "Paris"),
+        ("Paris!", "Paris"),
+        ('**"Paris."**', "Paris"),
+        ("パリ!」", "パリ!」"),
+        ("5!", "5!"),
+        ("**5!**.", "5!"),
+        ("C++.", "C++"),
+        ("It is blue", '"It is blue."'),
+        ("\u22125", -5),
+        ("[1, 2]", "[1, 2]"),
+        ("`__init__`", "__init__"),
     ],
 )
 def test_equal(answer: str, ground_truth: Any) -> None:
@@ -33,10 +47,40 @@ def test_equal(answer: str, ground_truth: Any) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "ground_truth"),
-    [("Paris, France", "Paris"), ("", "x"), ("not Paris", "Paris"), ("4 2", "42"), ("-5", 15)],
+    [
+        ("Paris, France", "Paris"),
+        ("", "x"),
+        ("not Paris", "Paris"),
+        ("4 2", "42"),
+        ("-5", 15),
+        ("5", "-5"),
+        ("-5", "5"),
+        ("5", "5!"),
+        ("5!", "5"),
+        ("5", ".5"),
+        (".5", "5"),
+        ("C#", "C++"),
+        ("A-", "A+"),
+        ("5%", "5"),
+        ("(1, 2)", "[1, 2]"),
+        ("init", "__init__"),
+        ("(Paris", "Paris"),
+        ("..", "..."),
+    ],
 )
 def test_different(answer: str, ground_truth: Any) -> None:
     assert reward(answer, ground_truth) == 0.0
+
+
+@pytest.mark.parametrize("flood", ["-", "!", "(", '"', "**", " ", "\u0301\u0316"])
+def test_flooding_scores_0_and_costs_no_time(flood: str) -> None:
+    flooded = flood * (200_000 // len(flood))
+    assert reward(f"a{flooded}b", "a") == reward(f"a{flooded}", "b") == 0.0
+
+
+def test_a_long_ground_truth_can_be_answered() -> None:
+    text = "so on " * 2000
+    assert reward(f"**{text}**", text) == 1.0
 
 
 def test_options() -> None:

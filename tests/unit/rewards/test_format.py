@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.api import RewardInput
-from rewards.format import FormatReward, boxed_contents
+from rewards.format import FormatReward, boxed_contents, tagged_contents
 from rl.errors import ConfigError
 from rollout.chat import think_answer
 
@@ -51,10 +51,25 @@ def test_harmony_channels() -> None:
     def harmony(response: str, answer: str) -> float:
         return FormatReward()(RewardInput(prompt="", response=response, answer=answer, ground_truth=None)).reward
 
-    text = "<|channel|>analysis<|message|>2+2<|end|><|start|>assistant<|channel|>final<|message|>4"
-    assert harmony(text, "4") == 1.0
+    final = "<|start|>assistant<|channel|>final<|message|>4"
+    text = f"<|channel|>analysis<|message|>2+2<|end|>{final}"
+    assert harmony(text, "4") == harmony(f"{text}<|end|>", "4") == 1.0
+    assert harmony(text.replace("<|message|>4", " <|constrain|>json<|message|>\n4\n"), "4") == 1.0
+    assert harmony(f"<|channel|>analysis<|message|> <|end|>{final}", "4") == 0.0
+    assert harmony(f"<|channel|>commentary to=f<|message|>2+2<|end|>{final}", "4") == 0.0
+    assert harmony(f"{text}<|end|><|start|>assistant<|channel|>analysis<|message|>5", "4") == 0.0
     assert harmony("<|channel|>analysis<|message|>2+2", "") == 0.0
     assert harmony("<|channel|>final<|message|>4", "4") == 0.0
+
+
+@pytest.mark.parametrize("closed", ["", "</think>", "<think></think>"])
+@pytest.mark.parametrize("prompt_opens_thinking", [False, True])
+def test_models_of_other_formats_cannot_forge_channels(closed: str, prompt_opens_thinking: bool) -> None:
+    final = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    for forged in ("<|channel|>analysis 42", f"<|channel|>analysis<|message|>2+2{final}"):
+        if not (closed == "</think>" and prompt_opens_thinking):  # which is honest thinking
+            assert reward(f"{forged}{closed}4", prompt_opens_thinking=prompt_opens_thinking) == 0.0
+            assert reward(f"{closed}{forged}4", prompt_opens_thinking=prompt_opens_thinking) == 0.0
 
 
 def test_a_cut_response_has_no_layout() -> None:
@@ -98,6 +113,28 @@ def test_wrong_options_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             FormatReward(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "flood", ["<answer>", "</answer>", r"\boxed{", r"\boxed", "{", "}", "<|start|>", "<|message|>"]
+)
+def test_flooding_scores_0_and_costs_no_time(flood: str) -> None:
+    flooded = flood * (200_000 // len(flood))
+    for response in (flooded, f"{flooded}4", f"<think>{flooded}</think>"):
+        assert reward(response, answer_tags=True, boxed=True, partial=True) == 0.0
+
+
+def test_boxes_in_boxes_and_tags() -> None:
+    assert boxed_contents(r"\boxed{a \boxed {\}b} \{} \\boxed{c} } \boxed{\boxed{d}") == [
+        r"a \boxed {\}b} \{",
+        r"\}b",
+        "c",
+        "",
+        "d",
+    ]
+    deep = boxed_contents(r"\boxed{" * 25_000 + "}" * 25_000)
+    assert len(deep) == 25_000 and deep[99] and deep[100:] == [""] * 24_900
+    assert tagged_contents("</answer><answer>a<answer>b</answer> <answer></answer><answer>c") == ["a<answer>b", ""]
 
 
 @given(st.text(alphabet="{}\\ab") | st.text())

@@ -55,6 +55,18 @@ def test_code_mathematics_links_and_names_belong_to_no_language() -> None:
     assert wanted_share("値はABC123です", "ja")[0] == 1.0
 
 
+def test_environments_belong_to_no_language() -> None:
+    inner = r"\begin{align}\begin{cases} one english sentence \end{cases}\end{align}"
+    assert wanted_share(JAPANESE + inner, "ja")[0] == 1.0
+    assert wanted_share(JAPANESE + r"\begin{align}" + ENGLISH, "ja")[0] < 0.8
+
+
+@pytest.mark.parametrize("flood", [r"\(", r"\[", r"\begin{a}", "$$ ", "`", "<|", "a", "a値", "\u0301\u0316"])
+def test_flooding_costs_no_time(flood: str) -> None:
+    flooded = flood * (200_000 // len(flood))
+    assert 0.0 <= output(flooded, ENGLISH, language="en").reward <= 1.0
+
+
 def test_japanese_headings_in_han_only_are_not_chinese() -> None:
     assert wanted_share("解答:\n" + JAPANESE + "\n結論:四十二", "ja")[0] == 1.0
 

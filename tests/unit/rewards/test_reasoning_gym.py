@@ -24,7 +24,7 @@ def score(row: tuple[str, Any, dict[str, Any]], answer: str, **options: Any) -> 
     return ReasoningGymReward(**options)(sample)
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "gsm_symbolic", "countdown", "knights_knaves"])
+@pytest.mark.parametrize("task", ["basic_arithmetic", "chain_sum", "gsm_symbolic", "countdown", "knights_knaves"])
 def test_the_tasks_own_answers_are_right(task: str) -> None:
     for row in rows(task):
         ReasoningGymReward().validate_ground_truth(row[1], {**row[2], "data_source": row[0]})
@@ -75,6 +75,37 @@ def test_an_answer_that_breaks_the_scorer_is_wrong() -> None:
 def test_rows_that_cannot_be_scored(ground_truth: Any, extra: dict[str, Any], message: str) -> None:
     with pytest.raises(GroundTruthError, match=message):
         ReasoningGymReward().validate_ground_truth(ground_truth, extra)
+
+
+@pytest.mark.parametrize(
+    ("task", "decoy"), [("complex_arithmetic", "nan"), ("coin_flip", "0"), ("game_of_life_halting", "nan")]
+)
+def test_a_scorer_that_takes_any_answer_is_refused(task: str, decoy: str) -> None:
+    refusable = [row for row in rows(task) if row[1] != "1"]  # coin_flip's scorer does not give 1's marks to 0
+    assert refusable
+    for source, ground_truth, extra in refusable:
+        with pytest.raises(GroundTruthError, match=f"full marks to '{decoy}', .* the task cannot be trained on"):
+            ReasoningGymReward().validate_ground_truth(ground_truth, {**extra, "data_source": source})
+
+
+@pytest.mark.parametrize(("ground_truth", "ok"), [("0", True), ("0.0", True), ("1", False), (None, False)])
+def test_a_decoy_that_is_right_is_none(ground_truth: Any, ok: bool) -> None:
+    class TakesNought:
+        def score_answer(self, answer: str, entry: Any) -> float:
+            return float(float(answer) == 0 or answer == entry["answer"])
+
+    reward = ReasoningGymReward(task="chain_sum")
+    reward._datasets[("chain_sum", "{}")] = TakesNought()
+    if ok:
+        reward.validate_ground_truth(ground_truth, {"metadata": {}})
+    else:
+        with pytest.raises(GroundTruthError, match="gives full marks to '0'"):
+            reward.validate_ground_truth(ground_truth, {"metadata": {}})
+
+
+@pytest.mark.parametrize("flood", ["<answer>", r"\boxed{"])
+def test_flooding_scores_0_and_costs_no_time(flood: str) -> None:
+    assert score(rows("chain_sum")[0], flood * (200_000 // len(flood))).reward == 0.0
 
 
 def test_a_ground_truth_that_the_scorer_refuses() -> None:
