@@ -53,7 +53,7 @@ class MathReward:
         truths = _truths(sample.ground_truth)
         self._pool.warm_up()
         answer = last_box(sample.answer) if self.require_box else extract_answer(sample.answer)
-        if answer is None or not answer.strip():
+        if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARS:
             return RewardOutput(0.0, {"answered": 0.0, "symbolic": 0.0, "symbolic_lost": 0.0})
         equal = symbolic = lost = False
         for truth in truths:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from rewards.mathematics.relations import compare_relations, interval_of, unwrapped
+from rewards.mathematics.relations import compare_relations, interval_of, is_sum_of_letters, unwrapped
 from rewards.mathematics.scalars import Verdict, as_decimal, same_value
 from rewards.mathematics.sets import compare_sets
 from rewards.mathematics.syntax import (
@@ -121,6 +121,8 @@ def _compare_quantities(gold: Node, answer: Node, policy: Policy) -> Verdict:
         other = unwrapped(other) or other
         if isinstance(other, Quantity):
             return _compare_two_quantities(quantity, other, policy)
+    if _percentage(other) is not None and _percentage(quantity.value) is None:
+        return Verdict.DIFFERENT  # 5 cm are not 5%, though either may be written as 5
     if quantity.product is not None and (symbols(other) or (quantity.tight and quantity is gold)):
         return compare(quantity.product, other, policy)
     if quantity.unit == DEGREE and is_scalar(quantity.value) and is_scalar(other):
@@ -195,6 +197,8 @@ def _compare_relations(gold: Node, answer: Node, policy: Policy) -> Verdict:
     interval = interval_of(relation)
     if interval is not None and isinstance(other, (Collection, SetOperation, Symbol)):
         return _compare_collections(interval, other, policy)
+    if relation is answer and isinstance(gold, Number) and is_sum_of_letters(relation):
+        return compare(gold, relation.terms[-1], policy)
     if isinstance(gold, Collection) and gold.kind == "list":
         return Verdict.DIFFERENT
     if isinstance(answer, Collection) and answer.kind == "list" and relation is gold:

@@ -1,21 +1,26 @@
 """Finds the final answer in a response: the last box, else what follows "the answer is", else the last sentence.
 
 Left out: what the answer means (`rewards.mathematics.parsing`), and thinking tags as the chat template knows them
-(`rollout.chat`; only a stray `</think>` is cut here). Every search runs in time linear in the text.
+(`rollout.chat`; only a stray `</think>` is cut here). A search runs in time linear in the text, or over a bounded part.
 """
 
 from __future__ import annotations
 
 import re
 
+from rewards.mathematics.normalisation import normalise
+from rewards.mathematics.numbers import SCALES
+from rewards.mathematics.units import ARITHMETIC_WORDS, read_unit
+
 MAX_ANSWER_CHARS = 2000  # a longer final answer is no answer
+TAIL_CHARS = 4000  # of a response without box or anchor, where its last sentence and formula are sought
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\w])")
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;、，.]|\\[()\[\],;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or|und|et|y|o)\b"
     r"|または|もしくは|および|と|や|か|和|或)*"
 )
-_PERCENT_AFTER = re.compile(r"\s*(?:\$|\\\)|\\\])?\s*(?:\\?[%％]|percent\b|pct\b|percentage\b|パーセント)")
+_PERCENT_AFTER = re.compile(r"\s{0,9}(?:\$|\\\)|\\\])?\s{0,9}(?:\\?[%％]|percent\b|pct\b|percentage\b|パーセント)")
 _ANCHOR = re.compile(
     r"(?:"
     r"\banswer\b(?:\s+(?:to|of|for|in)\b[^.:=\n]{0,80}?)?\W{0,6}?(?:\s*\b(?:is|are|was|equals|would\s+be|should\s+be|will\s+be)\b|[:：=])(?:\s*\*+)?"
@@ -27,7 +32,7 @@ _ANCHOR = re.compile(
     r"(?:\s*[】）)\]]\s*[:：]?|\s*(?:は|：|:|＝|=)\s*、?|\s+(?=[-−\d$\\(（]))"
     r"|(?:最终)?(?:答案|答)(?:\s*(?:是|为|為|：|:))"
     r"|(?:정답|답)\s*(?:은|는|:|：)"
-    r"|^\s*\#{4}"
+    r"|^[^\S\n]*\#{4}"
     r")\s*",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -40,6 +45,25 @@ _SENTENCE_END = re.compile(
 _CLOSING_REMARK = re.compile(
     r"(?:I hope (?:it|this) is correct|Hope this helps|Let me know[^.]*|<\|im_\w+\|>\w*)[.!]?", re.I
 )
+_ANSWER_TAGS = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_DISPLAYS = [
+    (re.compile(opening), closing)
+    for opening, closing in ((r"\$\$", "$$"), (r"(?<!\\)\\\[", r"\]"), (r"(?<!\\)\\\(", r"\)"))
+]
+_OF_A_PART = re.compile(r"\b(?:part|parts|step|case|first|previous)\b|\(\w{1,3}\)", re.IGNORECASE)
+_VALUE_FIRST = re.compile(r"[\s*_`]*[-+−－±(\[{|√\s]*(?:[$€£¥￥\\]|\.?\d|[^\W\d_]{1,3}(?:_\{?\w+\}?)?\s*=)")
+_NO_VALUE = re.compile(  # what a number is not, or only bounds, in one clause with the number
+    r"(?:\b(?:not|cannot|never|neither|at\s+most|at\s+least)\b|n't\b"
+    r"|\b(?:less|greater|more|fewer|smaller|larger|bigger|higher|lower|other)\s+than\b)[^\d\\$,;:=]*[\d\\$]",
+    re.IGNORECASE,
+)
+_ARITHMETIC_BEFORE = re.compile(  # square root of 5, twice 5, log base 5, half of $5
+    r"\b(?:root|twice|half|double|triple|negative|minus|plus|times|over|choose|log|logarithm|sine|cosine|tangent|base"
+    r"|divided|multiplied|square|cube|power|inverse|reciprocal|percent|third|quarter|fourth|fifth|tenth)"
+    r"(?:\s+(?:of|the|by|to|base|number))*\s+[-$€£¥￥]?\d",
+    re.IGNORECASE,
+)
+_SENTENCE_START = re.compile(r"(?:[AaI]|[A-Za-z]{2,}),?\s+[A-Za-z]{2,}")
 _CHAT_MARK = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|return)\|>")
 _CLAUSE_AFTER = re.compile(
     r"(?:,|;|\s)\s*(?:because|since|where|as\s+(?:we|the|it)|so\s+(?:the|we)|when|given\s+that|that|such|i\.e|namely|after|if\s|という|なぜなら|ので)\b.*$",
@@ -71,6 +95,8 @@ def extract_answer(text: str) -> str | None:
     final = _after_thinking(text)
     if final is None:
         return None
+    if tagged := _ANSWER_TAGS.findall(final):
+        final = tagged[-1]
     text = _CLOSING_REMARK.sub(" ", final).rstrip()
     if _CHOICE_WITH_TEXT.fullmatch(text):
         return text.strip()
@@ -125,7 +151,13 @@ def _last_boxes(text: str) -> tuple[str | None, int]:
         if _PERCENT_AFTER.match(text, closed):
             content += "%"
         contents.append(content)
+    if len(contents) > 1 and len({_spelling(content) for content in contents}) == 1:
+        return contents[0], end  # one answer, boxed again
     return ", ".join(reversed(contents)), end
+
+
+def _spelling(content: str) -> str:
+    return normalise(content) if len(content) <= MAX_ANSWER_CHARS else content
 
 
 def _matching_brace(text: str, start: int) -> int | None:
@@ -150,10 +182,14 @@ def _matching_brace(text: str, start: int) -> int | None:
 
 
 def _anchored(text: str, start: int) -> str | None:
-    """What follows the last "the answer is" after `start`, if it holds something that can be an answer."""
+    """What follows the last "the answer is" after `start`, if it holds something that can be an answer.
+
+    Behind a box (`start` > 0) most such statements are remarks, "the answer is unique", so only one that begins with a
+    value counts.
+    """
     for match in reversed(list(_ANCHOR.finditer(text, start))[-6:]):
         content = _first_statement(text[match.end() : match.end() + MAX_ANSWER_CHARS])
-        if start == 0 or _NUMBER.search(content) or _MATH_SPAN.search(content):
+        if start == 0 or (_VALUE_FIRST.match(content) and not _OF_A_PART.search(match.group())):
             answer = _answer_in_statement(content)
             if answer:
                 return answer
@@ -179,14 +215,28 @@ def _answer_in_statement(statement: str) -> str:
         said = statement[verbs[-1].end() :]
         if _MATH_SPAN.search(said) or re.search(r"\d|\\", said):
             statement, spans = said, list(_MATH_SPAN.finditer(said))
+    clause = statement if spans else _CLAUSE_AFTER.sub("", statement)
+    if _NO_VALUE.search(clause):
+        return ""
     if spans:
         return _joined_spans(statement, spans)
-    statement = _JAPANESE_COPULA.sub("", _CLAUSE_AFTER.sub("", statement))
+    statement = _JAPANESE_COPULA.sub("", clause)
     statement = statement.strip().strip('*_`"“”').rstrip(".。!").strip("*_` ")
-    numbers = _NUMBER.findall(statement)
-    if len(numbers) == 1 and re.match(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}", statement):  # Jane started 3 hours ago
-        return str(numbers[0])
-    return statement
+    return _only_number(statement) or statement
+
+
+def _only_number(sentence: str) -> str | None:
+    """`3 hours` of "Jane started 3 hours ago": the only number, with the unit behind it; None where it is changed."""
+    numbers = list(_NUMBER.finditer(sentence))
+    if len(numbers) != 1 or not _SENTENCE_START.match(sentence) or _ARITHMETIC_BEFORE.search(sentence):
+        return None
+    number = numbers[0].group()
+    behind = re.match(r"[\s-]*([A-Za-z]+)", sentence[numbers[0].end() :])
+    word = behind[1].lower() if behind else ""
+    if word in ARITHMETIC_WORDS:
+        return None
+    kept = word.removesuffix("s") in SCALES or (len(word) > 2 and read_unit(word))  # not the "in" of "5 in all"
+    return f"{number} {word}" if kept else number
 
 
 def _joined_spans(statement: str, spans: list[re.Match[str]]) -> str:
@@ -208,21 +258,32 @@ def _span_text(span: re.Match[str]) -> str:
 def _from_last_sentence(text: str) -> str | None:
     """The answer of a response with neither box nor anchor: all of it if short, else what its last sentence says."""
     text = text.strip()
-    sentences = [s for s in (part.strip() for part in re.split(_SENTENCE_END, text[-4000:])) if s]
+    sentences = [s for s in (part.strip() for part in re.split(_SENTENCE_END, text[-TAIL_CHARS:])) if s]
     if not sentences:
         return None
     last = _LEADING_WORD.sub("", sentences[-1].strip("*_ "))
     spans = list(_MATH_SPAN.finditer(last))
     if not spans:
-        displayed = list(_MATH_SPAN.finditer(text))
-        if displayed and displayed[-1].end() >= len(text) - 2:
-            return _span_text(displayed[-1])
+        displayed = _display_at_end(text)
+        if displayed:
+            return displayed
     if len(sentences) == 1 and not spans and _is_bare(last):
         return last.rstrip(".。")
     if re.search(r"\d|\\|\$", last):
         return _answer_in_statement(last)
     asserted = list(_ASSERTION.finditer(last))
     return last[asserted[-1].end() :].rstrip(".。! ") if asserted else None
+
+
+def _display_at_end(text: str) -> str | None:
+    """The formula that a text ends with, which may run over several lines; a full stop may follow it."""
+    tail = text[-TAIL_CHARS:]
+    for opening, closing in _DISPLAYS:
+        end = tail.rfind(closing, max(0, len(tail) - 4))
+        starts = list(opening.finditer(tail, 0, end)) if end > 0 else []
+        if starts:
+            return tail[starts[-1].end() : end].strip()
+    return None
 
 
 def _is_bare(text: str) -> bool:

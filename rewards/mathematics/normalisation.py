@@ -80,7 +80,7 @@ _REWRITES = [
 ]  # fmt: skip
 _MATH_DELIMITERS = re.compile(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\](?!\d)|(?<!\\)\$(?!\s*\d)|\$(?=\s*$)")
 _PERCENT_WORD = re.compile(
-    r"(?<=[\d)}\s])\s*(?:\\text\s*\{\s*)?\b(?:percent|percentage|pct)\b(?:\s*\})?", re.IGNORECASE
+    r"(?<=[\d)}\s])\s*(?:\\text\s*\{\s*)?\b(?:per\s?cent|percentage|pct)\b(?:\s*\})?", re.IGNORECASE
 )
 _PAIRED_DOLLARS = re.compile(r"(?<!\\)\$([^$]*[^$\\\s][^$]*)(?<!\\)\$")
 _OUTER_QUOTES = re.compile(r"""^(["'`*_]+)(.*?)\1$""", re.DOTALL)

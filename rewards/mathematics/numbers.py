@@ -1,6 +1,6 @@
 """Plain numbers, exactly: integers, decimals, fractions, thousands separators, scientific notation.
 
-Left out: anything with a root, a constant or a letter in it.
+Left out: anything with a root, a constant or a letter in it, except that `3.5 million` is spelled out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from fractions import Fraction
 MAX_DIGITS = 4000
 MAX_EXPONENT = 4000
 
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+
+_SCALED = re.compile(
+    r"(?P<before>(?:[A-Za-z]\s*=\s*)?[-+]?\s*[$€£¥₹]?\s*)(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)"
+    r"(?P<gap>[\s-]*(?:\\text\s*\{)?\s*)(?P<scale>" + "|".join(SCALES) + r")s?\b(?P<behind>\D*)",
+    re.IGNORECASE,
+)
 _PLAIN = re.compile(r"([+-]?)(\d+)(?:\.(\d*))?")
 _LEADING_POINT = re.compile(r"([+-]?)\.(\d+)")
 _SLASH = re.compile(r"([+-]?\d+)\s*/\s*(\d+)")
@@ -51,6 +58,17 @@ def read_number(text: str) -> PlainNumber | None:
     if match := _SCIENTIFIC.fullmatch(text):
         return _scientific(match.group(1), int(match.group(2)))
     return None
+
+
+def spell_out_scale(text: str) -> str:
+    """`2 million dollars` as `2000000 dollars`; a text that is not one number with a scale word stays as it is."""
+    while match := _SCALED.fullmatch(text):
+        value = Fraction(match["number"].replace(",", "")) * SCALES[match["scale"].lower()]
+        if value.denominator != 1:
+            return text
+        behind = re.sub(r"\\text\s*\{\s*\}", "", match["gap"].replace("-", " ") + match["behind"])
+        text = f"{match['before']}{value}{behind}".rstrip()
+    return text
 
 
 def _decimal(sign: str, whole: str, places: str) -> PlainNumber:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from rewards.mathematics.japanese import convert_numerals
 from rewards.mathematics.normalisation import normalise
-from rewards.mathematics.numbers import read_number
+from rewards.mathematics.numbers import read_number, spell_out_scale
 from rewards.mathematics.parsing import parse
 from rewards.mathematics.syntax import (
     BaseNumber,
@@ -48,7 +48,14 @@ _CONDITION = re.compile(
 )
 _PARENTHESISED = re.compile(r"\(([^()\[\]{}\\\d]*)\)")
 _LABEL_COLON = re.compile(r"^[A-Za-z ]{4,40}:\s*(?=\S)")
-
+_LABEL = re.compile(  # what an answer may name on the left of its equals sign, besides what `parsing` reads
+    r"(?:\\text\s*\{(?!\s*\w\s*\}|[^{}]*\bnot\b)[^{}\d=]*\}(?:\s*_\s*(?:\w|\{\w+\}))?"  # \text{Area}
+    r"|\|\s*[A-Z]{2}\s*\|(?=\s*=[^A-Z]*$)|\[\s*(?:(?:\\triangle\b|△)\s*)?[A-Z]{3,5}\s*\]"  # |AB|, [ABC]
+    r"|m?\s*(?:\\(?:measured)?angle(?![a-zA-Z])|\\triangle(?![a-zA-Z])|[∠△])\s*(?:[A-Z]{1,3}|\{\s*[A-Z]{1,3}\s*\})"
+    r"|[a-zA-Z]'+\s*\(\s*-?\s*\d+\s*\)"  # f'(1)
+    r"|\\(?:max|min)\s*(?:\([^(),=]*\)|[a-zA-Z])"
+    r")\s*=(?!=)\s*"
+)
 
 MIN_PROSE_WORDS = 3  # with so many words a text that is no formula is a sentence, to be compared as one
 
@@ -65,7 +72,7 @@ class Answer:
 @lru_cache(maxsize=1024)  # responses of one group share the ground truth, and often the answer
 def read_answer(raw: str, grouping: bool = True) -> Answer:
     """Read what a model or a dataset wrote. Never raises: what cannot be read has no node."""
-    text = convert_numerals(normalise(raw))
+    text = spell_out_scale(convert_numerals(normalise(raw)))
     try:
         return Answer(text, _read(text, grouping))
     except UnsupportedError:
@@ -104,6 +111,8 @@ def _base_number(digits: str, base_text: str) -> BaseNumber | None:
 
 
 def _read_formula(text: str, grouping: bool) -> Node:
+    if match := _LABEL.match(text):
+        return _labelled(match.group(), _read_formula(text[match.end() :], grouping))
     if (compound := read_compound(text)) is not None:
         return Quantity(Number(compound[0]), compound[1])
     value, unit, ambiguous = split_unit(text)
@@ -121,6 +130,16 @@ def _read_formula(text: str, grouping: bool) -> Node:
     if isinstance(node, Collection) and node.kind == "list":  # 3 and 4 cm
         return Collection("list", tuple(Quantity(item, unit) for item in node.items))
     return Quantity(node, unit, product, tight=ambiguous and value + text[-1] == text)
+
+
+def _labelled(label: str, value: Node) -> Node:
+    name = re.sub(r"[\s{}=]|\\text", "", label)
+    text = Text(name.lower() if "\\text" in label else name)
+    if not isinstance(value, Relation):
+        return Relation((text, value), ("=",))
+    if set(value.operators) <= {"=", "~"}:
+        return Relation((text, *value.terms), ("=", *value.operators))
+    raise UnreadableError("an inequality behind a label")
 
 
 def _reread_condition(text: str, grouping: bool) -> Node:

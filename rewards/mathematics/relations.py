@@ -32,7 +32,7 @@ Compare = Callable[[Node, Node], Verdict]
 
 
 def is_label(node: Node) -> bool:
-    """Whether a node only names something: x, f(x), (x, y), AB, a word."""
+    """Whether a node only names something: x, f(x), (x, y), AB, words (which is how `reading` gives an angle ABC)."""
     match node:
         case Symbol(name=name):
             return not name.startswith("mathbb:")
@@ -75,6 +75,22 @@ def unwrapped(relation: Relation) -> Node | None:
     if constants and all(same_value(terms[-1], term, 6) is Verdict.EQUAL for term in terms[:-1]):
         return terms[-1]  # 1 + 2 + 3 = 6
     return None
+
+
+def is_sum_of_letters(relation: Relation) -> bool:
+    """Whether it is `m + n = ... = 33`, the sum that contests ask for. As a ground truth it may be a line, so only
+    an answer is read like that, and the verdict rejects one that stands in the question.
+    """
+    letters, left = list[str](), [relation.terms[0]]
+    while left:
+        match left.pop():
+            case Apply(name="add", args=args):
+                left.extend(args)
+            case Symbol(name=name) if len(name) == 1:
+                letters.append(name)
+            case _:
+                return False
+    return set(relation.operators) == {"="} and len(set(letters)) == len(letters) >= 2
 
 
 def compare_relations(gold: Relation, answer: Relation, compare: Compare) -> Verdict:

@@ -9,6 +9,7 @@ import re
 from fractions import Fraction
 
 from rewards.mathematics.grammar import words
+from rewards.mathematics.numbers import SCALES
 from rewards.mathematics.syntax import Unit
 
 MAX_WORDS = 8  # of an unknown unit: `12 distinct arithmetic sequences`
@@ -92,7 +93,21 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
     for factor, spellings in factors.items()
     for spelling in spellings.split()
 }
-_NOT_UNITS = words("or and if else i e pi cup cap than not nor but versus to sqrt sin cos tan log ln x y z")
+ARITHMETIC_WORDS = words(  # they change the number in front of them
+    "squared cubed plus minus divided multiplied factorial choose modulo mod doubled tripled halved halves thirds "
+    "quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths millionths"
+)
+_SCALE_WORDS = frozenset(SCALES) | {scale + "s" for scale in SCALES}
+_NOT_UNITS = (
+    ARITHMETIC_WORDS
+    | _SCALE_WORDS
+    | words("or and if else i e pi cup cap than not nor but versus to sqrt sin cos tan log ln x y z")
+    | words("is isn are aren was were be over under above below")
+)
+_NOT_LAST = words(  # 5 negative numbers are a count, 5 negative is none
+    "positive negative wrong incorrect false less fewer most least half third quarter fourth fifth sixth tenth "
+    "zero one two three four five six seven eight nine ten eleven twelve twenty"
+)
 _AMBIGUOUS_LETTERS = words("m g s h l L N J W V A K")
 
 _WORD = (
@@ -105,7 +120,7 @@ _PIECE = re.compile(r"(?P<word>[^\W\d_]+|°[CF])(?:\^(?P<power>-?\d))?|(?P<slash
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|CA|AU)?\s*([$€£¥₹])\s*([-+]?[\d.(\\].*)", re.DOTALL)
 _CURRENCY_BEHIND = re.compile(r"(.*\d)\s*([$€£¥₹¢])", re.DOTALL)
 _HIRAGANA = re.compile("[\u3041-\u309f]")  # inflection: 5ではない is a sentence, not a unit
-_SQUARE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
+_SQUARE = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 _COMPOUND = re.compile(rf"(\d+(?:\.\d+)?)\s*({_WORD})(?:\s*(?:,|and\b|と)?\s*)")
 _PLAIN_VALUE = re.compile(r"[-+]?[\d.,]+(?:\s*/\s*\d+)?|[-+]?\d*\s*\\frac\s*\{?\d+\}?\s*\{?\d+\}?")
 
@@ -148,7 +163,9 @@ def _unit_after(value: str, suffix: str) -> Unit | None:
     names = _words(suffix).lower().split()
     if not _PLAIN_VALUE.fullmatch(value) or not names or len(names) > MAX_WORDS:
         return None
-    if any(name in _NOT_UNITS or (len(name) == 1 and name.isascii()) or _HIRAGANA.search(name) for name in names):
+    if names[-1] in _NOT_LAST or any(
+        name in _NOT_UNITS or (len(name) == 1 and name.isascii()) or _HIRAGANA.search(name) for name in names
+    ):
         return None
     return Unit(Fraction(1), ((" ".join(_singular(name) for name in names), 1),))
 
@@ -215,6 +232,7 @@ def _words(text: str) -> str:
     text = re.sub(r"\^\{\\circ\}\s*(?:\\text\s*\{\s*)?([CF])\b", r" °\1", text)
     text = re.sub(r"\\text\s*\{\s*([^{}]*?)\s*\}", r" \1 ", text)
     text = text.replace("\\cdot", " ").replace("{", "").replace("}", "")
+    text = re.sub(r"(?<=[^\W\d_])\s+(squared|cubed)\b", lambda m: "^2" if m[1] == "squared" else "^3", text)
     return re.sub(r"\s*\^\s*", "^", text).strip()
 
 

@@ -83,6 +83,24 @@ def test_computer_algebra_that_runs_too_long_costs_only_its_own_sample(reward):
 
 
 @pytest.mark.parametrize(
+    "unit", [r"\( x", r"\[ ", "$$ x", " \n", "<answer>", r"\boxed{", "the answer is not ", "5 million "]
+)
+@pytest.mark.parametrize(("before", "behind"), [("", ""), (r"\boxed{6}", "x"), ("", "$$")])
+def test_a_flood_is_a_wrong_answer_and_no_timeout(reward, unit, before, behind):
+    flood = before + unit * (200_000 // len(unit)) + behind
+    assert score(reward, "5", flood) == 0.0
+
+
+def test_a_box_over_the_length_of_an_answer_is_none():
+    boxed_only = MathReward(require_box=True)
+    try:
+        response = r"\boxed{" + "1" * 3000 + "}"
+        assert boxed_only(RewardInput("", response, response, "5")).breakdown["answered"] == 0.0
+    finally:
+        boxed_only.close()
+
+
+@pytest.mark.parametrize(
     ("truth", "message"),
     [
         ("  ", "empty"),
