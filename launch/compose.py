@@ -15,14 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import (
-    check_algorithm,
-    check_checkpoint,
-    check_layout,
-    check_length,
-    check_logging,
-    check_optimizers,
-)
+from launch.preflight import check_checkpoint, check_length, check_optimizers, check_training
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -178,15 +171,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     What can be wrong without a process (data, rewards, algorithm, model files) is checked first.
     """
     run_dir = Path(config.run_dir)
-    check_checkpoint(config.model.path, "model.path")
-    if config.critic is not None and config.critic.path is not None:
-        check_checkpoint(config.critic.path, "critic.path")
-    if config.algorithm.kl.reference is not None:
-        check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
-    check_algorithm(config)
-    check_length(config)
-    check_layout(config)
-    check_logging(config)
+    check_training(config)
     train_prompts, eval_sets = load_data(config, display)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))

@@ -1,4 +1,7 @@
-"""What must be in the environment before the frameworks are imported. Imports none of them itself."""
+"""What must be in the environment, and not in the working directory, before the frameworks are imported.
+
+Imports none of them itself.
+"""
 
 from __future__ import annotations
 

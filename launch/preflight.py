@@ -23,6 +23,19 @@ from rl.losses.contract import check_policy_loss
 from rl.models import attention_of, has_experts, load_config
 
 
+def check_training(config: TrainConfig) -> None:
+    """All of a training run that can be known without its data and the device."""
+    check_checkpoint(config.model.path, "model.path")
+    if config.critic is not None and config.critic.path is not None:
+        check_checkpoint(config.critic.path, "critic.path")
+    if config.algorithm.kl.reference is not None:
+        check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
+    check_algorithm(config)
+    check_length(config)
+    check_layout(config)
+    check_logging(config)
+
+
 def check_algorithm(config: TrainConfig) -> None:
     """Raise ConfigError unless estimator, loss, options and sizes go together."""
     algorithm = config.algorithm

@@ -97,7 +97,7 @@ class TrainingRun:
         self.controller.learners.load_checkpoint(found.path / LEARNER)
         self.controller.prompt_source.load_state_dict(state["prompt_source"])
         self.next_step = self._last_row = self._saved_step = self.controller.steps_learned = int(state["step"])
-        if "metrics" in state and not row_is_whole(self.plan, self.next_step):
+        if not row_is_whole(self.plan, self.next_step):
             self._last_row, self._owed = self.next_step - 1, state["metrics"]
         self.display.message(found.describe())
         return True
@@ -128,7 +128,7 @@ class TrainingRun:
         result = self.controller.step(self.next_step)
         metrics = step_metrics(result)
         self._write_samples(result)
-        self._tell_of_failures(result)
+        self._tell_of_failures(result, metrics)
         try:
             self._check_agreement(metrics)
         except WeightSyncError:
@@ -180,7 +180,7 @@ class TrainingRun:
             "the model's numerics alone explain it, sync.probe_tolerance raises the bound of the mean)"
         )
 
-    def _tell_of_failures(self, result: StepResult) -> None:
+    def _tell_of_failures(self, result: StepResult, metrics: Mapping[str, float]) -> None:
         """Of each kind, once: samples without a reward are left out of the loss and of reward/mean, which alone would
         not say so. Every step counts them in its metrics."""
         scores = result.scored.scores
@@ -188,10 +188,10 @@ class TrainingRun:
         for (status, error), _ in failed.most_common():
             if status not in self._told_of:
                 self._told_of.add(status)
-                count = sum(number for (kind, _), number in failed.items() if kind is status)
+                metric = f"reward/{status.value}_count"
                 self.display.message(
-                    f"step {result.step + 1}: {count} of {len(scores)} samples could not be scored: {status.value}: "
-                    f"{error}; later ones are counted in reward/{status.value}_count"
+                    f"step {result.step + 1}: {metrics[metric]:.0f} of {len(scores)} samples could not be scored: "
+                    f"{status.value}: {error}; later ones are counted in {metric}"
                 )
 
     def _write_samples(self, result: StepResult) -> None:
