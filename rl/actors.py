@@ -5,6 +5,7 @@ Left out: starting them (`launch.cluster` places them), and what they do.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from ray.exceptions import RayError, RayTaskError
 from rl.errors import FledgeError
 
 _DEATH_TIMEOUT_S = 30.0
+# Of the text of ray.exceptions.OutOfMemoryError, which goes on for 4,000 characters about Ray's settings.
+_NODE_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),.*?was (\S+) used / (\S+) limit")
+_MEMORY_USER = re.compile(r"^\d+\t([\d.]+)\t(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +77,21 @@ class Crew:
             raise self.error(f"{self.member} {index} failed to {what}: {cause}") from error
         except RayError as error:  # it died, its node did, or Ray's memory monitor killed it
             raise self.error(
-                f"{self.member} {index} was lost before it could {what}: {_without_ids(error)}{self.remedy}"
+                f"{self.member} {index} was lost before it could {what}: {_why(error)}{self.remedy}"
             ) from error
 
 
-def _without_ids(error: RayError) -> str:
-    """Ray's text in one line, without the identities of the actor, which it indents."""
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t"))
+def _why(error: RayError) -> str:
+    """Ray's text in one line: of a lack of memory what counts, else all but the identities of the actor (indented)."""
+    text = str(error)
+    if memory := _NODE_MEMORY.search(text):
+        node, used, limit = memory.groups()
+        users = ", ".join(f"{name} {size} GB" for size, name in _MEMORY_USER.findall(text)[:3])
+        return (
+            f"Ray's memory monitor ended it, because node {node} had {used} of {limit} in use (most by {users}); "
+            "what to lower is in docs/running.md under Memory"
+        )
+    return " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t"))
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:

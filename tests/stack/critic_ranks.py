@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from learner_ranks import ADAM, PLAIN_STEP, samples
 
+import rl.zero3
 from rl.batch import TrainBatch, TrainSample
 from rl.batching import MiniBatchShare, plan_update
 from rl.config import AlgorithmConfig, CriticConfig, CriticOptimizerConfig, LearnerConfig, ModelConfig, OptimizerConfig
@@ -163,6 +164,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     init_distributed("cpu", 300.0)
+    rl.zero3.SUB_GROUP_ELEMENTS = 5_000  # several of them, as large models have
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each over all that was imported
     for family in FAMILIES:
         Scenarios(Path(sys.argv[1]) / family).run()

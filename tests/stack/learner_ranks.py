@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import rl.zero3
 from launch.tiny_models import FAMILIES
 from rl.batch import TrainBatch, TrainSample, UpdateResult
 from rl.batching import MiniBatchShare, plan_update
@@ -286,6 +287,7 @@ class Scenarios:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    rl.zero3.SUB_GROUP_ELEMENTS = 5_000  # several of them, as large models have
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each over all that was imported
     for name in FAMILIES:
         Scenarios(name, Path(sys.argv[1]) / name).run()

@@ -49,6 +49,23 @@ def test_a_member_that_is_lost_however_it_went_is_an_error_of_the_crew(monkeypat
         CREW.get("call", 3, "generate")
 
 
+def test_of_a_lack_of_memory_only_what_counts_is_told(monkeypatch):
+    text = (
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 72) was "
+        "22.68GB used / 23.54GB limit (0.963311)\nOOM kill reason: exceeded threshold of 24012257280B\nTop 10 memory "
+        "users: PID\tMEM(GB)\tCOMMAND\n16543\t17.53\tray::LearnerWorker\n9771\t4.01\tVLLM::EngineCore\n"
+        "Refer to the documentation on how to address the out of memory issue: Consider provisioning more memory."
+    )
+    fails_with(monkeypatch, OutOfMemoryError(text))
+    with pytest.raises(RolloutError) as caught:
+        CREW.get("call", 3, "generate")
+    assert str(caught.value) == (
+        "rollout worker 3 was lost before it could generate: Ray's memory monitor ended it, because node 192.0.2.2 had "
+        "22.68GB of 23.54GB in use (most by ray::LearnerWorker 17.53 GB, VLLM::EngineCore 4.01 GB); what to lower is "
+        "in docs/running.md under Memory"
+    )
+
+
 def task_error(cause):
     return RayTaskError("generate", "", cause)
 

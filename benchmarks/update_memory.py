@@ -1,0 +1,80 @@
+"""Peak memory of one rank's updates: as many elements at a time as DeepSpeed has by default, and as `rl.zero3` has.
+
+    python benchmarks/update_memory.py [--layers 28] [--hidden 1024] [--vocabulary 151936]
+
+The default is the shape of Qwen3-0.6B, in bfloat16. Counted is the resident memory of the process on a CPU, the
+allocator's on a GPU. Each side runs in a process of its own. Sequences are short: activations hardly count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from gpu.learner import samples, start_learner, update
+
+import rl.zero3
+from launch.tiny_models import build_tiny_model
+from rl.config import LearnerConfig
+from rl.learner_metrics import memory_peak_gib
+
+SIDES = {"DeepSpeed's default": 1_000_000_000, "fledge": rl.zero3.SUB_GROUP_ELEMENTS}
+STEPS = 2
+
+
+def build(options: argparse.Namespace, folder: Path) -> float:
+    """A random Qwen3 in bfloat16; returns its number of parameters in millions."""
+    build_tiny_model(
+        "qwen3",
+        folder,
+        dtype="bfloat16",
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 128,
+        head_dim=128,
+        vocab_size=options.vocabulary,
+        tie_word_embeddings=True,
+    )
+    return (folder / "model.safetensors").stat().st_size / 2e6
+
+
+def one_side(folder: Path, elements: int) -> None:
+    rl.zero3.SUB_GROUP_ELEMENTS = elements
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LearnerConfig(max_tokens_per_microbatch=256, logprob_chunk_tokens=64)
+    learner = start_learner(folder, "bfloat16", device, config)
+    before, started = memory_peak_gib(), time.perf_counter()
+    for _ in range(STEPS):
+        update(learner, samples(4, 32, 32, 250))
+    seconds = (time.perf_counter() - started) / STEPS
+    print(f"{before:.2f} GiB at the start, {memory_peak_gib():.2f} GiB at the peak, {seconds:.1f} s an update")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--side", nargs=2, metavar=("FOLDER", "ELEMENTS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        one_side(Path(options.side[0]), int(options.side[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        size = build(options, Path(folder))
+        print(f"Qwen3 of {size:.0f} million parameters, {STEPS} updates on one rank", flush=True)
+        for side, elements in SIDES.items():
+            command = [sys.executable, __file__, "--side", folder, str(elements)]
+            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            print(f"{side:<22}{elements / 1e6:5.0f} million at a time: {lines[-1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
