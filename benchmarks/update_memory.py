@@ -1,9 +1,10 @@
-"""Peak memory of one rank's updates: as many elements at a time as DeepSpeed has by default, and as `rl.zero3` has.
+"""Peak memory of one rank's updates: with torch's plain AdamW, with DeepSpeed's default, and as the learner has it.
 
     python benchmarks/update_memory.py [--layers 28] [--hidden 1024] [--vocabulary 151936]
 
-The default is the shape of Qwen3-0.6B, in bfloat16. Counted is the resident memory of the process on a CPU, the
-allocator's on a GPU. Each side runs in a process of its own. Sequences are short: activations hardly count.
+DeepSpeed updates up to a billion elements at a time. The default is the shape of Qwen3-0.6B, in bfloat16. Counted is
+the resident memory of the process on a CPU, the allocator's on a GPU. Each side runs in a process of its own.
+Sequences are short: activations hardly count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu.learner import samples, start_learner, update
@@ -23,8 +25,19 @@ from launch.tiny_models import build_tiny_model
 from rl.config import LearnerConfig
 from rl.learner_metrics import memory_peak_gib
 
-SIDES = {"DeepSpeed's default": 1_000_000_000, "fledge": rl.zero3.SUB_GROUP_ELEMENTS}
+SIDES = {  # fused AdamW, elements at a time
+    "plain AdamW": (False, 1_000_000_000),
+    "fused AdamW": (True, 1_000_000_000),
+    "fledge": (True, rl.zero3.SUB_GROUP_ELEMENTS),
+}
 STEPS = 2
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """As the learner would have it without the fused kernel."""
+
+    def __init__(self, *args: Any, fused: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 def build(options: argparse.Namespace, folder: Path) -> float:
@@ -45,8 +58,10 @@ def build(options: argparse.Namespace, folder: Path) -> float:
     return (folder / "model.safetensors").stat().st_size / 2e6
 
 
-def one_side(folder: Path, elements: int) -> None:
-    rl.zero3.SUB_GROUP_ELEMENTS = elements
+def one_side(side: str, folder: Path) -> None:
+    fused, rl.zero3.SUB_GROUP_ELEMENTS = SIDES[side]
+    if not fused:
+        torch.optim.AdamW = PlainAdamW  # type: ignore[misc]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LearnerConfig(max_tokens_per_microbatch=256, logprob_chunk_tokens=64)
     learner = start_learner(folder, "bfloat16", device, config)
@@ -62,18 +77,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--side", nargs=2, metavar=("FOLDER", "ELEMENTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        one_side(Path(options.side[0]), int(options.side[1]))
+        one_side(options.side[0], Path(options.side[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
         size = build(options, Path(folder))
         print(f"Qwen3 of {size:.0f} million parameters, {STEPS} updates on one rank", flush=True)
-        for side, elements in SIDES.items():
-            command = [sys.executable, __file__, "--side", folder, str(elements)]
+        for side, (_, elements) in SIDES.items():
+            command = [sys.executable, __file__, "--side", side, folder]
             lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-            print(f"{side:<22}{elements / 1e6:5.0f} million at a time: {lines[-1]}", flush=True)
+            print(f"{side:<14}{elements / 1e6:5.0f} million elements at a time: {lines[-1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import typer
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
 from launch.display import ProgressDisplay
-from launch.preflight import check_checkpoint, check_layout, check_logging, check_optimizers
+from launch.preflight import check_checkpoint, check_layout, check_logging
 from rl.checkpoint import LEARNER, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
@@ -81,7 +81,6 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         _warn_of_a_lost_run_dir(run_dir, display)
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config)
-        check_optimizers(config, device=device)
         placement = place_learners(config.learner.num_workers, config.ray, device=device)
         stack.callback(placement.release)
         spec = LearnerSpec(

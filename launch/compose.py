@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_checkpoint, check_length, check_optimizers, check_training
+from launch.preflight import check_checkpoint, check_length, check_training
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -176,7 +176,6 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config)
-        check_optimizers(config, device=device)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
         transport = resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=config.ray.colocate)

@@ -141,18 +141,6 @@ def check_layout(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def check_optimizers(config: RunConfig, *, device: str) -> None:
-    """Raise ConfigError where an optimizer for CPUs would meet weights on a GPU."""
-    critic = config.critic if isinstance(config, TrainConfig) else None
-    on_gpu = device == "cuda" and not config.learner.offload_optimizer
-    for section, trained in (("learner", config.learner), ("critic", critic)):
-        if on_gpu and trained is not None and trained.optimizer.name == "cpu_adam":
-            raise ConfigError(
-                f"{section}.optimizer.name is cpu_adam, which cannot step on a GPU; set learner.offload_optimizer to "
-                "true, or name to fused_adamw"
-            )
-
-
 def check_logging(config: RunConfig) -> None:
     """Raise ConfigError where W&B is asked for and would only say when every engine has started that it has no key."""
     if config.logging.wandb_project is None or config.logging.wandb_mode == "offline":

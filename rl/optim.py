@@ -18,8 +18,7 @@ from rl.config import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters. Vectors (norms, attention sinks) and biases are not decayed.
 
-    adamw is torch's; fused_adamw its fused kernel; cpu_adam DeepSpeed's, for offloaded states, which is compiled at
-    first use; sgd has no momentum.
+    adamw is torch's fused kernel, which works on GPUs and CPUs alike (so on offloaded states too); sgd has no momentum.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -36,13 +35,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
-    if config.name == "cpu_adam":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.name == "fused_adamw"
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

@@ -16,7 +16,7 @@ _DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp
 _OPTIMIZERS = {
     ("torch.optim", "AdamW"): "adamw",
     ("torch.optim", "SGD"): "sgd",
-    ("deepspeed.ops.adam", "DeepSpeedCPUAdam"): "cpu_adam",
+    ("deepspeed.ops.adam", "DeepSpeedCPUAdam"): "adamw",
 }
 
 
@@ -52,14 +52,15 @@ def total_steps(optimizer: Any) -> int:
 
 
 def _optimizer_config(optimizer: Any) -> OptimizerConfig:
-    """Ours from verl's; eps and fused come from `override_optimizer_config`, and nothing else may be in it."""
+    """Ours from verl's; `override_optimizer_config` may hold eps, and fused, which ours always is."""
     chosen = (optimizer.get("optimizer_impl", "torch.optim"), optimizer.get("optimizer", "AdamW"))
     name = _OPTIMIZERS.get(chosen)
     if name is None:
         known = ", ".join(".".join(known) for known in _OPTIMIZERS)
         raise ConfigError(f"the deepspeed engine has no optimizer {'.'.join(chosen)}; use one of {known}")
     override = dict(optimizer.get("override_optimizer_config") or {})
-    eps, fused = override.pop("eps", OptimizerConfig().eps), override.pop("fused", False)
+    eps = override.pop("eps", OptimizerConfig().eps)
+    override.pop("fused", None)
     if override:
         raise ConfigError(
             f"optim.override_optimizer_config holds {sorted(override)}; the deepspeed engine knows eps and fused"
@@ -74,7 +75,7 @@ def _optimizer_config(optimizer: Any) -> OptimizerConfig:
     adam = {} if name == "sgd" else {"betas": tuple(optimizer.betas), "eps": eps}
     decay = {} if schedule == "constant" else {"min_lr_ratio": optimizer.get("min_lr_ratio") or 0.0}
     return OptimizerConfig(
-        name="fused_adamw" if fused and name == "adamw" else name,
+        name=name,
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.clip_grad,

@@ -172,7 +172,7 @@ def timed(step: Any) -> float:
 
 def fledge_speed(options: argparse.Namespace, folder: Path, parameters: int) -> None:
     config = LearnerConfig(
-        optimizer=OptimizerConfig(name="fused_adamw", lr=1e-6),
+        optimizer=OptimizerConfig(lr=1e-6),
         max_tokens_per_microbatch=options.microbatch,
         activation_checkpointing=options.checkpointing,
     )

@@ -64,7 +64,7 @@ def configuration(options: argparse.Namespace, folder: Path) -> TrainConfig:
             "learner": {
                 "max_tokens_per_microbatch": options.microbatch,
                 "activation_checkpointing": True,
-                "optimizer": {"name": "fused_adamw", "lr": 1e-6},
+                "optimizer": {"lr": 1e-6},
             },
             "sync": {"probe_every": 1},
             "ray": {"colocate": True},

@@ -21,9 +21,7 @@ from rl.config.types import (
 class OptimizerConfig(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "fused_adamw", "cpu_adam", "sgd"] = Field(
-        "adamw", description="torch's AdamW, its fused kernel, DeepSpeed's for the CPU, or plain SGD"
-    )
+    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or plain SGD")
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of Adam")
     eps: PositiveFloat = Field(1e-8, description="of Adam")

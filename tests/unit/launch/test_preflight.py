@@ -2,9 +2,9 @@
 
 import pytest
 
-from launch.preflight import check_layout, check_logging, check_optimizers
+from launch.preflight import check_layout, check_logging
 from launch.tiny_models import build_tiny_model
-from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RunConfig, TrainConfig
+from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RunConfig
 from rl.errors import ConfigError
 
 
@@ -63,19 +63,6 @@ def test_router_replay_is_refused_where_nothing_records_the_experts(models):
     with pytest.raises(ConfigError, match=r"router_replay is true, but model.path .* has no experts"):
         check_layout(replaying.model_copy(update={"device": "cuda"}))
     check_layout(replaying.model_copy(update={"device": "cuda", "model": ModelConfig(path=models["gpt_oss"])}))
-
-
-@pytest.mark.parametrize("section", ["learner", "critic"])
-def test_an_optimizer_for_cpus_is_refused_on_gpus(section):
-    def check(device="cuda", **learner):
-        settings = {section: {"optimizer": {"name": "cpu_adam"}}}
-        settings["learner"] = settings.get("learner", {}) | learner
-        check_optimizers(TrainConfig(model={"path": "m"}, data={"train": {"path": "d"}}, **settings), device=device)
-
-    with pytest.raises(ConfigError, match=f"{section}.optimizer.name is cpu_adam, which cannot step on a GPU"):
-        check()
-    check(offload_optimizer=True)
-    check("cpu")
 
 
 def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):

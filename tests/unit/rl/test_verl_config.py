@@ -52,7 +52,6 @@ def test_settings_that_are_not_default_are_followed(checkpoint: Path) -> None:
     assert translate_model(verl_model, engine) == ModelConfig(path=str(checkpoint), dtype="float32", attention="sdpa")
     assert learner_config(verl_model, engine, optimizer) == LearnerConfig(
         optimizer=OptimizerConfig(
-            name="fused_adamw",
             lr=1e-4,
             betas=(0.8, 0.9),
             eps=1e-6,
