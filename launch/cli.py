@@ -123,6 +123,8 @@ def main() -> None:
         # Outside its standalone mode, typer turns Ctrl-C and typer.Exit into a return value; commands return nothing.
         exit_code = app(standalone_mode=False) or 0
     except FledgeError as error:
+        for note in getattr(error, "__notes__", ()):  # the traceback of another process
+            _say(note)
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except Exception as error:

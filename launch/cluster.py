@@ -192,7 +192,8 @@ def _find_device(device: str) -> str:
         return "cuda" if has_gpus and can_use_them else "cpu"
     if device == "cuda" and not has_gpus:
         raise ConfigError(
-            "device is cuda, but the Ray cluster has no GPU; set device to cpu, or join a cluster with GPUs"
+            "device is cuda, but no node that has joined the Ray cluster by now has a GPU; set device to cpu, or join "
+            "a cluster with GPUs"
         )
     if device == "cuda" and not can_use_them:
         raise ConfigError(
@@ -228,7 +229,8 @@ def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
     if needed > available:
         raise ConfigError(
             f"the run needs {needed:g} GPUs (learner.num_workers, where it has learners, and rollout.num_workers x "
-            f"rollout.tensor_parallel_size, where it has engines), but the cluster has {available:g}"
+            f"rollout.tensor_parallel_size, where it has engines), but the cluster has {available:g} on "
+            "the nodes that have joined it by now"
         )
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(_PLACEMENT_TIMEOUT_S):
@@ -245,6 +247,8 @@ def _in_bundle(group: PlacementGroup, index: int, *, num_gpus: float, resources:
         "num_cpus": 1,
         "num_gpus": num_gpus,
         "resources": resources,
+        # Where a cluster tells Ray not to hide other GPUs from an actor, all would work on the first one.
+        "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}},
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
         ),

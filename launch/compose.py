@@ -31,7 +31,7 @@ from rl.models import has_experts, load_config
 from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, drop_held_out, load_prompts, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
-from rl.weight_sync.api import resolve_transport
+from rl.weight_sync.api import Transport, resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
 from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
@@ -121,7 +121,6 @@ def start_learners(
     spec: LearnerSpec,
     *,
     actor_options: Sequence[dict[str, Any]],
-    sync: SyncSpec | None = None,
     receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
 ) -> LearnerGroup:
     """Start the learner ranks and wait until the model is loaded."""
@@ -130,7 +129,7 @@ def start_learners(
     def start_worker(rank: int) -> ActorHandle:
         return worker_class.options(max_restarts=0, **actor_options[rank]).remote(rank, spec.learner.num_workers)
 
-    return LearnerGroup.start(start_worker, spec, sync=sync, receivers=receivers)
+    return LearnerGroup.start(start_worker, spec, receivers=receivers)
 
 
 def make_batch(config: AlgorithmConfig, learners: LearnerGroup) -> Callable[[ScoredBatch, Annotations], TrainBatch]:
@@ -190,9 +189,8 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
         )
         stack.callback(rollouts.shutdown)
         learners = start_learners(
-            learner_spec(config, device),
+            learner_spec(config, device, transport),
             actor_options=placement.learners,
-            sync=SyncSpec(config.sync, transport, config.rollout.tensor_parallel_size),
             receivers=lambda: rollouts.workers,
         )
         stack.callback(learners.shutdown)
@@ -245,7 +243,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
         yield Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)
 
 
-def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
+def learner_spec(config: TrainConfig, device: str, transport: Transport) -> LearnerSpec:
     steps = config.total_steps * config.learner.epochs * config.learner.mini_batches
     return LearnerSpec(
         config.learner,
@@ -258,6 +256,7 @@ def learner_spec(config: TrainConfig, device: str) -> LearnerSpec:
         temperature=config.rollout.temperature,
         fixed_length=config.rollout.max_response_tokens,
         critic=config.critic,
+        sync=SyncSpec(config.sync, transport, config.rollout.tensor_parallel_size),
     )
 
 

@@ -86,6 +86,14 @@ def _devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             yield Finding(True, f"GPU {index}: {properties.name}, {properties.total_memory / _GIB:.0f} GiB")
+    elif torch.backends.cuda.is_built() and installed_version("vllm") is not None:
+        yield Finding(
+            False,
+            f"torch {torch.__version__} and vllm are builds for GPUs, but torch finds none",
+            f"look whether `nvidia-smi` shows a driver for CUDA {torch.version.cuda} or later; on a machine without "
+            "GPUs use an environment that `make setup` made",
+            required=False,
+        )
     else:
         yield Finding(True, f"no GPU; the CPU has {os.cpu_count()} cores (torch {torch.__version__})")
 

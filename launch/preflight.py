@@ -14,13 +14,13 @@ import torch
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
 from rl.advantages.contract import check_estimator
-from rl.config import RunConfig, TrainConfig
+from rl.config import ModelConfig, RunConfig, TrainConfig
 from rl.config.types import looks_local
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import load_plugins, policy_loss_spec
 from rl.losses.contract import check_policy_loss
-from rl.models import attention_of, has_experts, load_config
+from rl.models import attention_of, has_experts, load_config, refuse_untrainable
 
 
 def check_training(config: TrainConfig) -> None:
@@ -28,8 +28,10 @@ def check_training(config: TrainConfig) -> None:
     check_checkpoint(config.model.path, "model.path")
     if config.critic is not None and config.critic.path is not None:
         check_checkpoint(config.critic.path, "critic.path")
+        _check_trainable(config.model, config.critic.path)
     if config.algorithm.kl.reference is not None:
         check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
+        _check_trainable(config.model, config.algorithm.kl.reference)
     check_algorithm(config)
     check_length(config)
     check_layout(config)
@@ -117,9 +119,10 @@ def check_length(config: TrainConfig) -> None:
 
 
 def check_layout(config: RunConfig) -> None:
-    """Raise ConfigError where the learner's layout cannot be exact with the model's attention, the device has no such
-    attention, or no experts could be replayed. Which device a cluster that is joined has is known later; there the
-    learner's own check says it."""
+    """Raise ConfigError where the learner cannot train the model, its layout cannot be exact with the model's
+    attention, the device has no such attention, or no experts could be replayed. Which device a cluster that is joined
+    has is known later; there the learner's own check says it."""
+    checkpoint = _check_trainable(config.model)
     device = config.device
     if device == "auto":
         if cluster_address(config.ray.address) is not None:
@@ -130,15 +133,24 @@ def check_layout(config: RunConfig) -> None:
             "learner.moe.router_replay is true, but this machine has no GPU, and vLLM records the experts of its "
             "rollouts on GPUs only; set it to false"
         )
+    if config.learner.moe.router_replay and not has_experts(checkpoint):
+        raise ConfigError(f"learner.moe.router_replay is true, but model.path {config.model.path} has no experts")
     try:
-        checkpoint = load_config(config.model)
-        if config.learner.moe.router_replay and not has_experts(checkpoint):
-            raise ConfigError(f"learner.moe.router_replay is true, but model.path {config.model.path} has no experts")
         attention = attention_of(config.model, checkpoint, device)
         layout = resolve_layout(config.learner.layout, attention=attention, device=device)
         refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_trainable(model: ModelConfig, path: str | None = None) -> Any:
+    """The transformers configuration of the policy, or of the checkpoint at `path`, if the learner can train it."""
+    try:
+        checkpoint = load_config(model, path)
+        refuse_untrainable(checkpoint, path or model.path)
+    except LearnerError as error:
+        raise ConfigError(str(error)) from error
+    return checkpoint
 
 
 def check_logging(config: RunConfig) -> None:

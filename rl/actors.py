@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from rl.errors import FledgeError
 
 _DEATH_TIMEOUT_S = 30.0
+_NEWS_OF_A_LOSS_S = 5.0  # that Ray may take to tell of a dead actor
 # Of the text of ray.exceptions.OutOfMemoryError, which goes on for 4,000 characters about Ray's settings.
 _NODE_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),.*?was (\S+) used / (\S+) limit")
 _MEMORY_USER = re.compile(r"^\d+\t([\d.]+)\t(\S+)", re.MULTILINE)
@@ -63,22 +64,45 @@ class Crew:
                 late = [names[calls.index(call)] for call in waiting]
                 raise self.error(f"{self.member}s {late} did not {what} within {setting} {timeout_s:g} s")
             index = calls.index(ready[0])
-            results[index] = self.get(ready[0], names[index], what)
+            try:
+                results[index] = self.get(ready[0], names[index], what)
+            except FledgeError as error:
+                if getattr(error, "__notes__", None) and (lost := _lost(waiting)) is not None:  # nobody foresaw it
+                    self.get(lost, names[calls.index(lost)], what)
+                raise
         return [results[index] for index in range(len(calls))]
 
     def get(self, call: Any, index: int, what: str) -> Any:
-        """The result of a call that has ended."""
+        """The result of a call that has ended. An error that nobody foresaw has its traceback as a note."""
         try:
             return ray.get(call)
         except RayTaskError as error:
             if isinstance(error.cause, self.passing):
                 raise error.cause from None
-            cause = str(error.cause) if isinstance(error.cause, FledgeError) else repr(error.cause)
-            raise self.error(f"{self.member} {index} failed to {what}: {cause}") from error
+            foreseen = isinstance(error.cause, FledgeError)
+            cause = str(error.cause) if foreseen else repr(error.cause)
+            failure = self.error(f"{self.member} {index} failed to {what}: {cause}")
+            if not foreseen:
+                failure.add_note(str(error))  # the traceback of the member's process
+            raise failure from error
         except RayError as error:  # it died, its node did, or Ray's memory monitor killed it
             raise self.error(
                 f"{self.member} {index} was lost before it could {what}: {_why(error)}{self.remedy}"
             ) from error
+
+
+def _lost(calls: Sequence[Any]) -> Any:
+    """The first of these calls whose member is gone, if any; the others' collectives with it fail a little before Ray
+    tells of it, in words that do not say whom they miss."""
+    ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_NEWS_OF_A_LOSS_S) if calls else ([], [])
+    for call in ended:
+        try:
+            ray.get(call)
+        except RayTaskError:
+            continue
+        except RayError:
+            return call
+    return None
 
 
 def _why(error: RayError) -> str:

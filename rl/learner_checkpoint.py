@@ -38,7 +38,8 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
     engine.save_checkpoint(str(directory), tag=_TAG)
     torch.save(_random_state(), directory / f"random_{rank}.pt")
     if rank == 0:
-        (directory / _META).write_text(json.dumps({"world_size": world_size, "state": state}, indent=1))
+        meta = {"world_size": world_size, "sub_group_elements": engine.zero_sub_group_size(), "state": state}
+        (directory / _META).write_text(json.dumps(meta, indent=1))
     _flush(directory, rank)
     torch.distributed.barrier()
     missing = [r for r in range(world_size) if not (directory / f"random_{r}.pt").exists()]
@@ -66,6 +67,11 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} was written by {meta['world_size']} learner workers and cannot be read by {world_size}; "
             f"set learner.num_workers to {meta['world_size']}"
+        )
+    if (divided := meta.get("sub_group_elements")) != engine.zero_sub_group_size():
+        raise CheckpointError(
+            f"{directory} divides the optimizer's state by {divided} elements, this version of Fledge by "
+            f"{engine.zero_sub_group_size()}; resume with the version that wrote it, or start anew from its export"
         )
     configured = _hyperparameters(engine) if engine.lr_scheduler is not None else None
     try:

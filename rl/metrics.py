@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import uuid
 from collections import Counter
@@ -182,4 +183,4 @@ class WandbSink:
         self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=1 if sys.exception() else 0)  # W&B has alerts for runs that failed

@@ -69,7 +69,22 @@ def load_config(model: ModelConfig, path: str | None = None) -> Any:
 
 def has_experts(config: Any) -> bool:
     """Whether a transformers configuration is of a mixture of experts."""
-    return bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def refuse_untrainable(config: Any, path: str) -> None:
+    """Raise LearnerError for the transformers configuration of a checkpoint at `path` that the learner cannot train."""
+    if config.get_text_config() is not config:
+        raise LearnerError(
+            f"{path!r} is a {config.model_type}, of which the language model is one part; the learner trains causal "
+            "language models alone, so give a checkpoint of a text model"
+        )
+    method = quantization_method(config)
+    if method not in (None, MXFP4):
+        raise LearnerError(
+            f"{path!r} is quantised with {method}; only MXFP4 checkpoints can be dequantised for training, so give an "
+            "unquantised checkpoint"
+        )
 
 
 def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, path: str | None = None) -> nn.Module:
@@ -141,6 +156,7 @@ def _load(
     """(the model, the names of the weights that its checkpoint lacks). `settings` overrule the checkpoint's
     configuration."""
     config = load_config(model, path)
+    refuse_untrainable(config, path or model.path)
     attention = attention_of(model, config, device)
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
@@ -193,11 +209,8 @@ def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tu
     model_class = _model_class(config, auto_class)
     method = quantization_method(config)
     tensors = read_deferred(path, revision) if model_class is not nn.Module else None
-    if method is not None and (method != MXFP4 or not tensors):
-        raise LearnerError(
-            f"{path!r} is quantised with {method}; only MXFP4 checkpoints in safetensors files can be dequantised for "
-            "training, so give an unquantised checkpoint"
-        )
+    if method == MXFP4 and not tensors:
+        raise LearnerError(f"{path!r} is quantised with {MXFP4}, which can be dequantised in safetensors files only")
     if not tensors:
         return auto_class, {"pretrained_model_name_or_path": path, "revision": revision, "config": config}
     if method == MXFP4:

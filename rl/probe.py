@@ -14,6 +14,9 @@ from rl.batch import RolloutBatch, TokenPair
 from rl.controller import Learners, RolloutPool
 from rl.errors import WeightSyncError
 
+_NUM_SEQUENCES = 4
+_MAX_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class AgreementBounds:
@@ -38,14 +41,11 @@ class WeightProbe:
     Args:
         every: syncs between probes after the first; 0 means never.
         bounds: what counts as agreement.
-        num_sequences, max_tokens: how much text of the last step is compared.
     """
 
-    def __init__(self, *, every: int, bounds: AgreementBounds, num_sequences: int = 4, max_tokens: int = 512) -> None:
+    def __init__(self, *, every: int, bounds: AgreementBounds) -> None:
         self.every = every
         self.bounds = bounds
-        self.num_sequences = num_sequences
-        self.max_tokens = max_tokens
         self._syncs = 0
 
     def due(self) -> bool:
@@ -54,10 +54,10 @@ class WeightProbe:
         return self.every > 0 and (self._syncs == 1 or self._syncs % self.every == 0)
 
     def pairs(self, rollouts: RolloutBatch) -> list[TokenPair]:
-        """The texts to compare: the first rollouts that say something, cut to max_tokens response tokens, and without
+        """The texts to compare: the first rollouts that say something, cut to _MAX_TOKENS of the response, and without
         their last one: an engine that scores a text generates another token, for which a full context has no room."""
-        chosen = [r for r in rollouts.rollouts if r.length][: self.num_sequences]
-        lengths = [min(max(r.length - 1, 1), self.max_tokens) for r in chosen]
+        chosen = [r for r in rollouts.rollouts if r.length][:_NUM_SEQUENCES]
+        lengths = [min(max(r.length - 1, 1), _MAX_TOKENS) for r in chosen]
         return [
             (rollouts.prompt_of(r).token_ids, tuple(r.token_ids[:length].tolist()))
             for r, length in zip(chosen, lengths, strict=True)
@@ -66,11 +66,13 @@ class WeightProbe:
     def check(
         self, pairs: Sequence[TokenPair], rollout_pool: RolloutPool, learners: Learners, *, policy_version: int
     ) -> dict[str, float]:
-        """Compare; returns the differences as metrics.
+        """Compare; returns the differences as metrics, and none where no rollout said anything.
 
         Raises:
             WeightSyncError: a worker's mean or maximal difference is outside the bounds (or not a number).
         """
+        if not pairs:
+            return {}
         reference = np.concatenate(learners.score_logprobs(pairs))
         worst_mean = worst_max = 0.0
         for worker, logprobs in enumerate(rollout_pool.score_logprobs(pairs)):

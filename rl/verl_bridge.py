@@ -294,7 +294,7 @@ def _advantages(
         use[use.clone()] = count[group] > 1
     kept = torch.nonzero(use).flatten().tolist()
     if sum(int(inputs.lengths[i]) for i in kept) < 2:  # verl's whitening raises
-        return Advantages(spread_zero(inputs))
+        return Advantages(spread_zero(inputs), inputs.values if "values" in parameters else None)
     rewards = inputs.reward_to_tokens()
     data: dict[str, Any] = {
         "token_level_rewards": pad_sequence([rewards[i] for i in kept], batch_first=True),

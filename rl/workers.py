@@ -49,6 +49,15 @@ _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 
 @dataclass(frozen=True, slots=True)
+class SyncSpec:
+    """How rank 0 reaches the rollout workers."""
+
+    config: SyncConfig
+    transport: Transport
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class LearnerSpec:
     """What every rank is built from."""
 
@@ -62,15 +71,7 @@ class LearnerSpec:
     temperature: float = 1.0  # of the rollouts, because log-probabilities are taken at it
     fixed_length: int = 1  # tokens, the divisor of the fixed_length aggregation
     critic: CriticConfig | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SyncSpec:
-    """How rank 0 reaches the rollout workers."""
-
-    config: SyncConfig
-    transport: Transport
-    tensor_parallel_size: int = 1
+    sync: SyncSpec | None = None  # None: no rollout worker gets the weights
 
 
 class LearnerWorker:
@@ -84,7 +85,6 @@ class LearnerWorker:
         self._learner: Learner
         self._sender: WeightSender | None = None
         self._receivers: list[ActorHandle] = []
-        self._shares_gpu = False  # with an engine
 
     def host_store(self) -> tuple[str, int]:
         """Serve the store that the process group meets at, from now on: a port that is only looked for can be another
@@ -132,7 +132,9 @@ class LearnerWorker:
         return self._learner.layout
 
     def annotate(self, samples: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
-        return self._learner.annotate(list(samples), old_logprobs=old_logprobs)
+        annotations = self._learner.annotate(list(samples), old_logprobs=old_logprobs)
+        self._leave_room()
+        return annotations
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
         logprobs = self._learner.score_logprobs(pairs)
@@ -140,34 +142,38 @@ class LearnerWorker:
         return logprobs
 
     def update(self, shares: Sequence[MiniBatchShare]) -> UpdateResult:
-        return self._learner.update(list(shares))
+        result = self._learner.update(list(shares))
+        self._leave_room()
+        return result
 
-    def publish_weights(self, sync: SyncSpec, receivers: Sequence[ActorHandle]) -> WeightVersion:
+    def publish_weights(self, receivers: Sequence[ActorHandle]) -> WeightVersion:
         """Send the weights to every rollout worker; a collective over the ranks."""
         if self._sender is None or list(receivers) != self._receivers:
-            self._connect(sync, receivers)
-        assert self._sender is not None
-        self._shares_gpu = sync.transport == "ipc"
-        self._leave_room()
+            self._sender = self._connect(receivers)
         version = self._sender.send(self._learner.policy_version)
         self._leave_room()
         return version
 
     def _leave_room(self) -> None:
-        """An engine on the same GPU cannot have what torch only caches here; vLLM counts on finding it free."""
-        if self._shares_gpu:
+        """An engine on the same GPU cannot have what torch only caches here; vLLM counts on finding it free, one that
+        is started anew too."""
+        if self._spec.sync is not None and self._spec.sync.transport == "ipc":
             import torch
 
             torch.cuda.empty_cache()
 
-    def _connect(self, sync: SyncSpec, receivers: Sequence[ActorHandle]) -> None:
+    def _connect(self, receivers: Sequence[ActorHandle]) -> WeightSender:
         import torch
 
         from rl.weight_sync.sender import WeightSender
         from rl.weight_sync.source import Zero3WeightSource
 
+        sync = self._spec.sync
+        if sync is None:
+            raise WeightSyncError("this learner was started without rollout workers to send weights to")
         if self._sender is not None:
             self._sender.close()
+        self._receivers = list(receivers)
         bucket_bytes = sync.config.bucket_mib << 20
         source = Zero3WeightSource(
             self._learner.module,
@@ -176,7 +182,7 @@ class LearnerWorker:
             rank=self._rank,
             keep="all" if sync.transport == "ipc" else "sender",
         )
-        self._sender = WeightSender(
+        return WeightSender(
             source,
             sync.transport,
             RayWeightSyncClient(receivers, sync.config.timeout_s),
@@ -188,7 +194,6 @@ class LearnerWorker:
             timeout_s=sync.config.timeout_s,
             address=ray.util.get_node_ip_address(),
         )
-        self._receivers = list(receivers)
 
     def save_checkpoint(self, directory: str) -> None:
         self._learner.save_checkpoint(Path(directory))
@@ -242,7 +247,6 @@ class LearnerGroup:
 
     spec: LearnerSpec
     workers: list[ActorHandle]
-    sync: SyncSpec | None = None
     receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
     policy_version: int = 0
     empty_in_a_row: int = 0  # updates without a token to learn from
@@ -254,11 +258,10 @@ class LearnerGroup:
         start_worker: Callable[[int], ActorHandle],
         spec: LearnerSpec,
         *,
-        sync: SyncSpec | None = None,
         receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
     ) -> LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
-        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], sync, receivers)
+        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], receivers)
         try:
             address = group._wait(
                 [group.workers[0].host_store.remote()], "serve the process group's store", "start_timeout_s"
@@ -341,9 +344,7 @@ class LearnerGroup:
 
     def publish_weights(self) -> WeightVersion:
         """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""
-        if self.sync is None:
-            raise WeightSyncError("this learner group was started without rollout workers to send weights to")
-        versions: list[WeightVersion] = self._all("publish_weights", self.sync, list(self.receivers()))
+        versions: list[WeightVersion] = self._all("publish_weights", list(self.receivers()))
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:

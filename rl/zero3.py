@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rl.config import LearnerConfig
 
-# Elements of a rank that the optimizer updates at a time. DeepSpeed copies their gradients, 4 bytes each, which of its own
-# 1e9 is 4 GB of a GPU; a step takes no longer with less.
+# Elements of a rank that the optimizer updates at a time. DeepSpeed copies their gradients, 4 bytes each, which for its
+# own 1e9 is 4 GB of a GPU; a step takes no longer with less.
 SUB_GROUP_ELEMENTS = 50_000_000
 
 

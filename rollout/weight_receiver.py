@@ -221,6 +221,7 @@ class IpcReceiver(VerifiedReceiver, IPCWeightTransferEngine):
     def finish_weight_update(self) -> None:
         VerifiedReceiver.finish_weight_update(self)
         self._packed_importer.close()  # gives the learner's staging buffer back
+        torch.cuda.empty_cache()  # the copies made of it, beside which the learner needs its next update's memory
 
     def shutdown(self) -> None:
         VerifiedReceiver.shutdown(self)

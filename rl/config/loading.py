@@ -5,6 +5,7 @@ variables. Every error names the key, the value and what is allowed. Left out: t
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -78,7 +79,16 @@ def validate(plain: Any, schema: type[Root], source: str) -> Root:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved configuration as YAML; loading it gives an equal configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+
+
+def _escaped(plain: Any) -> Any:
+    """With every ${ of a text (TeX, say) as OmegaConf reads it when it is none of its interpolations."""
+    if isinstance(plain, dict):
+        return {key: _escaped(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_escaped(value) for value in plain]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", plain) if isinstance(plain, str) else plain
 
 
 def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:

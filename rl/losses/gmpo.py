@@ -31,7 +31,7 @@ def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float = 0.4) -
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * clipped)
     ratio = inputs.sequence_mean(pessimistic).exp()[inputs.sequence_index]
     metrics = {
-        "clip_frac": (pessimistic != log_ratio).to(ratio.dtype),
+        "clip_frac": ((pessimistic != log_ratio) & (sign != 0)).to(ratio.dtype),
         "ratio_mean": ratio.detach(),
         "kl_old": -log_ratio.detach(),
     }

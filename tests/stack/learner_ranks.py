@@ -196,11 +196,21 @@ class Scenarios:
         learner.load_checkpoint(self.out_dir / "checkpoint")
         self.results["slower"] = dict(self.update(learner, samples(), steps=2).metrics)
         (self.out_dir / "checkpoint" / f"random_{learner.rank}.pt").write_bytes(b"cut")
+        self.results["damaged"] = self.refusal(learner)
+        learner.close()
+        rl.zero3.SUB_GROUP_ELEMENTS *= 2
+        learner = self.learner(optimizer=ADAM, mini_batches=2)
+        self.results["otherwise divided"] = self.refusal(learner)
+        learner.close()
+        rl.zero3.SUB_GROUP_ELEMENTS //= 2
+
+    def refusal(self, learner: Learner) -> str:
+        """What is said of the checkpoint when it is loaded."""
         try:
             learner.load_checkpoint(self.out_dir / "checkpoint")
         except CheckpointError as error:
-            self.results["damaged"] = str(error)
-        learner.close()
+            return str(error)
+        return ""
 
     def non_finite(self) -> None:
         """A poisoned sample on one rank: steps are left out on both, until there were too many in a row."""

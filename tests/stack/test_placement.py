@@ -30,7 +30,8 @@ def placed() -> dict[str, Any]:
     """What `gpu_placement` says of each run on a cluster with 8 GPUs."""
     script = subprocess.run(
         [sys.executable, HERE / "gpu_placement.py", "8", json.dumps(list(RUNS.values()), default=str)],
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(HERE.parents[1])},
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        | {"PYTHONPATH": str(HERE.parents[1]), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"},  # as some clusters
         capture_output=True,
         text=True,
         timeout=120,

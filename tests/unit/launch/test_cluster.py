@@ -39,7 +39,7 @@ def run_on(device, **settings):
         (0, True, "auto", "cpu"),
         (8, True, "auto", "cuda"),
         (8, True, "cpu", "cpu"),
-        (0, True, "cuda", "the Ray cluster has no GPU"),
+        (0, True, "cuda", "no node that has joined the Ray cluster by now has a GPU"),
         (8, False, "cuda", "is a build for CPUs"),
     ],
 )

@@ -1,11 +1,13 @@
 """A layout or an attention that the learner could not run is refused before any process starts."""
 
 import pytest
+from transformers import DeepseekV2Config, Gemma3Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
-from launch.preflight import check_layout, check_logging
+from launch.preflight import check_layout, check_logging, check_training
 from launch.tiny_models import build_tiny_model
-from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RunConfig
+from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
+from rl.models import has_experts
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,31 @@ def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
 
 def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
     check_layout(run_config(models["qwen3"], attention="flash_attention_2", device="auto", address="auto"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Gemma3Config(), "is a gemma3, of which the language model is one part"),
+        (Qwen3Config(quantization_config={"quant_method": "fp8"}), "is quantised with fp8"),
+    ],
+)
+def test_models_that_the_learner_cannot_train_are_refused(tmp_path, models, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        check_layout(run_config(str(tmp_path), device="auto", address="auto"))
+    (tmp_path / "model.safetensors").touch()
+    critic = TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, critic={"path": str(tmp_path)})
+    with pytest.raises(ConfigError, match=message):
+        check_training(critic)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(Qwen3Config(), False), (Qwen3MoeConfig(), True), (GptOssConfig(), True), (DeepseekV2Config(), True)],
+)
+def test_experts_are_known_by_the_configuration(config, expected):
+    assert has_experts(config) == expected
 
 
 def test_router_replay_is_refused_where_nothing_records_the_experts(models):

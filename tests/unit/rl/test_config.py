@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
@@ -42,6 +45,13 @@ def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
     copy.write_text(to_yaml(config))
     assert load_config(copy, [], TrainConfig) == config
     assert config.rollout.stop == ("a", "b")
+
+
+@given(text=st.text(alphabet=r"$\{}a:.'", max_size=8) | st.text(max_size=8))
+def test_any_text_comes_back_from_the_resolved_config(text):
+    config = TrainConfig(model={"path": "m"}, data={"train": {"path": "d", "prompt_suffix": text}})
+    plain = OmegaConf.to_container(OmegaConf.create(to_yaml(config)), resolve=True)
+    assert TrainConfig.model_validate(plain) == config
 
 
 def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, monkeypatch):

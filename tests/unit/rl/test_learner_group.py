@@ -79,6 +79,31 @@ def test_an_error_of_a_member_passes_or_is_told_with_its_name(monkeypatch):
         CREW.get("call", 1, "generate")
 
 
+def test_an_error_that_nobody_foresaw_carries_its_traceback(monkeypatch):
+    fails_with(
+        monkeypatch, RayTaskError("generate", 'File "engine.py", line 7, in go', KeyError("x")).as_instanceof_cause()
+    )
+    with pytest.raises(RolloutError, match=r"failed to generate: KeyError\('x'\)") as caught:
+        CREW.get("call", 1, "generate")
+    assert "line 7, in go" in caught.value.__notes__[0]
+
+
+def test_a_member_that_is_gone_is_told_of_in_the_place_of_those_who_miss_it(monkeypatch):
+    outcomes = {
+        "a": task_error(RuntimeError("connection reset by peer")),
+        "b": task_error(RuntimeError("connection reset by peer")),
+        "c": RayActorError(error_msg="it died"),
+    }
+    monkeypatch.setattr(
+        actors.ray, "wait", lambda calls, num_returns, timeout: (calls[:num_returns], calls[num_returns:])
+    )
+    monkeypatch.setattr(actors.ray, "get", lambda call: (_ for _ in ()).throw(outcomes[call]))
+    with pytest.raises(RolloutError, match="worker 2 was lost before it could update: it died"):
+        CREW.wait(["a", "b", "c"], "update", timeout_s=9, setting="x")
+    with pytest.raises(RolloutError, match="worker 0 failed to update: RuntimeError"):
+        CREW.wait(["a", "b"], "update", timeout_s=9, setting="x")
+
+
 def test_the_first_failure_ends_the_wait_and_late_members_are_named(monkeypatch):
     monkeypatch.setattr(actors.ray, "wait", lambda calls, num_returns, timeout: ([calls[-1]], calls[:-1]))
     fails_with(monkeypatch, RayActorError(error_msg="it died"))

@@ -205,6 +205,12 @@ def test_at_the_old_policy_every_clipped_loss_has_the_policy_gradient() -> None:
         assert torch.equal(metrics["ratio_mean"], torch.ones_like(batch.logprobs))
 
 
+def test_a_token_without_an_advantage_is_not_clipped() -> None:
+    batch = dataclasses.replace(loss_batch(3), advantages=torch.zeros(len(loss_batch(3).advantages)))
+    for name in ("ppo_clip", "grpo", "dr_grpo", "dapo", "gspo", "gmpo"):
+        assert policy_loss_spec(name).function(batch).token_metrics["clip_frac"].sum() == 0, name
+
+
 def test_aggregation_example_of_the_docstring() -> None:
     batch = loss_batch(0, lengths=(1, 3), masked=0.0)
     values = {

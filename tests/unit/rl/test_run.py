@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
+from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller, rollout
 
 from rl.batch import RewardStatus, RolloutBatch, Score
 from rl.checkpoint import CheckpointStore, read_state
@@ -414,6 +414,12 @@ def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):
 
     with pytest.raises(WeightSyncError, match="rollout worker 0 does not serve policy version 1"):
         make_run(tmp_path, pool=Wrong()).execute()
+
+
+def test_a_probe_of_rollouts_that_say_nothing_compares_nothing():
+    probe = WeightProbe(every=1, bounds=BOUNDS)
+    silent = RolloutBatch(PROMPTS[:1], (rollout(length=0),))
+    assert probe.check(probe.pairs(silent), EvalPool(), FakeLearners(), policy_version=1) == {}
 
 
 def test_the_probe_runs_after_the_first_sync_and_then_every_so_many():

@@ -40,7 +40,7 @@ def test_an_offline_wandb_run_keeps_its_id(tmp_path):
     assert all(list(run.glob("*.wandb")) for run in runs)
 
 
-def test_wandb_is_never_given_a_step_of_its_own_which_it_would_drop(tmp_path, monkeypatch):
+def test_wandb_is_told_of_failures_and_never_given_a_step_of_its_own_which_it_would_drop(tmp_path, monkeypatch):
     import wandb
 
     calls = []
@@ -50,8 +50,15 @@ def test_wandb_is_never_given_a_step_of_its_own_which_it_would_drop(tmp_path, mo
             return lambda *args, **kwargs: calls.append((name, args, kwargs))
 
     monkeypatch.setattr(wandb, "init", lambda **kwargs: Run())
-    WandbSink(tmp_path, project="p", mode="offline", name="n", config={}).write(3, {"reward/mean": 0.5})
+    sink = WandbSink(tmp_path, project="p", mode="offline", name="n", config={})
+    sink.write(3, {"reward/mean": 0.5})
     assert calls == [
         ("define_metric", ("*",), {"step_metric": "step"}),
         ("log", ({"step": 3, "reward/mean": 0.5},), {}),
     ]
+    sink.close()
+    try:
+        raise RuntimeError
+    except RuntimeError:
+        sink.close()  # as the run's own end does while its error is on the way out
+    assert calls[2:] == [("finish", (), {"exit_code": 0}), ("finish", (), {"exit_code": 1})]

@@ -522,6 +522,14 @@ def fixed_rewards() -> AdvantageInputs:
     )
 
 
+def test_a_single_token_leaves_the_critic_as_it_is() -> None:
+    """verl would whiten it, and the token is in the critic's loss."""
+    alone = dataclasses.replace(fixed_rewards(), valid=torch.tensor([True] + [False] * 5))
+    result = advantage_spec("verl:gae").function(alone)
+    assert all(row.eq(0.0).all() for row in result.advantages)
+    assert result.returns == alone.values
+
+
 @pytest.mark.parametrize("name", GOLDEN_LOSSES)
 def test_verls_losses_have_not_moved(name: str) -> None:
     torch.manual_seed(0)
