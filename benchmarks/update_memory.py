@@ -23,7 +23,7 @@ from gpu.learner import samples, start_learner, update
 import rl.zero3
 from launch.tiny_models import build_tiny_model
 from rl.config import LearnerConfig
-from rl.learner_metrics import memory_peak_gib
+from rl.memory import memory_peak_gib
 
 SIDES = {  # fused AdamW, elements at a time
     "plain AdamW": (False, 1_000_000_000),

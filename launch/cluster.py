@@ -114,60 +114,56 @@ def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
         ConfigError: the cluster does not have the resources, with the numbers.
     """
     learners, rollouts = config.learner.num_workers, config.rollout.num_workers
-    extra_learner, extra_rollout = config.ray.learner_resources, config.ray.rollout_resources
     if device == "cpu":
         _refuse_gpu_engine()
-        return Placement(
-            tuple(_on_cpu(extra_learner) for _ in range(learners)),
-            tuple(_on_cpu(extra_rollout) for _ in range(rollouts)),
-        )
-    width = config.rollout.tensor_parallel_size
-    if config.ray.colocate:
-        bundles = [{"CPU": 2.0, "GPU": 1.0, **extra_learner} for _ in range(learners)]
-        for bundle in bundles[:rollouts]:
-            for key, amount in extra_rollout.items():
-                bundle[key] = bundle.get(key, 0.0) + amount
-        group = _reserve(bundles)
-        return Placement(
-            tuple(_in_bundle(group, i, num_gpus=0.5, resources=extra_learner) for i in range(learners)),
-            tuple(_in_bundle(group, i, num_gpus=0.5, resources=extra_rollout) for i in range(rollouts)),
-            group,
-        )
-    bundles = [{"CPU": 1.0, "GPU": 1.0, **extra_learner} for _ in range(learners)]
-    bundles += [{"CPU": 1.0, "GPU": float(width), **extra_rollout} for _ in range(rollouts)]
-    group = _reserve(bundles)
-    return Placement(
-        tuple(_in_bundle(group, i, num_gpus=1, resources=extra_learner) for i in range(learners)),
-        tuple(_in_bundle(group, learners + i, num_gpus=width, resources=extra_rollout) for i in range(rollouts)),
-        group,
-    )
+    elif config.ray.colocate:
+        return _place_together(learners, rollouts, config.ray)
+    return _place_apart(learners, rollouts, config.rollout.tensor_parallel_size, config.ray, device=device)
 
 
 def place_rollouts(config: TrainConfig, *, device: str) -> Placement:
     """Reserve what the rollout workers of an evaluation need; it has no learner."""
-    rollout = config.rollout
     if device == "cpu":
         _refuse_gpu_engine()
-    options, group = _place_alone(
-        rollout.num_workers, rollout.tensor_parallel_size, config.ray.rollout_resources, device=device
-    )
-    return Placement((), options, group)
+    rollout = config.rollout
+    return _place_apart(0, rollout.num_workers, rollout.tensor_parallel_size, config.ray, device=device)
 
 
 def place_learners(count: int, config: RayConfig, *, device: str) -> Placement:
     """Reserve what the learner workers of a supervised run need."""
-    options, group = _place_alone(count, 1, config.learner_resources, device=device)
-    return Placement(options, (), group)
+    return _place_apart(count, 0, 1, config, device=device)
 
 
-def _place_alone(
-    count: int, num_gpus: int, resources: dict[str, float], *, device: str
-) -> tuple[tuple[dict[str, Any], ...], PlacementGroup | None]:
-    """Options for workers of one kind, and the group that holds them."""
+def _place_together(learners: int, rollouts: int, config: RayConfig) -> Placement:
+    bundles = [{"CPU": 2.0, "GPU": 1.0, **config.learner_resources} for _ in range(learners)]
+    for bundle in bundles[:rollouts]:
+        for key, amount in config.rollout_resources.items():
+            bundle[key] = bundle.get(key, 0.0) + amount
+    group = _reserve(bundles)
+    return Placement(
+        tuple(_in_bundle(group, i, num_gpus=0.5, resources=config.learner_resources) for i in range(learners)),
+        tuple(_in_bundle(group, i, num_gpus=0.5, resources=config.rollout_resources) for i in range(rollouts)),
+        group,
+    )
+
+
+def _place_apart(learners: int, rollouts: int, width: int, config: RayConfig, *, device: str) -> Placement:
+    """`width`: GPUs of a rollout worker."""
     if device == "cpu":
-        return tuple(_on_cpu(resources) for _ in range(count)), None
-    group = _reserve([{"CPU": 1.0, "GPU": float(num_gpus), **resources} for _ in range(count)])
-    return tuple(_in_bundle(group, i, num_gpus=num_gpus, resources=resources) for i in range(count)), group
+        return Placement(
+            tuple(_on_cpu(config.learner_resources) for _ in range(learners)),
+            tuple(_on_cpu(config.rollout_resources) for _ in range(rollouts)),
+        )
+    bundles = [{"CPU": 1.0, "GPU": 1.0, **config.learner_resources} for _ in range(learners)]
+    bundles += [{"CPU": 1.0, "GPU": float(width), **config.rollout_resources} for _ in range(rollouts)]
+    group = _reserve(bundles)
+    return Placement(
+        tuple(_in_bundle(group, i, num_gpus=1, resources=config.learner_resources) for i in range(learners)),
+        tuple(
+            _in_bundle(group, learners + i, num_gpus=width, resources=config.rollout_resources) for i in range(rollouts)
+        ),
+        group,
+    )
 
 
 def resolve_device(config: RunConfig) -> str:

@@ -21,7 +21,7 @@ from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
 from rl.checkpoint import CheckpointStore
-from rl.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from rl.config import AlgorithmConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.errors import ConfigError, DataError
@@ -34,6 +34,7 @@ from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import Transport, resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
+from rollout.vllm_options import EngineSpec
 from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
 
 # What a resumed run must share with its checkpoint. How long, how often and where it runs may change.
@@ -48,37 +49,16 @@ _TRAIN_FIXED = (
 )
 
 
-def build_engine(
-    index: int,
-    model: ModelConfig,
-    rollout: RolloutConfig,
-    *,
-    transport: str,
-    max_model_len: int,
-    seed: int,
-    deterministic: bool,
-    trained: bool,
-) -> tuple[RolloutEngine, DecodeResponse]:
+def build_engine(index: int, spec: EngineSpec) -> tuple[RolloutEngine, DecodeResponse]:
     """The parts of one rollout worker; runs inside its process."""
     from rollout.chat import AnswerExtractor
     from rollout.vllm_engine import VLLMEngine
 
-    extractor = AnswerExtractor(load_tokenizer(model))
-    engine = VLLMEngine(
-        model,
-        rollout,
-        transport=transport,
-        max_model_len=max_model_len,
-        seed=seed,
-        deterministic=deterministic,
-        index=index,
-        trained=trained,
-    )
-    return engine, extractor.extract
+    return VLLMEngine(spec, index=index), AnswerExtractor(load_tokenizer(spec.model)).extract
 
 
 def start_rollout_pool(
-    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], deterministic: bool, trained: bool
+    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool
 ) -> RolloutPool:
     """Start the rollout workers and wait for their engines. `trained`: a learner will send them their weights."""
     worker_class: Any = ray.remote(RolloutWorker)
@@ -88,19 +68,18 @@ def start_rollout_pool(
     if trained and config.learner.moe.router_replay:
         options = {"enable_return_routed_experts": True, **rollout.engine_options}
         rollout = rollout.model_copy(update={"engine_options": options})
+    spec = EngineSpec(
+        config.model,
+        rollout,
+        transport,
+        max_model_len=max_model_len,
+        seed=config.seed,
+        deterministic=config.deterministic,
+        trained=trained,
+    )
 
     def start_worker(index: int) -> ActorHandle:
-        build = functools.partial(
-            build_engine,
-            index,
-            config.model,
-            rollout,
-            transport=transport,
-            max_model_len=max_model_len,
-            seed=config.seed,
-            deterministic=deterministic,
-            trained=trained,
-        )
+        build = functools.partial(build_engine, index, spec)
         return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(build)
 
     evaluation = config.evaluation
@@ -113,7 +92,7 @@ def start_rollout_pool(
         evaluation=evaluation_parameters(training, evaluation),
         evaluation_samples=evaluation.samples_per_prompt,
         seed=config.seed,
-        deterministic=deterministic,
+        deterministic=config.deterministic,
     )
 
 
@@ -184,7 +163,6 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             config,
             transport=transport,
             actor_options=placement.rollouts,
-            deterministic=config.deterministic,
             trained=True,
         )
         stack.callback(rollouts.shutdown)
@@ -236,7 +214,6 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
             config,
             transport=resolve_transport("auto", cuda=device == "cuda", colocate=False),  # no learner sends anything
             actor_options=placement.rollouts,
-            deterministic=config.deterministic,
             trained=False,
         )
         stack.callback(rollouts.shutdown)

@@ -221,7 +221,7 @@ class UpdateResult:
     """What one call of `update` did."""
 
     policy_version: int  # of the weights after the update
-    metrics: Mapping[str, float]  # learner/... (and rollout/logprob_diff_..., measured by the learner)
+    metrics: Mapping[str, float]  # learner/..., critic/..., and rollout/logprob_diff_..., which the learner measures
     seconds: float = 0.0
 
 

@@ -1,7 +1,7 @@
 """Run state on disk: atomic checkpoint folders, and the newest complete one.
 
 A checkpoint is written to a temporary folder and renamed, so a folder named `step_N` is always complete. Left out: what
-the learner writes inside (`rl.learner`), and the Hugging Face export.
+the learner writes inside (`rl.learner_checkpoint`), and the Hugging Face export.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from rl.batch import (
     UpdateResult,
     WeightVersion,
 )
+from rl.data_shaping import StepGroups
 from rl.errors import BrokenSyncError, RolloutError, WeightSyncError
 
 T = TypeVar("T")
@@ -75,25 +76,6 @@ class RewardPool(Protocol):
 
     def metrics(self) -> Mapping[str, float]:
         """Of the workers themselves, under their metric names."""
-        ...
-
-
-class StepGroups(Protocol):
-    """The groups of one step: how many are wanted, and which of those that were scored it learns from."""
-
-    @property
-    def missing(self) -> int:
-        """Groups still to be generated; 0: `take` the step."""
-        ...
-
-    @property
-    def generated(self) -> int:
-        """Groups taken in so far."""
-        ...
-
-    def add(self, scored: ScoredBatch) -> None: ...
-    def take(self) -> tuple[ScoredBatch, Mapping[str, float]]:
-        """The step's batch, and metrics of how it came about."""
         ...
 
 
@@ -158,7 +140,7 @@ class Controller:
 
     def sync_weights(self) -> WeightVersion:
         """Send the learners' weights to the rollout workers and serve them."""
-        return self.surviving_losses(self._sync)
+        return self.surviving_losses(self._sync, syncs=True)
 
     def _sync(self) -> WeightVersion:
         if lost := self.rollout_pool.replace_lost_workers():  # before any learner waits for them in a collective
@@ -168,15 +150,16 @@ class Controller:
         self.policy_version = version.policy_version
         return version
 
-    def surviving_losses(self, call: Callable[[], T]) -> T:
-        """What `call` returns. When it fails and rollout workers are lost, they are replaced and given the weights, and
-        it is called again; a failure for another reason is raised, and one to replace them with what was lost."""
-        synced = True
+    def surviving_losses(self, call: Callable[[], T], *, syncs: bool = False) -> T:
+        """What `call` returns. When it fails and rollout workers are lost, they are replaced and given the weights
+        (which a call that `syncs` does itself), and it is called again; a failure for another reason is raised, and one
+        to replace them with what was lost."""
+        needs_sync = False
         while True:
             try:
-                if not synced:
+                if needs_sync:
                     self._sync()
-                    synced = True
+                    needs_sync = False
                 return call()
             except BrokenSyncError:
                 raise
@@ -188,7 +171,7 @@ class Controller:
                 if not replaced:
                     raise  # every worker answers, so trying again would fail again
                 self.report(f"{replaced} rollout worker(s) lost and replaced: {error}")
-                synced = call == self._sync  # which does it itself
+                needs_sync = not syncs
 
     def step(self, step: int) -> StepResult:
         """One on-policy step. `step` counts from 0; the rollouts come from policy version `step`."""

@@ -134,7 +134,14 @@ class Critic:
         if old_values is None or returns is None:
             raise LearnerError("samples carry no values and returns; annotate the batch, and use an advantage like gae")
         mask = loss_mask(samples, values.device)
-        inputs = ValueInputs(values, old_values, returns, mask, micro.sequence_index, micro.num_sequences)
+        inputs = ValueInputs(
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            loss_mask=mask,
+            sequence_index=micro.sequence_index,
+            num_sequences=micro.num_sequences,
+        )
         per_token, metrics = value_loss(inputs, clip=self.config.clip_range)
         for name, quantity in {**metrics, "return_mean": returns}.items():
             sums.add_masked_mean(f"critic/{name}", quantity, mask)

@@ -133,7 +133,7 @@ class PassRateCurriculum:
 
 @dataclass(slots=True)
 class StepGroups:
-    """Collects the groups of one step; implements `rl.controller.StepGroups`.
+    """Collects the groups of one step.
 
     Without `dynamic_sampling` one round is the step. With it, rounds of just as many further prompts as are missing
     follow until all of `num_groups` have a signal, or `max_rounds` is reached; then the step is filled up with groups

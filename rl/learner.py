@@ -24,9 +24,10 @@ from rl.errors import LearnerError
 from rl.layouts import MicroBatch, TokenSequence
 from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
 from rl.learner_checks import check_layout
-from rl.learner_metrics import MetricSums, memory_peak_gib
+from rl.learner_metrics import MetricSums
 from rl.lockstep import LockstepEngine
 from rl.logprobs import LogprobHead
+from rl.memory import memory_peak_gib
 from rl.models import DTYPES, load_config, load_model
 from rl.moe import Routers, router_metrics
 from rl.objectives import Objective, PolicyObjective, SupervisedObjective, correction_metrics

@@ -28,7 +28,6 @@ _META = "learner.json"
 _OF_ONE_RANK = re.compile(r"(?:random|(?:bf16_)?zero_pp_rank)_(\d+)")  # all other files are rank 0's
 LAST_WRITTEN = "generation_config.json"  # of an exported model
 _SHARD_BYTES = 4 * 2**30
-_BUCKET_BYTES = 256 * 2**20
 
 
 def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None:
@@ -142,7 +141,7 @@ def export_hf(model: Any, source: ModelConfig, directory: Path) -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
     rank = torch.distributed.get_rank()
-    weights = Zero3WeightSource(model, dtype=DTYPES[source.dtype], bucket_bytes=_BUCKET_BYTES, rank=rank)
+    weights = Zero3WeightSource(model, dtype=DTYPES[source.dtype], rank=rank)
     writer = _ShardWriter(directory)
     for name, tensor in weights:
         writer.add({name: tensor.cpu()})

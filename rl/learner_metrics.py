@@ -5,7 +5,6 @@ Left out: what is measured (`rl.objectives`, `rl.learner`) and where metrics go 
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
 
 import torch
@@ -70,10 +69,3 @@ class MetricSums:
 
 def _total(values: Iterable[Number]) -> float:
     return sum(float(v) for v in values)
-
-
-def memory_peak_gib() -> float:
-    """Peak memory of this process: CUDA memory in use where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

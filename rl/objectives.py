@@ -98,8 +98,7 @@ class PolicyObjective:
         ref = flat(samples, "ref_logprobs", device)
         if ref is None and self._algorithm.kl.placement == "loss":
             raise LearnerError("algorithm.kl.placement is loss, but samples carry no ref_logprobs; annotate them first")
-        if rollout is None:
-            raise LearnerError("samples carry no rollout_logprobs")
+        assert rollout is not None  # every sample has them
         if old is None:
             old = logprobs.detach()  # one optimizer step a batch: the current policy is the old one
         mask = loss_mask(samples, device)
@@ -177,5 +176,4 @@ def _measure_difference(
     chosen = mask & fresh
     difference = torch.where(chosen, (old - rollout).abs(), torch.zeros_like(old))
     sums.add_masked_mean("rollout/logprob_diff_mean", difference, chosen)
-    if len(samples):
-        sums.add_max("rollout/logprob_diff_max", difference.max())
+    sums.add_max("rollout/logprob_diff_max", difference.max())

@@ -127,7 +127,7 @@ def _train_sample(example: SftExample) -> TrainSample:
     return TrainSample(
         prompt_ids=example.prompt_ids,
         response_ids=example.response_ids,
-        loss_mask=example.loss_mask,
+        loss_mask=np.ones(length, dtype=np.bool_),
         advantages=np.zeros(length, dtype=np.float32),  # the supervised loss has no use for these two
         rollout_logprobs=np.zeros(length, dtype=np.float32),
     )

@@ -37,8 +37,6 @@ from rl.verl_config import learner_config, refuse_settings, total_steps, transla
 from rl.weight_sync.source import Zero3WeightSource
 from rl.zero3 import backward, inference_config, init_distributed, set_up_process, start_engine, training_config
 
-_EXPORT_BUCKET_BYTES = 256 * 2**20
-
 _logger = logging.getLogger(__name__)
 
 
@@ -193,9 +191,7 @@ class DeepSpeedEngine(BaseEngine):
         Iteration is a collective. The second value is verl's adapter configuration, of which there is none.
         """
         del kwargs  # how to gather an adapter
-        source = Zero3WeightSource(
-            self.module, dtype=DTYPES[self._model.dtype], bucket_bytes=_EXPORT_BUCKET_BYTES, keep="all"
-        )
+        source = Zero3WeightSource(self.module, dtype=DTYPES[self._model.dtype], keep="all")
         return iter(source), None
 
     def get_per_tensor_param_shard(self, **kwargs: Any) -> tuple[Iterator[Any], None]:

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rl.batch import FinishReason, FloatArray
-from rl.config import ModelConfig, RolloutConfig
 from rl.errors import RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
 from rollout.engine_log import EngineLog
 from rollout.process_tie import EngineFiles
-from rollout.vllm_options import engine_args, sampling_params, set_environment
+from rollout.vllm_options import EngineSpec, engine_args, sampling_params, set_environment
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -35,38 +34,11 @@ _SHUTDOWN_GRACE_S = 10.0  # for the engine core to end in order, before it is ki
 class VLLMEngine:
     """Implements `rollout.engine.RolloutEngine`. Call `start` once before anything else, and `shutdown` at the end."""
 
-    def __init__(  # all but three are keywords with defaults
-        self,
-        model: ModelConfig,
-        rollout: RolloutConfig,
-        *,
-        transport: str,
-        max_model_len: int | None = None,
-        seed: int = 0,
-        deterministic: bool = False,
-        index: int = 0,
-        trained: bool = False,
-    ) -> None:
-        """
-        Args:
-            model: the checkpoint.
-            rollout: the engine's size and options.
-            transport: "shm", "nccl" or "ipc", as the learner's `WeightSender`.
-            max_model_len: prompt plus response tokens; None: the model's own limit.
-            seed: vLLM's own; samples are drawn with their requests' seeds.
-            deterministic: requests of one `generate` call enter the scheduler together; no prefix is cached.
-            index: of this engine among all, for messages and for its place in the NCCL group.
-            trained: a learner sends every weight before anything is generated.
-        """
-        self._model = model
-        self._rollout = rollout
-        self._transport = transport
-        self._max_model_len = max_model_len
-        self._seed = seed
-        self._deterministic = deterministic
+    def __init__(self, spec: EngineSpec, *, index: int = 0) -> None:
+        """`index`: of this engine among all, for messages and for its place in the NCCL group."""
+        self._spec = spec
         self._index = index
         self._policy_version = 0  # of the checkpoint
-        self._trained = trained
         self._health_timeout_s = _HEALTH_TIMEOUT_S
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
@@ -77,21 +49,13 @@ class VLLMEngine:
 
     async def start(self) -> None:
         """Start the engine core and wait until it has loaded the model. Raises RolloutError."""
-        self._files = set_environment(self._model, self._rollout)
+        self._files = set_environment(self._spec.model, self._spec.rollout)
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
             # Constructing blocks for as long as the model takes to load.
-            arguments = engine_args(
-                self._model,
-                self._rollout,
-                transport=self._transport,
-                max_model_len=self._max_model_len,
-                seed=self._seed,
-                deterministic=self._deterministic,
-                trained=self._trained,
-            )
+            arguments = engine_args(self._spec)
             # As what it is used for, it gets vLLM's large batches on GPUs: AsyncLLM alone would get 2,048 tokens.
             self._llm = llm = await asyncio.to_thread(
                 AsyncLLM.from_engine_args, arguments, usage_context=UsageContext.LLM_CLASS
@@ -101,8 +65,8 @@ class VLLMEngine:
         except Exception as error:
             self._files.cleanup()
             raise RolloutError(
-                f"rollout engine {self._index} did not start on {self._model.path}: {type(error).__name__}: {error}"
-                f"{self._log.explain()}"
+                f"rollout engine {self._index} did not start on {self._spec.model.path}: {type(error).__name__}: "
+                f"{error}{self._log.explain()}"
             ) from error
 
     # ---- generation ----
@@ -162,7 +126,7 @@ class VLLMEngine:
         sampling: Sequence[SamplingParams],
         streams: list[RequestOutputCollector],
     ) -> None:
-        if not self._deterministic:
+        if not self._spec.deterministic:
             await self._add_requests(prompts, sampling, streams)
             return
         # Requests that trickle in make the batches, and so the last bits of the result, depend on timing.

@@ -6,6 +6,7 @@ Left out: running the engine (`rollout.vllm_engine`). vLLM is imported only by t
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,79 +31,93 @@ _CPU_BATCHED_TOKENS = 8192  # tokens a step; at least the model's length, becaus
 _NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
 
 
-def engine_args(
-    model: ModelConfig,
-    rollout: RolloutConfig,
-    *,
-    transport: str,
-    max_model_len: int | None,
-    seed: int,
-    deterministic: bool,
-    trained: bool = False,
-) -> AsyncEngineArgs:
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What every engine of a pool is built from."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+    transport: str  # "shm", "nccl" or "ipc", as the learner's `WeightSender`
+    max_model_len: int | None = None  # prompt plus response tokens; None: the model's own limit
+    seed: int = 0  # vLLM's own; samples are drawn with their requests' seeds
+    deterministic: bool = False  # requests of one `generate` call enter the scheduler together; no prefix is cached
+    trained: bool = False  # a learner sends every weight before anything is generated
+
+
+def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     """vLLM's arguments; `rollout.engine_options` has the last word.
 
-    With `trained`, a learner sends every weight before anything is generated, dequantised: so the engine of a quantised
-    checkpoint (MXFP4) is built without quantisation, and loads none of its tensors.
+    Where weights come from a learner they are dequantised: so the engine of a quantised checkpoint (MXFP4) is built
+    without quantisation, and loads none of its tensors.
 
     In deterministic mode no prefix is cached: whether one is found depends on what ran before and on whether its blocks
     were free when the cache was emptied, and a prompt that is computed in part has other last bits.
+
+    Raises:
+        ConfigError: `rollout.engine_options` sets what the checkpoint needs otherwise.
     """
+    from transformers import AutoConfig
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    model, rollout = spec.model, spec.rollout
+    checkpoint: PreTrainedConfig = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    model_length = int(checkpoint.get_text_config().max_position_embeddings)
+    # Scoring a sequence makes vLLM generate a token, for which it gets room where the model has some.
+    length = None if spec.max_model_len is None else spec.max_model_len + int(spec.max_model_len < model_length)
     kv_cache_gib = rollout.kv_cache_gib or (_CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
     options: dict[str, Any] = {
         "model": model.path,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "dtype": model.dtype,
-        "seed": seed,
-        "max_model_len": None if max_model_len is None else max_model_len + _room_to_score(model, max_model_len),
+        "seed": spec.seed,
+        "max_model_len": length,
         "max_num_seqs": rollout.max_concurrent_sequences,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else _ONE_WORKER_EXECUTOR,
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
         "gpu_memory_utilization": rollout.gpu_memory_utilization if kv_cache_gib is None else _UNUSED_SHARE,
         "enforce_eager": rollout.enforce_eager,
-        "enable_prefix_caching": rollout.enable_prefix_caching and not deterministic,
+        "enable_prefix_caching": rollout.enable_prefix_caching and not spec.deterministic,
         "logprobs_mode": "processed_logprobs",
         "stream_interval": _NO_STREAMING,
         "disable_log_stats": True,
         "generation_config": "auto",
-        "weight_transfer_config": WeightTransferConfig(backend=f"fledge_{transport}"),
+        "weight_transfer_config": WeightTransferConfig(backend=f"fledge_{spec.transport}"),
         "worker_extension_cls": "rollout.weight_receiver.WorkerExtension",
     }
     if current_platform.is_cpu():
         # Upstream fault: a seeded request whose prompt is prefilled in pieces kills the engine, because the draw for an
         # unfinished prompt is taken back through the generator's offset, which CPU generators do not have (vLLM 0.31,
         # `GPUModelRunner._bookkeeping_sync`). Whole prompts need no taking back.
-        longest = options["max_model_len"] or _model_length(model)
         options |= {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest),
+            "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, length or model_length),
             "block_size": _CPU_BLOCK_TOKENS,
         }
-    options |= _other_checkpoint(model, rollout, trained=trained)
+    options |= _other_checkpoint(spec, checkpoint)
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
-def _other_checkpoint(model: ModelConfig, rollout: RolloutConfig, *, trained: bool) -> dict[str, Any]:
+def _other_checkpoint(spec: EngineSpec, checkpoint: PreTrainedConfig) -> dict[str, Any]:
     """What an engine needs to take another checkpoint than there is: a dequantised one, where it is trained, or one
     that wants its logits in float32."""
-    unquantized = trained and quantization_method(_checkpoint_config(model)) == MXFP4
-    float32_head = model.head_dtype == "float32"
+    unquantized = spec.trained and quantization_method(checkpoint) == MXFP4
+    float32_head = spec.model.head_dtype == "float32"
     options: dict[str, Any] = {}
     if unquantized or float32_head:
         # No lambda: vLLM pickles its arguments.
         options["hf_overrides"] = partial(overridden, unquantized=unquantized, float32_head=float32_head)
     if unquantized:
         options["load_format"] = "dummy"
-    if taken := sorted(options.keys() & rollout.engine_options.keys()):
+    if taken := sorted(options.keys() & spec.rollout.engine_options.keys()):
         raise ConfigError(
             f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint needs itself, and "
-            f"model.head_dtype float32 too; leave it out, or these (model.path {model.path})"
+            f"model.head_dtype float32 too; leave it out, or these (model.path {spec.model.path})"
         )
     return options
 
@@ -113,25 +128,6 @@ def overridden(config: PreTrainedConfig, *, unquantized: bool, float32_head: boo
         del config.quantization_config
     if float32_head:
         config.head_dtype = "float32"
-    return config
-
-
-def _room_to_score(model: ModelConfig, max_model_len: int) -> int:
-    """One more token, where the model has room for it, because scoring a sequence makes vLLM generate one."""
-    return int(max_model_len < _model_length(model))
-
-
-def _model_length(model: ModelConfig) -> int:
-    """The longest sequence that the checkpoint's configuration admits."""
-    return int(_checkpoint_config(model).get_text_config().max_position_embeddings)
-
-
-def _checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
     return config
 
 

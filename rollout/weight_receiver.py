@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_consumer, packed_nccl_broadcast_consumer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rl.learner_metrics import memory_peak_gib
+from rl.memory import memory_peak_gib
 from rl.weight_sync.buckets import open_bucket
 from rl.weight_sync.digest import digest_tensor
 from rollout.process_tie import note_meeting

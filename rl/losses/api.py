@@ -20,10 +20,9 @@ from rl.errors import ConfigError
 LOG_RATIO_BOUND = 20.0  # exp(20) is 5e8: beyond any ratio that carries a signal, and far from overflow in float32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlatTokens:
-    """T response tokens of S sequences, flat, and the reductions over each sequence. A base: it holds no fields."""
-
-    __slots__ = ()
+    """T response tokens of S sequences, flat, and the reductions over each sequence."""
 
     loss_mask: Tensor  # [T] bool
     sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
@@ -44,7 +43,7 @@ class FlatTokens:
         return self.sequence_sum(values) / counts.clamp_min(1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(FlatTokens):
     """One micro-batch of response tokens, flat.
 
@@ -56,11 +55,8 @@ class LossInputs(FlatTokens):
     old_logprobs: Tensor  # [T] float
     rollout_logprobs: Tensor  # [T] float
     advantages: Tensor  # [T] float
-    loss_mask: Tensor  # [T] bool
-    sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
-    num_sequences: int  # S of this micro-batch
     entropy: Tensor | None = None  # [T] float, requires grad; None unless the config needs it
-    ref_logprobs: Tensor | None = None  # [T]; None without a KL term in the loss
+    ref_logprobs: Tensor | None = None  # [T]; None without a KL term
     rollout_weights: Tensor | None = None  # [T] detached importance weights (rollout correction); None means all 1
 
     def log_ratio(self) -> Tensor:

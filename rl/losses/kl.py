@@ -1,4 +1,4 @@
-"""Estimators of the divergence from the reference policy, and the controllers of its coefficient.
+"""Estimators of the divergence from the reference policy, and the controller of its coefficient.
 
 Left out: where the penalty goes (into the loss: the learner; into the reward: `rl.advantages`).
 """
@@ -58,7 +58,7 @@ class KLController:
 
     coefficient: float
     target: float | None = None  # None: fixed
-    horizon: int = 10000  # samples over which a proportional error of 1 would double the coefficient
+    horizon: int = 10000  # samples over which an error of 20 %, the most that counts, moves it by 20 %
 
     @property
     def adapted(self) -> float | None:

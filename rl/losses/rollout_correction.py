@@ -9,7 +9,6 @@ and the geometric level: Liu, Li et al. 2025, richardli.xyz/rl-collapse; both bo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +18,6 @@ from rl.losses.api import LOG_RATIO_BOUND, FlatTokens
 
 if TYPE_CHECKING:
     from rl.config import RolloutCorrectionConfig
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens(FlatTokens):
-    loss_mask: Tensor
-    sequence_index: Tensor
-    num_sequences: int
 
 
 @torch.no_grad()
@@ -54,7 +46,7 @@ def rollout_weights(
     `rollout_metrics`: `num_tokens`, `k1_sum` and `k3_sum` (of KL(rollout || old)), `weight_sum`, `weight_square_sum`,
     `touched` (tokens whose weight the bounds changed: cut, masked or rejected), `above` and `below` (out of bounds).
     """
-    tokens = _Tokens(loss_mask, sequence_index, num_sequences)
+    tokens = FlatTokens(loss_mask=loss_mask, sequence_index=sequence_index, num_sequences=num_sequences)
     log_ratio = tokens.masked(old_logprobs - rollout_logprobs)
     ratio = _at_level(log_ratio, tokens, config.level).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     above, below = ratio > config.upper, ratio < config.lower

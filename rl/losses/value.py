@@ -11,16 +11,13 @@ from rl.errors import ConfigError
 from rl.losses.api import FlatTokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ValueInputs(FlatTokens):
     """One micro-batch of response tokens, flat, as the critic sees it."""
 
     values: Tensor  # [T] float, requires grad
     old_values: Tensor  # [T] float, the critic's before the update
     returns: Tensor  # [T] float, its target
-    loss_mask: Tensor  # [T] bool
-    sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
-    num_sequences: int  # S of this micro-batch
 
 
 def value_loss(inputs: ValueInputs, *, clip: float | None = 0.2) -> tuple[Tensor, dict[str, Tensor]]:

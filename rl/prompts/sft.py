@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rl.batch import BoolArray, IntArray
+from rl.batch import IntArray
 from rl.config import SftDataConfig
 from rl.errors import DataError
 from rl.prompts.messages import parse_messages, prompt_messages
@@ -28,11 +28,6 @@ class SftExample:
 
     prompt_ids: IntArray  # [P] int32, exactly what a rollout of the same prompt starts from
     response_ids: IntArray  # [R] int32, ends with the end-of-turn token
-
-    @property
-    def loss_mask(self) -> BoolArray:
-        """[R], all True."""
-        return np.ones(len(self.response_ids), dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)

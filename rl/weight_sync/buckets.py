@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rl.errors import WeightSyncError
 from rl.weight_sync.api import ParameterInfo
+
+T = TypeVar("T")
 
 _ALIGNMENT = 64  # bytes; a tensor of any dtype may be viewed at a multiple of it
 
@@ -38,27 +41,31 @@ class BucketPlan:
         return f"bucket {self.index} ({first}{'' if first == last else f' to {last}'})"
 
 
+def consecutive(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Items in order, as many together as their sizes allow; one that is larger than `most` comes alone."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        size = size_of(item)
+        if group and total + size > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size
+    if group:
+        yield group
+
+
 def plan_buckets(parameters: Iterable[ParameterInfo], bucket_bytes: int) -> list[BucketPlan]:
     """Split parameters, in order, into buckets of at most `bucket_bytes`; a larger one gets a bucket of its own."""
-    plans: list[BucketPlan] = []
-    members: list[ParameterInfo] = []
-    offsets: list[int] = []
-    size = 0
 
-    def close() -> None:
-        nonlocal members, offsets, size
-        if members:
-            plans.append(BucketPlan(len(plans), tuple(members), tuple(offsets), size))
-        members, offsets, size = [], [], 0
+    def room(parameter: ParameterInfo) -> int:
+        return -(-parameter.num_bytes // _ALIGNMENT) * _ALIGNMENT
 
-    for parameter in parameters:
-        room = -(-parameter.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if members and size + room > bucket_bytes:
-            close()
-        members.append(parameter)
-        offsets.append(size)
-        size += room
-    close()
+    plans = []
+    for index, members in enumerate(consecutive(parameters, room, bucket_bytes)):
+        *offsets, size = accumulate(map(room, members), initial=0)
+        plans.append(BucketPlan(index, tuple(members), tuple(offsets), size))
     return plans
 
 
@@ -75,10 +82,6 @@ class SharedBucket:
         except OSError:
             os.close(self._fd)
             raise
-
-    @property
-    def full(self) -> bool:
-        return self._filled == len(self.plan.parameters)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Copy the next tensor of the plan in, from whatever device it is on."""

@@ -105,26 +105,28 @@ class GpuTransport:
     """One of vLLM's trainer engines, run with a deadline. Subclasses say which."""
 
     def __init__(
-        self, source: WeightSource, client: WeightSyncClient, rank: int, bucket_bytes: int, timeout_s: float
+        self,
+        source: WeightSource,
+        client: WeightSyncClient,
+        rank: int,
+        bucket_bytes: int,
+        timeout_s: float,
+        **extra_init_info: Any,  # for the engines, beside vLLM's
     ) -> None:
         self._source = DigestingSource(source)
-        self._client = TrainerClient(client, self._extra_init_info())
+        self._client = TrainerClient(client, extra_init_info)
         self._rank = rank
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._engine: TrainerWeightTransferEngine[Any] | None = None
 
-    def _extra_init_info(self) -> dict[str, Any]:
-        return {}
-
     def _init_info(self) -> TrainerInitInfo:
         raise NotImplementedError
 
     def connect(self) -> None:
-        """Meet the engines, on every rank. Afresh each time: a group with a lost member is of no more use."""
+        """Meet the engines, on every rank. Once: a group with a lost member is of no more use."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        self.close()
         self._engine = self._run(
             lambda: WeightTransferTrainerFactory.trainer_init(
                 self._init_info(),
@@ -183,13 +185,10 @@ class NcclTransport(GpuTransport):
         rank_offsets: list[int],
         address: str,
     ) -> None:
+        # Each engine takes its own place among the offsets.
+        super().__init__(source, client, rank, bucket_bytes, timeout_s, rank_offsets=rank_offsets)
         self._group_size = group_size
         self._address = address
-        self._rank_offsets = rank_offsets
-        super().__init__(source, client, rank, bucket_bytes, timeout_s)
-
-    def _extra_init_info(self) -> dict[str, Any]:
-        return {"rank_offsets": self._rank_offsets}  # each engine takes its own place
 
     def _init_info(self) -> TrainerInitInfo:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo

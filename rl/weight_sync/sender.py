@@ -73,15 +73,10 @@ class WeightSender:
         else:
             self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s)
 
-    def connect(self) -> None:
-        """Connect to the engines. Every rank calls it again after an engine was replaced; the first `send` does it."""
-        self._agree(self._transport.connect)
-        self._connected = True
-
     def close(self) -> None:
-        """Leave the engines. Not a collective."""
+        """Leave the engines, for good: after one was replaced, another sender meets those that there are then. Not a
+        collective."""
         self._transport.close()
-        self._connected = False
 
     def send(self, policy_version: int) -> WeightVersion:
         """Transfer every tensor, end the update at every engine and compare digests.
@@ -91,7 +86,8 @@ class WeightSender:
         engines must then be restarted.
         """
         if not self._connected:
-            self.connect()
+            self._agree(self._transport.connect)
+            self._connected = True
         return self._agree(lambda: self._send(policy_version))
 
     def _send(self, policy_version: int) -> WeightVersion:

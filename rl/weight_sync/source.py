@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rl.errors import WeightSyncError
 from rl.weight_sync.api import ParameterInfo
+from rl.weight_sync.buckets import consecutive
 
 
 class Zero3WeightSource:
@@ -30,7 +31,7 @@ class Zero3WeightSource:
         module: nn.Module,
         *,
         dtype: torch.dtype,
-        bucket_bytes: int,
+        bucket_bytes: int = 256 << 20,
         rank: int = 0,
         keep: Literal["sender", "all"] = "sender",
     ) -> None:
@@ -65,23 +66,10 @@ class Zero3WeightSource:
         return list(self._metadata)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self._groups():
+        # Equal on every rank, because full sizes are.
+        for group in consecutive(self._parameters, lambda item: _num_bytes(item[1]), self._bucket_bytes):
             self._wait_for_gpu()  # copies of the last group may still be read, on a stream that the allocator ignores
             yield from self._gather(group)
-
-    def _groups(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
-        """Consecutive parameters of at most bucket_bytes together; equal on every rank, because full sizes are."""
-        group: list[tuple[str, nn.Parameter]] = []
-        size = 0
-        for name, parameter in self._parameters:
-            num_bytes = _full_shape(parameter).numel() * parameter.element_size()
-            if group and size + num_bytes > self._bucket_bytes:
-                yield group
-                group, size = [], 0
-            group.append((name, parameter))
-            size += num_bytes
-        if group:
-            yield group
 
     @torch.no_grad()
     def _gather(self, group: list[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
@@ -113,6 +101,11 @@ class Zero3WeightSource:
 def _full_shape(parameter: Any) -> torch.Size:
     """The unpartitioned shape (ZeRO-3 keeps it in `ds_shape`)."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _num_bytes(parameter: nn.Parameter) -> int:
+    """Of the whole parameter."""
+    return _full_shape(parameter).numel() * parameter.element_size()
 
 
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ from rl.weight_sync.sender import WeightSender
 from rl.weight_sync.source import Zero3WeightSource
 from rollout.reload_mends import ALL_MENDS
 from rollout.vllm_engine import VLLMEngine
+from rollout.vllm_options import EngineSpec
 
 T = TypeVar("T")
 PROMPT, TOKENS = 8, 48
@@ -58,13 +59,14 @@ class EngineRig:
         self.path = build_tiny_model(family, directory, tie_word_embeddings=family == "qwen3")
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.engine = VLLMEngine(
+        spec = EngineSpec(
             ModelConfig(path=str(engine_checkpoint(self.path) if engine_checkpoint else self.path), dtype=dtype),
             RolloutConfig(kv_cache_gib=0.25, enforce_eager=True, tensor_parallel_size=tensor_parallel_size),
             transport=transport,
             max_model_len=512,
             trained=engine_checkpoint is not None,
         )
+        self.engine = VLLMEngine(spec)
         self.run(self.engine.start(), timeout_s=500)
         self.dtype_name = dtype
         self.dtype = getattr(torch, dtype)

@@ -20,12 +20,10 @@ def model(tmp_path_factory):
 
 
 def arguments(model, *, deterministic=False, trained=False, **rollout):
-    from rollout.vllm_options import engine_args
+    from rollout.vllm_options import EngineSpec, engine_args
 
     config = RolloutConfig(**rollout)
-    return engine_args(
-        model, config, transport="shm", max_model_len=64, seed=0, deterministic=deterministic, trained=trained
-    )
+    return engine_args(EngineSpec(model, config, "shm", max_model_len=64, deterministic=deterministic, trained=trained))
 
 
 def test_prompts_are_never_prefilled_in_pieces_on_a_cpu(model):

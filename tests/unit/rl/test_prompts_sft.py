@@ -66,8 +66,6 @@ def test_prompt_and_response_rows(tmp_path):
     prompt = "<|im_start|>user\n1+1? Box it.<|im_end|>\n<|im_start|>assistant\n"
     assert texts(result, tokenizer) == [(prompt, "<think>easy</think>2<|im_end|>")]
     assert (result.name, result.num_dropped_too_long, result.num_verbatim) == ("examples", 0, 0)
-    example = result.examples[0]
-    assert example.loss_mask.tolist() == [True] * len(example.response_ids)
 
 
 @pytest.mark.parametrize(

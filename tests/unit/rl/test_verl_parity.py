@@ -418,7 +418,12 @@ def test_kl_value_loss_and_controller_equal_verls() -> None:
         theirs.update(kl, 64)
         assert ours_.update(kl, 64) == pytest.approx(theirs.value, abs=1e-15)
     inputs = ValueInputs(
-        batch.logprobs, batch.old_logprobs, batch.advantages, batch.loss_mask, batch.sequence_index, batch.num_sequences
+        values=batch.logprobs,
+        old_values=batch.old_logprobs,
+        returns=batch.advantages,
+        loss_mask=batch.loss_mask,
+        sequence_index=batch.sequence_index,
+        num_sequences=batch.num_sequences,
     )
     loss, metrics = value_loss(inputs, clip=0.2)
     expected, clip_frac = core_algos().compute_value_loss(
