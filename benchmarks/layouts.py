@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from rl.batch import TokenSequence
 from rl.batching import Layout, micro_batches, shared_prefix_micro_batches
-from rl.layouts import TokenSequence, collate
+from rl.layouts import collate
 from rl.logprobs import LogprobHead
 from rl.shared_prefix import use_shared_prefixes
 

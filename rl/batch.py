@@ -157,6 +157,30 @@ class Annotations:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """What a forward pass needs of one sample."""
+
+    prompt_ids: IntArray  # [P]
+    response_ids: IntArray  # [R]
+    routed_experts: npt.NDArray[np.integer] | None = None  # [P+R-1, layers, top_k], see Rollout
+
+    @property
+    def num_tokens(self) -> int:
+        """P + R."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """n = P + R - 1: nothing is predicted from the last token."""
+        return self.num_tokens - 1
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for equal prompts."""
+        return self.prompt_ids.tobytes()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
     """One sequence to learn from."""
 
@@ -188,9 +212,8 @@ class TrainSample:
                 raise ValueError(f"train sample has {length} response tokens but {len(value)} {name}")
 
     @property
-    def num_tokens(self) -> int:
-        """P + R, what one forward pass costs."""
-        return len(self.prompt_ids) + len(self.response_ids)
+    def tokens(self) -> TokenSequence:
+        return TokenSequence(self.prompt_ids, self.response_ids, self.routed_experts)
 
     @property
     def num_loss_tokens(self) -> int:

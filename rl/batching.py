@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl.batch import FloatArray, TrainBatch, TrainSample
+from rl.batch import FloatArray, TokenSequence, TrainBatch, TrainSample
 from rl.errors import LearnerError
 
 Layout = Literal["packed", "bucketed", "shared_prefix"]
@@ -52,22 +52,23 @@ def sequence_cost(num_tokens: int) -> float:
     return num_tokens * (1.0 + num_tokens / (6.0 * _HIDDEN_SIZE))
 
 
-def balance(samples: Sequence[TrainSample], num_ranks: int, *, share_prefixes: bool = False) -> list[list[int]]:
-    """The places of each rank's samples, dealt so that costs are about equal: longest first, each to the least loaded.
+def balance(sequences: Sequence[TokenSequence], num_ranks: int, *, share_prefixes: bool = False) -> list[list[int]]:
+    """The places of each rank's sequences, dealt so that costs are about equal: longest first, each to the least
+    loaded.
 
     The largest load is at most 4/3 - 1/(3 num_ranks) of the best possible one (Graham 1969). Every rank gets work as
-    long as there are as many samples as ranks. With `share_prefixes`, samples of one prompt stay together, which costs
+    long as there are as many sequences as ranks. With `share_prefixes`, those of one prompt stay together, which costs
     the prompt once, as far as four pieces for each rank are left to deal.
     """
-    pieces = [[i] for i in range(len(samples))]
+    pieces = [[i] for i in range(len(sequences))]
     if share_prefixes:
-        largest = max(1, len(samples) // (4 * num_ranks))
+        largest = max(1, len(sequences) // (4 * num_ranks))
         pieces = [
             members[start : start + largest]
-            for members in _by_prompt([s.prompt_ids.tobytes() for s in samples])
+            for members in _by_prompt([s.prompt_key for s in sequences])
             for start in range(0, len(members), largest)
         ]
-    costs = [_cost_together([samples[i] for i in piece]) for piece in pieces]
+    costs = [_cost_together([sequences[i] for i in piece]) for piece in pieces]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     for number in sorted(range(len(pieces)), key=lambda i: (-costs[i], i)):
@@ -85,10 +86,10 @@ def _by_prompt(prompts: Sequence[bytes]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cost_together(samples: Sequence[TrainSample]) -> float:
-    """`sequence_cost` of samples that share their prompt."""
-    prompt = sequence_cost(len(samples[0].prompt_ids))
-    return prompt + sum(sequence_cost(s.num_tokens) - prompt for s in samples)
+def _cost_together(sequences: Sequence[TokenSequence]) -> float:
+    """`sequence_cost` of sequences that share their prompt."""
+    prompt = sequence_cost(len(sequences[0].prompt_ids))
+    return prompt + sum(sequence_cost(s.num_tokens) - prompt for s in sequences)
 
 
 def collect(
@@ -121,7 +122,7 @@ def plan_update(
     for epoch in range(epochs):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         for part in split_into_mini_batches(batch, mini_batches, seed=epoch_seed):
-            shares = balance(part.samples, num_ranks, share_prefixes=share_prefixes)
+            shares = balance([s.tokens for s in part.samples], num_ranks, share_prefixes=share_prefixes)
             for rank, share in enumerate(shares):
                 samples = tuple(part.samples[i] for i in share)
                 plan[rank].append(MiniBatchShare(samples, part.num_loss_tokens, part.num_sequences))

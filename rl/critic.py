@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl.batch import Annotations, FloatArray, TrainSample, UpdateResult
+from rl.batch import Annotations, FloatArray, TokenSequence, TrainSample, UpdateResult
 from rl.batching import MiniBatchShare
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence
+from rl.layouts import MicroBatch
 from rl.learner import Learner
 from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
 from rl.learner_checks import check_value_layout
@@ -79,10 +79,10 @@ class Critic:
         """The transformers model; its parameters are ZeRO-3 partitions."""
         return self._engine.module
 
-    def values(self, samples: Sequence[TrainSample]) -> tuple[FloatArray, ...]:
-        """N x [R]: V(s_t) of this rank's samples, in their order."""
+    def values(self, sequences: Sequence[TokenSequence]) -> tuple[FloatArray, ...]:
+        """N x [R]: V(s_t) of this rank's sequences, in their order."""
         self._engine.engine.eval()
-        return tuple(self._engine.map_tokens([TokenSequence.of(s) for s in samples], self._forward))
+        return tuple(self._engine.map_tokens(sequences, self._forward))
 
     def update(self, mini_batches: Sequence[MiniBatchShare]) -> dict[str, float]:
         """One optimizer step for each mini-batch on the clipped squared error, mean over all loss tokens.
@@ -183,7 +183,7 @@ class LearnerWithCritic(Learner):
         super().__init__(config, model, algorithm, total_optimizer_steps=total_optimizer_steps - warmup, **others)
         self.critic = Critic(critic, config, model, device=self.device, total_optimizer_steps=total_optimizer_steps)
 
-    def annotate(self, sequences: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
+    def annotate(self, sequences: Sequence[TokenSequence], *, old_logprobs: bool) -> Annotations:
         """The policy's annotations, and values."""
         return replace(super().annotate(sequences, old_logprobs=old_logprobs), values=self.critic.values(sequences))
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rl.batch import IntArray, TrainSample
+from rl.batch import TokenSequence
 from rl.batching import Layout
 from rl.errors import LearnerError
 from rl.shared_prefix import Places, refuse_other_attention, shared_prefixes
@@ -29,29 +29,6 @@ from rl.shared_prefix import Places, refuse_other_attention, shared_prefixes
 FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
 # These leave position_ids out of their attention mask, so packed sequences need explicit masks.
 _NEEDS_EXPLICIT_MASKS = ("gpt_oss",)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """What the forward pass needs of one sample."""
-
-    prompt_ids: IntArray  # [P]
-    response_ids: IntArray  # [R]
-    routed_experts: npt.NDArray[np.integer] | None = None  # [P+R-1, layers, top_k]
-
-    @classmethod
-    def of(cls, sample: TrainSample) -> TokenSequence:
-        return cls(sample.prompt_ids, sample.response_ids, sample.routed_experts)
-
-    @property
-    def num_positions(self) -> int:
-        """n = P + R - 1."""
-        return len(self.prompt_ids) + len(self.response_ids) - 1
-
-    @property
-    def prompt_key(self) -> bytes:
-        """Equal for equal prompts."""
-        return self.prompt_ids.tobytes()
 
 
 @dataclass(frozen=True, slots=True)

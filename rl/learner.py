@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rl.batch import Annotations, FloatArray, IntArray, TrainSample, UpdateResult
+from rl.batch import Annotations, FloatArray, IntArray, TokenSequence, TrainSample, UpdateResult
 from rl.batching import Layout, MiniBatchShare
 from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence
+from rl.layouts import MicroBatch
 from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
 from rl.learner_checks import check_layout
 from rl.learner_metrics import MetricSums
@@ -92,20 +92,19 @@ class Learner:
         """Of its micro-batches."""
         return self._policy.layout
 
-    def annotate(self, sequences: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
-        """Log-probabilities of this rank's samples before the update, in their order, at the rollout's temperature.
+    def annotate(self, sequences: Sequence[TokenSequence], *, old_logprobs: bool) -> Annotations:
+        """Log-probabilities of this rank's sequences before the update, in their order, at the rollout's temperature.
 
         The policy's where `old_logprobs` asks for them, the reference's where there is a KL term. kl_coefficient is the
         adaptive one's value for this step.
         """
         if self._algorithm is None or not isinstance(self._objective, PolicyObjective):
             raise LearnerError("annotate needs an algorithm; this learner was made for supervised training")
-        tokens = [TokenSequence.of(s) for s in sequences]
         old = ref = None
         if old_logprobs:
-            old = tuple(self._score(self._policy.engine, self._head, tokens, replay=self._config.moe.router_replay))
+            old = tuple(self._score(self._policy.engine, self._head, sequences, replay=self._config.moe.router_replay))
         if self._reference is not None:
-            ref = tuple(self._score(*self._reference, tokens))
+            ref = tuple(self._score(*self._reference, sequences))
         coefficient = self._objective.kl.coefficient if self._algorithm.kl.placement == "reward" else None
         return Annotations(old_logprobs=old, ref_logprobs=ref, kl_coefficient=coefficient)
 
@@ -217,7 +216,7 @@ class Learner:
             self._optimizer_step(share, sums)
         self.policy_version += 1
         seconds = time.perf_counter() - start
-        sums.add_sum("learner/tokens", sum(s.num_tokens for share in shares for s in share.samples))
+        sums.add_sum("learner/tokens", sum(s.tokens.num_tokens for share in shares for s in share.samples))
         sums.add_max("seconds", seconds)
         sums.add_max("learner/memory_peak_gib", memory_peak_gib())
         metrics, totals = sums.reduce()

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl.batch import IntArray
+from rl.batch import IntArray, TokenSequence
 from rl.batching import Layout
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence, collate
+from rl.layouts import MicroBatch, collate
 from rl.logprobs import LogprobHead
 
 # Mean |difference|, in nats or of states of unit size. A leak between sequences moves log-probabilities by 0.1 to 4.

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rl.batch import FloatArray, TrainSample
+from rl.batch import FloatArray, TokenSequence, TrainSample
 from rl.batching import MiniBatchShare, micro_batches, shared_prefix_micro_batches
 from rl.config import LearnerConfig
 from rl.errors import LearnerError
-from rl.layouts import Layout, MicroBatch, TokenSequence, collate, resolve_layout
+from rl.layouts import Layout, MicroBatch, collate, resolve_layout
 from rl.learner_metrics import MetricSums
 from rl.optim import build_optimizer, build_schedule
 from rl.shared_prefix import use_shared_prefixes
@@ -118,7 +118,7 @@ class LockstepEngine:
         sums.add_sum(f"{self.name}/skipped_steps", 0.0)
         if share.num_loss_tokens == 0:
             return  # nothing to learn on any rank; a step would still move the weights by momentum and decay
-        groups = self._groups([TokenSequence.of(s) for s in share.samples], together=not split_invariant)
+        groups = self._groups([s.tokens for s in share.samples], together=not split_invariant)
         if not split_invariant and (len(groups) > 1 or self.world_size > 1):
             raise LearnerError(
                 f"this policy loss looks across sequences and cannot be split, but the mini-batch takes {len(groups)} "
@@ -129,7 +129,7 @@ class LockstepEngine:
         for index, group in enumerate(groups):
             self.engine.set_gradient_accumulation_boundary(index == len(groups) - 1)
             samples = [share.samples[i] for i in group]
-            loss = micro_step(samples, self.collate([TokenSequence.of(s) for s in samples]))
+            loss = micro_step(samples, self.collate([s.tokens for s in samples]))
             total += loss.detach().double()
         sums.add_mean(f"{self.name}/lr", self.engine.get_lr()[0], 1.0)
         self.engine.step()

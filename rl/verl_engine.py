@@ -25,8 +25,9 @@ from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.engine.base import BaseEngine, BaseEngineCtx, EngineRegistry
 from verl.workers.engine.utils import detach_tree, postprocess_batch_func, prepare_micro_batches
 
+from rl.batch import TokenSequence
 from rl.errors import LearnerError
-from rl.layouts import TokenSequence, collate
+from rl.layouts import collate
 from rl.learner_checkpoint import export_hf, load_checkpoint, save_checkpoint
 from rl.learner_checks import check_layout
 from rl.lockstep import prepare_model

@@ -24,8 +24,8 @@ from rl.batch import (
     FloatArray,
     ScoredBatch,
     TokenPair,
+    TokenSequence,
     TrainBatch,
-    TrainSample,
     UpdateResult,
     WeightVersion,
 )
@@ -131,8 +131,8 @@ class LearnerWorker:
         )
         return self._learner.layout
 
-    def annotate(self, samples: Sequence[TrainSample], *, old_logprobs: bool) -> Annotations:
-        annotations = self._learner.annotate(list(samples), old_logprobs=old_logprobs)
+    def annotate(self, sequences: Sequence[TokenSequence], *, old_logprobs: bool) -> Annotations:
+        annotations = self._learner.annotate(list(sequences), old_logprobs=old_logprobs)
         self._leave_room()
         return annotations
 
@@ -287,29 +287,26 @@ class LearnerGroup:
         needs_reference = algorithm is not None and algorithm.kl.placement != "none"
         if not (self.needs_old_logprobs or needs_reference or self.spec.critic):
             return Annotations()
-        samples = [
-            TrainSample(
-                prompt_ids=np.asarray(scored.batch.prompt_of(rollout).token_ids, dtype=np.int32),
-                response_ids=rollout.token_ids,
-                loss_mask=np.ones(rollout.length, dtype=np.bool_),
-                advantages=np.zeros(rollout.length, dtype=np.float32),
-                rollout_logprobs=rollout.rollout_logprobs,
-                routed_experts=rollout.routed_experts,
+        sequences = [
+            TokenSequence(
+                np.asarray(scored.batch.prompt_of(rollout).token_ids, dtype=np.int32),
+                rollout.token_ids,
+                rollout.routed_experts,
             )
             for rollout in scored.batch.rollouts
         ]
-        shares = balance(samples, len(self.workers), share_prefixes=self.share_prefixes)
+        shares = balance(sequences, len(self.workers), share_prefixes=self.share_prefixes)
         parts = self._wait(
             [
-                w.annotate.remote([samples[i] for i in share], old_logprobs=self.needs_old_logprobs)
+                w.annotate.remote([sequences[i] for i in share], old_logprobs=self.needs_old_logprobs)
                 for w, share in zip(self.workers, shares, strict=True)
             ],
             "annotate",
         )
         return Annotations(
-            old_logprobs=collect([p.old_logprobs for p in parts], shares, len(samples)),
-            ref_logprobs=collect([p.ref_logprobs for p in parts], shares, len(samples)),
-            values=collect([p.values for p in parts], shares, len(samples)),
+            old_logprobs=collect([p.old_logprobs for p in parts], shares, len(sequences)),
+            ref_logprobs=collect([p.ref_logprobs for p in parts], shares, len(sequences)),
+            values=collect([p.values for p in parts], shares, len(sequences)),
             kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
         )
 

@@ -98,7 +98,7 @@ class Scenarios:
         batch = value_samples()
         batch[1] = dataclasses.replace(batch[1], **{name: getattr(batch[1], name)[:0] for name in PER_TOKEN})
         parts: list[Any] = [None, None]
-        torch.distributed.all_gather_object(parts, critic.values(batch[self.rank :: 2]))
+        torch.distributed.all_gather_object(parts, critic.values([s.tokens for s in batch[self.rank :: 2]]))
         self.results["values"] = [parts[i % 2][i // 2] for i in range(len(batch))]
         try:
             critic.update(self.shares(samples()))
@@ -109,9 +109,9 @@ class Scenarios:
         """A bfloat16 critic with a fresh head and offloaded float32 master weights, towards fixed returns."""
         config = CriticConfig(optimizer=CriticOptimizerConfig(lr=3e-3), clip_range=None)
         critic = self.critic(config, dtype="bfloat16", offload_optimizer=True)
-        fresh = critic.values(value_samples())
+        fresh = critic.values([s.tokens for s in value_samples()])
         losses = [critic.update(self.shares(value_samples()))["critic/loss"] for _ in range(8)]
-        self.results["regression"] = {"fresh": fresh, "losses": losses, "dtype": critic.values(samples())[0].dtype}
+        self.results["regression"] = {"fresh": fresh, "losses": losses, "dtype": fresh[0].dtype}
         critic.close()
 
     def learner(self) -> LearnerWithCritic:
@@ -144,7 +144,7 @@ class Scenarios:
         learner.close()
         learner = self.learner()
         learner.load_checkpoint(self.out_dir / "checkpoint")
-        self.results["annotations"] = learner.annotate(samples(), old_logprobs=True)
+        self.results["annotations"] = learner.annotate([s.tokens for s in samples()], old_logprobs=True)
         result = learner.update(self.shares(value_samples(), 2))
         self.results["resumed"] = both(learner) | {"metrics": result.metrics, "version": result.policy_version}
         learner.close()

@@ -162,7 +162,7 @@ class Scenarios:
         """Old and reference log-probabilities, dealt to the ranks and put back together; and the probe's."""
         learner = self.learner(mini_batches=2)
         batch = samples()
-        part = learner.annotate(batch[learner.rank :: 2], old_logprobs=True)
+        part = learner.annotate([s.tokens for s in batch[learner.rank :: 2]], old_logprobs=True)
         assert part.old_logprobs is not None and part.ref_logprobs is not None
         parts: list[Any] = [None, None]
         torch.distributed.all_gather_object(parts, part)
@@ -268,7 +268,7 @@ class Scenarios:
         still = OptimizerConfig(name="sgd", lr=1e-30)
         learner = self.learner(path=self.out_dir / "unusual", layout="bucketed", optimizer=still, mini_batches=2)
         mine = samples()[learner.rank :: 2]
-        old = learner.annotate(mine, old_logprobs=True).old_logprobs
+        old = learner.annotate([s.tokens for s in mine], old_logprobs=True).old_logprobs
         parts: list[Any] = [None, None]
         torch.distributed.all_gather_object(parts, old)
         batch = [dataclasses.replace(s, old_logprobs=parts[i % 2][i // 2]) for i, s in enumerate(samples())]

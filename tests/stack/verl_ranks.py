@@ -206,7 +206,7 @@ class Scenarios:
     def run_learner(self) -> None:
         """The reference of every comparison."""
         ours = learner(self.out_dir, ALGORITHM, OPTIMIZER)
-        annotated = ours.annotate(self.mine, old_logprobs=True)
+        annotated = ours.annotate([s.tokens for s in self.mine], old_logprobs=True)
         results = [ours.update(shares(BATCH, MINI_BATCHES)) for _ in range(2)]
         self.results["learner"] = {
             "old": annotated.old_logprobs,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.batch import TrainBatch, TrainSample
+from rl.batch import TokenSequence, TrainBatch, TrainSample
 from rl.batching import (
     balance,
     collect,
@@ -108,7 +107,7 @@ def test_a_sequence_over_the_budget_is_an_error_with_the_remedy() -> None:
 @given(LENGTHS, st.integers(1, 6))
 def test_balance_deals_everything_to_all_ranks(lengths: list[int], ranks: int) -> None:
     samples = [sample(n) for n in lengths]
-    shares = balance(samples, ranks)
+    shares = balance([s.tokens for s in samples], ranks)
     assert sorted(i for share in shares for i in share) == list(range(len(samples)))
     assert all(shares) == (len(samples) >= ranks)
 
@@ -116,19 +115,18 @@ def test_balance_deals_everything_to_all_ranks(lengths: list[int], ranks: int) -
 GROUPS = st.lists(st.tuples(st.integers(0, 4), st.integers(2, 30)), min_size=1, max_size=30)  # prompt, tokens after it
 
 
-def siblings(made_of: list[tuple[int, int]]) -> list[TrainSample]:
-    """Samples by the number of their prompt, which is 10 tokens long, and the length of their response."""
-    return [replace(sample(1 + n), prompt_ids=np.full(10, prompt, dtype=np.int32)) for prompt, n in made_of]
+def siblings(made_of: list[tuple[int, int]]) -> list[TokenSequence]:
+    """By the number of their prompt, which is 10 tokens long, and the length of their response."""
+    return [TokenSequence(np.full(10, p, dtype=np.int32), np.zeros(n, dtype=np.int32)) for p, n in made_of]
 
 
 @given(GROUPS, st.integers(1, 6))
 def test_balance_keeps_equal_prompts_together_and_still_gives_every_rank_work(
     made_of: list[tuple[int, int]], ranks: int
 ) -> None:
-    samples = siblings(made_of)
-    shares = balance(samples, ranks, share_prefixes=True)
-    assert sorted(i for share in shares for i in share) == list(range(len(samples)))
-    assert all(shares) == (len(samples) >= ranks)
+    shares = balance(siblings(made_of), ranks, share_prefixes=True)
+    assert sorted(i for share in shares for i in share) == list(range(len(made_of)))
+    assert all(shares) == (len(made_of) >= ranks)
 
 
 def test_balance_cuts_a_group_only_where_ranks_would_idle() -> None:
@@ -143,11 +141,13 @@ def test_balance_cuts_a_group_only_where_ranks_would_idle() -> None:
 def test_shared_micro_batches_hold_everything_once_within_the_budget(
     made_of: list[tuple[int, int]], budget: int
 ) -> None:
-    samples = siblings(made_of)
-    prompts = [s.prompt_ids.tobytes() for s in samples]
-    groups = shared_prefix_micro_batches(prompts, [10] * len(samples), [s.num_tokens - 1 for s in samples], budget)
-    assert sorted(i for group in groups for i in group) == list(range(len(samples)))
-    sizes = [10 * len({prompts[i] for i in group}) + sum(samples[i].num_tokens - 11 for i in group) for group in groups]
+    chosen = siblings(made_of)
+    prompts = [s.prompt_key for s in chosen]
+    groups = shared_prefix_micro_batches(prompts, [10] * len(chosen), [s.num_positions for s in chosen], budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(chosen)))
+    sizes = [
+        10 * len({prompts[i] for i in group}) + sum(chosen[i].num_positions - 10 for i in group) for group in groups
+    ]
     assert max(sizes) <= budget
 
 
@@ -168,7 +168,7 @@ def test_balance_stays_within_grahams_bound_of_the_optimum(lengths: list[int], r
         max(sum(c for c, to in zip(costs, split, strict=True) if to == rank) for rank in range(ranks))
         for split in itertools.product(range(ranks), repeat=len(costs))
     )
-    shares = balance([sample(n) for n in lengths], ranks)
+    shares = balance([sample(n).tokens for n in lengths], ranks)
     ours = max(sum(costs[i] for i in share) for share in shares)
     assert ours <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-6
 
@@ -181,14 +181,14 @@ def test_attention_makes_long_sequences_cost_more_than_their_share() -> None:
 
 def test_balance_is_even_where_it_can_be() -> None:
     lengths = (50, 10, 40, 20, 30, 50)
-    shares = balance([sample(n) for n in lengths], 2)
+    shares = balance([sample(n).tokens for n in lengths], 2)
     assert [sum(lengths[i] for i in share) for share in shares] == [100, 100]
 
 
 @given(LENGTHS, st.integers(1, 5))
 def test_what_is_dealt_is_collected_in_order(lengths: list[int], ranks: int) -> None:
     samples = [sample(n) for n in lengths]
-    shares = balance(samples, ranks)
+    shares = balance([s.tokens for s in samples], ranks)
     results = [tuple(samples[i].rollout_logprobs + len(samples[i].response_ids) for i in share) for share in shares]
     collected = collect(results, shares, len(samples))
     assert collected is not None
@@ -200,14 +200,14 @@ def test_mini_batches_differ_by_one_sample_at_most_and_leave_out_what_teaches_no
     batch = batch_of([5, 6, 7, 8, 9, 10, 11, 12], masked=(2,))
     parts = split_into_mini_batches(batch, 3, seed=1)
     assert sorted(len(p.samples) for p in parts) == [2, 2, 3]
-    assert sorted(s.num_tokens for p in parts for s in p.samples) == [5, 6, 8, 9, 10, 11, 12]
+    assert sorted(s.tokens.num_tokens for p in parts for s in p.samples) == [5, 6, 8, 9, 10, 11, 12]
     assert sum(p.num_loss_tokens for p in parts) == batch.num_loss_tokens
     assert [p.num_sequences for p in parts] == [len(p.samples) for p in parts]
 
 
 def test_one_mini_batch_keeps_the_order() -> None:
     (part,) = split_into_mini_batches(batch_of([7, 5, 6]), 1, seed=9)
-    assert [s.num_tokens for s in part.samples] == [7, 5, 6]
+    assert [s.tokens.num_tokens for s in part.samples] == [7, 5, 6]
 
 
 def test_every_epoch_sees_every_sample_once_in_another_order() -> None:
@@ -217,7 +217,7 @@ def test_every_epoch_sees_every_sample_once_in_another_order() -> None:
     epochs = []
     for epoch in range(3):
         steps = range(4 * epoch, 4 * epoch + 4)
-        together = [sorted(s.num_tokens for rank in plan for s in rank[step].samples) for step in steps]
+        together = [sorted(s.tokens.num_tokens for rank in plan for s in rank[step].samples) for step in steps]
         assert sorted(n for part in together for n in part) == list(range(4, 20))
         epochs.append(together)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -232,7 +232,7 @@ def test_ranks_share_the_denominators_of_the_whole_mini_batch() -> None:
 def test_a_plan_is_the_same_for_the_same_seed() -> None:
     def lengths(seed: int) -> list[list[list[int]]]:
         plan = plan_update(batch_of(list(range(3, 40))), num_ranks=2, mini_batches=3, epochs=2, seed=seed)
-        return [[[s.num_tokens for s in share.samples] for share in rank] for rank in plan]
+        return [[[s.tokens.num_tokens for s in share.samples] for share in rank] for rank in plan]
 
     assert lengths(1) == lengths(1) != lengths(2)
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from launch.tiny_models import FAMILIES, Family, build_tiny_model
+from rl.batch import TokenSequence
 from rl.batching import Layout
 from rl.errors import LearnerError
-from rl.layouts import MicroBatch, TokenSequence, collate, refuse_inexact_layout, resolve_layout
+from rl.layouts import MicroBatch, collate, refuse_inexact_layout, resolve_layout
 from rl.learner_checks import check_layout
 from rl.logprobs import LogprobHead
 from rl.models import choose_attention
