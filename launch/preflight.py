@@ -18,9 +18,10 @@ from rl.config import ModelConfig, RunConfig, TrainConfig
 from rl.config.types import looks_local
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
-from rl.losses import load_plugins, policy_loss_spec
+from rl.losses import policy_loss_spec
 from rl.losses.contract import check_policy_loss
 from rl.models import attention_of, has_experts, load_config, refuse_untrainable
+from rl.plugins import load_plugins
 
 
 def check_training(config: TrainConfig) -> None:

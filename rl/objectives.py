@@ -20,10 +20,11 @@ from rl.layouts import MicroBatch
 from rl.learner_metrics import MetricSums
 from rl.losses import policy_loss_spec
 from rl.losses.aggregation import aggregate
-from rl.losses.api import LossInputs, check_options
+from rl.losses.api import LossInputs
 from rl.losses.contract import resolve_aggregation
 from rl.losses.kl import KLController, kl_penalty
 from rl.losses.rollout_correction import rollout_metrics, rollout_weights
+from rl.plugins import check_options
 
 
 class Objective(Protocol):

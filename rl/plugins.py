@@ -1,4 +1,4 @@
-"""Loading users' own code by module name or file, and the error for a name that nobody registered.
+"""Loading users' own code by module name or file; the errors for a name that nobody registered, and for options.
 
 Left out: the registries; importing a plugin is what makes it register.
 """
@@ -9,9 +9,11 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rl.errors import ConfigError
 
@@ -61,3 +63,11 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}, and verl:NAME"
     return ConfigError(f"there is no {what} {name!r}; {hint}")
+
+
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless every option is a keyword-only argument of `function`."""
+    allowed = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ConfigError(f"{what} does not take {', '.join(unknown)}; it takes {', '.join(allowed) or 'no options'}")

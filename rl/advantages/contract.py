@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rl.advantages.api import AdvantageInputs, AdvantageSpec
 from rl.errors import ConfigError
-from rl.losses.api import check_options
+from rl.plugins import check_options
 
 
 def check_estimator(spec: AdvantageSpec, options: Mapping[str, Any], *, group_size: int) -> None:

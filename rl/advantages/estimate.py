@@ -13,8 +13,8 @@ from rl.advantages.registry import advantage_spec
 from rl.advantages.whitening import whiten
 from rl.batch import Annotations, FinishReason, FloatArray, ScoredBatch, TrainBatch, TrainSample
 from rl.errors import ConfigError
-from rl.losses.api import check_options
 from rl.losses.kl import kl_penalty
+from rl.plugins import check_options
 
 if TYPE_CHECKING:
     from rl.config import AlgorithmConfig

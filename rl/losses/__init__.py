@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from rl.losses import cispo, gmpo, gspo, ppo_clip, presets, reinforce
 from rl.losses.api import PolicyLossSpec, registered_policy_losses
-from rl.plugins import load_plugins, unknown_name
+from rl.plugins import unknown_name
 
 BUILTIN = (cispo, gmpo, gspo, ppo_clip, presets, reinforce)  # imported, and so registered
-
-__all__ = ["load_plugins", "policy_loss_spec"]
 
 VERL_PREFIX = "verl:"
 

@@ -7,10 +7,9 @@ global batch before any forward pass, so the result is the same under any split 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -127,11 +126,3 @@ def register_policy_loss(
 def registered_policy_losses() -> dict[str, PolicyLossSpec]:
     """Name -> spec, of the losses that are registered now."""
     return dict(_REGISTRY)
-
-
-def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless every option is a keyword-only argument of `function`."""
-    allowed = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
-        raise ConfigError(f"{what} does not take {', '.join(unknown)}; it takes {', '.join(allowed) or 'no options'}")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rl.errors import ConfigError
 from rl.losses.aggregation import aggregate
-from rl.losses.api import Aggregation, LossInputs, PolicyLossOutput, PolicyLossSpec, check_options
+from rl.losses.api import Aggregation, LossInputs, PolicyLossOutput, PolicyLossSpec
+from rl.plugins import check_options
 
 _LENGTHS = (1, 3, 4, 2)
 _TOLERANCE = 1e-6  # absolute, in float64, on losses of order 1

@@ -10,8 +10,9 @@ from algorithm_batches import advantage_batch, loss_and_gradient, loss_batch
 
 from rl.advantages import advantage_spec
 from rl.errors import ConfigError
-from rl.losses import load_plugins, policy_loss_spec
+from rl.losses import policy_loss_spec
 from rl.losses.contract import check_policy_loss
+from rl.plugins import load_plugins
 
 DOCS = Path(__file__).parents[3] / "docs" / "adding-an-algorithm.md"
 
