@@ -75,7 +75,7 @@ def test_an_engine_that_cannot_connect_is_reported_though_the_sender_waits_for_i
 def test_no_worker_outlives_a_killed_engine_core(rig: EngineRig) -> None:
     core = rig.core()
     processes = [core, *core.children(recursive=True)]
-    assert len(processes) >= rig.engine._rollout.tensor_parallel_size
+    assert len(processes) >= rig.engine._spec.rollout.tensor_parallel_size
     core.kill()
     rig.run(rig.engine.shutdown())
     _, alive = psutil.wait_procs(processes, timeout=10)
