@@ -149,7 +149,7 @@ class LearnerWorker:
     def publish_weights(self, receivers: Sequence[ActorHandle]) -> WeightVersion:
         """Send the weights to every rollout worker; a collective over the ranks."""
         if self._sender is None or list(receivers) != self._receivers:
-            self._sender = self._connect(receivers)
+            self._sender, self._receivers = self._connect(receivers), list(receivers)
         version = self._sender.send(self._learner.policy_version)
         self._leave_room()
         return version
@@ -173,7 +173,6 @@ class LearnerWorker:
             raise WeightSyncError("this learner was started without rollout workers to send weights to")
         if self._sender is not None:
             self._sender.close()
-        self._receivers = list(receivers)
         bucket_bytes = sync.config.bucket_mib << 20
         source = Zero3WeightSource(
             self._learner.module,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rl.config import LearnerConfig
 
 # Elements of a rank that the optimizer updates at a time. DeepSpeed copies their gradients, 4 bytes each, which for its
-# own 1e9 is 4 GB of a GPU; a step takes no longer with less.
+# own 1e9 is 4 GB; on a CPU a step takes no longer with less (`benchmarks/update_memory.py`).
 SUB_GROUP_ELEMENTS = 50_000_000
 
 

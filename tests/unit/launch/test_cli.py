@@ -18,7 +18,7 @@ from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
 from rl.config import TrainConfig
 from rl.config.loading import load_config
-from rl.errors import CheckpointError, ConfigError
+from rl.errors import CheckpointError, ConfigError, LearnerError
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,18 @@ def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, con
         assert f"--resume goes on from {tmp_path}/run/checkpoints/step_000003" in said
     else:
         assert "--resume starts at the beginning: there is no checkpoint yet" in said
+
+
+def test_a_traceback_of_another_process_comes_before_the_error(fledge, tmp_path, config, monkeypatch):
+    def train(*_, **__):
+        error = LearnerError("learner rank 0 failed to update")
+        error.add_note('File "loss.py", line 7')
+        raise error
+
+    monkeypatch.setattr("launch.commands.train", train)
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert exit_code == LearnerError.exit_code
+    assert said.endswith('File "loss.py", line 7\nerror: learner rank 0 failed to update\n')
 
 
 def test_a_hangup_is_ignored_where_it_was(fledge, tmp_path, config, monkeypatch):
