@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.errors import ConfigError
@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
         merged = _overridden(merged, item)
     try:
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
     return validate(plain, schema, source=str(path))
@@ -57,7 +57,7 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         OmegaConf.update(config, key, typing.cast(dict[str, Any], value)["value"])
         return config
-    except (OmegaConfBaseException, YAMLError, IndexError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -79,7 +79,21 @@ def validate(plain: Any, schema: type[Root], source: str) -> Root:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved configuration as YAML; loading it gives an equal configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+    plain = _escaped(config.model_dump(mode="json"))
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts that may be more than words go in double quotes. PyYAML leaves some bare or in single quotes that do not
+    come back: "1e5", which OmegaConf reads as a number, and U+0085, a line's end to YAML.
+    """
+
+    def represent_str(self, data: str) -> yaml.Node:
+        word = data.isascii() and data[:1].isalpha() and data.isprintable()
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if word else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _escaped(plain: Any) -> Any:
@@ -100,7 +114,7 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"config file {path} does not exist (looked in {Path.cwd()})")
     try:
         loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping at its top level, not a {type(loaded).__name__}")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -47,7 +47,11 @@ def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
     assert config.rollout.stop == ("a", "b")
 
 
-@given(text=st.text(alphabet=r"$\{}a:.'", max_size=8) | st.text(max_size=8))
+@given(text=st.text(alphabet="$\\{}a:.'# \n\x85\u2028\ufeff", max_size=8) | st.text(max_size=8))
+@example("\x85")
+@example("1e5")
+@example("0x1_0")
+@example("yes")
 def test_any_text_comes_back_from_the_resolved_config(text):
     config = TrainConfig(model={"path": "m"}, data={"train": {"path": "d", "prompt_suffix": text}})
     plain = OmegaConf.to_container(OmegaConf.create(to_yaml(config)), resolve=True)
