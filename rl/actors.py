@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from rl.errors import FledgeError
 
 _DEATH_TIMEOUT_S = 30.0
+_ASK_AGAIN_S = 0.02  # whether an actor that was killed is dead
 _NEWS_OF_A_LOSS_S = 5.0  # that Ray may take to tell of a dead actor
 # Of the text of ray.exceptions.OutOfMemoryError, which goes on for 4,000 characters about Ray's settings.
 _NODE_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),.*?was (\S+) used / (\S+) limit")
@@ -126,7 +127,16 @@ def end_actors(actors: Sequence[ActorHandle]) -> None:
     """
     for actor in actors:
         ray.kill(actor)
-    # A call to an actor fails as soon as its death is known; the error is the answer that is waited for.
-    deaths: list[Any] = [actor.__ray_ready__.remote() for actor in actors]
-    if deaths:
-        ray.wait(deaths, num_returns=len(deaths), timeout=_DEATH_TIMEOUT_S)
+    deadline = time.monotonic() + _DEATH_TIMEOUT_S
+    for actor in actors:
+        while (left := deadline - time.monotonic()) > 0 and _answers(actor, left):
+            time.sleep(_ASK_AGAIN_S)
+
+
+def _answers(actor: ActorHandle, timeout_s: float) -> bool:
+    """Whether it is still there: Ray's word to end goes another way than a call, which may arrive before it."""
+    try:
+        ray.get(actor.__ray_ready__.remote(), timeout=timeout_s)
+    except RayError:  # it is dead, or time is up
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,16 @@ def test_what_was_finished_under_other_weights_is_drawn_again(pools):
 def test_a_start_that_fails_is_told_at_once_and_leaves_no_actor(pools):
     with pytest.raises(RolloutError, match="worker 1 failed to start its engine: rollout engine 1 did not start: no m"):
         pools.make(2, {0: "slow start", 1: "no start"}, start_timeout_s=20)
+    for worker in pools.started:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(worker.__ray_ready__.remote(), timeout=20)
+
+
+def test_a_kill_that_takes_its_time_is_waited_for(pools, monkeypatch):
+    pool = pools.make(2)
+    kill = ray.kill
+    monkeypatch.setattr("rl.actors.ray.kill", lambda actor: threading.Timer(0.5, kill, [actor]).start())
+    pool.shutdown()
     for worker in pools.started:
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(worker.__ray_ready__.remote(), timeout=20)
