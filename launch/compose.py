@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_checkpoint, check_length, check_training
+from launch.preflight import check_checkpoint, check_engine_options, check_length, check_training
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -200,6 +200,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
     check_checkpoint(config.model.path, "model.path")
     check_length(config)
+    check_engine_options(config)
     _, eval_sets = load_data(config, display, train=False)
     if not eval_sets:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")

@@ -5,6 +5,8 @@ Left out: the configuration's own consistency (`rl.config`) and the machine's he
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,14 @@ def check_training(config: TrainConfig) -> None:
     check_checkpoint(config.model.path, "model.path")
     if config.critic is not None and config.critic.path is not None:
         check_checkpoint(config.critic.path, "critic.path")
-        _check_trainable(config.model, config.critic.path)
+        _check_trainable(config.model, config.critic.path, "critic.path")
     if config.algorithm.kl.reference is not None:
         check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
-        _check_trainable(config.model, config.algorithm.kl.reference)
+        _check_trainable(config.model, config.algorithm.kl.reference, "algorithm.kl.reference")
     check_algorithm(config)
     check_length(config)
     check_layout(config)
+    check_engine_options(config)
     check_logging(config)
 
 
@@ -124,18 +127,19 @@ def check_layout(config: RunConfig) -> None:
     attention, the device has no such attention, or no experts could be replayed. Which device a cluster that is joined
     has is known later; there the learner's own check says it."""
     checkpoint = _check_trainable(config.model)
+    moe = config.learner.moe
+    if not has_experts(checkpoint) and (setting := next((key for key, value in moe if value), None)):
+        raise ConfigError(f"learner.moe.{setting} is set, but model.path {config.model.path} has no experts")
     device = config.device
     if device == "auto":
         if cluster_address(config.ray.address) is not None:
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and config.learner.moe.router_replay:
+    if device == "cpu" and moe.router_replay:
         raise ConfigError(
             "learner.moe.router_replay is true, but this machine has no GPU, and vLLM records the experts of its "
             "rollouts on GPUs only; set it to false"
         )
-    if config.learner.moe.router_replay and not has_experts(checkpoint):
-        raise ConfigError(f"learner.moe.router_replay is true, but model.path {config.model.path} has no experts")
     try:
         attention = attention_of(config.model, checkpoint, device)
         layout = resolve_layout(config.learner.layout, attention=attention, device=device)
@@ -144,14 +148,30 @@ def check_layout(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _check_trainable(model: ModelConfig, path: str | None = None) -> Any:
-    """The transformers configuration of the policy, or of the checkpoint at `path`, if the learner can train it."""
+def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Any:
+    """The transformers configuration of the policy, or of the checkpoint at `path`, the value of `key`, if the learner
+    can train it."""
     try:
-        checkpoint = load_config(model, path)
+        checkpoint = load_config(model, path, key)
         refuse_untrainable(checkpoint, path or model.path)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
     return checkpoint
+
+
+def check_engine_options(config: TrainConfig) -> None:
+    """Raise ConfigError where rollout.engine_options names something that vLLM does not take. vLLM is imported for that
+    (5 s), where there are any."""
+    if not config.rollout.engine_options:
+        return
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in config.rollout.engine_options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see the fields of vllm.engine.arg_utils.AsyncEngineArgs"
+            raise ConfigError(f"rollout.engine_options.{name} is no argument of vLLM's engines; {hint}")
 
 
 def check_logging(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from rewards.loading import describe_error, load_reward
 from rewards.signatures import Reward, iterate_results
 from rl.batch import Prompt, RewardStatus, Score
 from rl.config import RewardFunctionConfig
-from rl.errors import RewardError
+from rl.errors import ConfigError, RewardError
 
 SHARED_DONE = "shared done"  # yielded once by `stream`: what follows is work on one sample at a time
 _END = object()
@@ -83,7 +83,13 @@ class CombinedReward:
         `reward` is the row's own reward, `extra` its other fields. Raises RewardError or ConfigError when the row's
         reward cannot be loaded.
         """
-        for part in self._parts_for(reward):
+        parts = self._parts_for(reward)
+        if not parts:
+            raise ConfigError(
+                "reward.functions is empty and the row names no reward of its own, so nothing would score its "
+                "responses; list at least one reward"
+            )
+        for part in parts:
             if part.reward.validate_ground_truth is not None:
                 part.reward.validate_ground_truth(ground_truth, extra or {})
 

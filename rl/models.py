@@ -54,8 +54,9 @@ def attention_of(model: ModelConfig, config: Any, device: str) -> str:
     return attention
 
 
-def load_config(model: ModelConfig, path: str | None = None) -> Any:
-    """The transformers configuration of the policy, or of `path` in its place. Raises LearnerError if there is none."""
+def load_config(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Any:
+    """The transformers configuration of the policy, or of `path`, the value of `key`, in its place. Raises LearnerError
+    if there is none."""
     try:
         return AutoConfig.from_pretrained(
             path or model.path, revision=None if path else model.revision, trust_remote_code=model.trust_remote_code
@@ -63,7 +64,7 @@ def load_config(model: ModelConfig, path: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise LearnerError(
             f"cannot load a model configuration from {path or model.path!r}: {error}; "
-            "give a folder or hub name of a Hugging Face checkpoint as model.path"
+            f"give a folder or hub name of a Hugging Face checkpoint as {key}"
         ) from error
 
 

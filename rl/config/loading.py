@@ -53,6 +53,10 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not key=value, for example learner.optimizer.lr=1e-6")
+    if not text.strip():  # an unset shell variable, say
+        raise ConfigError(
+            f"override {override!r} has no value; write {key}=null for the default, {key}='\"\"' for no text"
+        )
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         OmegaConf.update(config, key, typing.cast(dict[str, Any], value)["value"])

@@ -14,6 +14,9 @@ from rl.errors import WeightSyncError
 
 T = TypeVar("T")
 
+# For the call's own deadline, which is the same one: it knows which engines are late, and should be heard first.
+_NAMES_S = 5.0
+
 
 def start_call(call: Callable[[], T], name: str) -> Future[T]:
     """Run `call` on a daemon thread; the future gets its result or its exception."""
@@ -34,7 +37,8 @@ def finish_call(future: Future[T], what: str, timeout_s: float, failure: Future[
 
     `failure` ends the wait early: it gets an error that the call itself cannot hear of, because it waits for others.
     """
-    done, _ = wait([future] if failure is None else [future, failure], timeout_s, return_when=FIRST_COMPLETED)
+    patience_s = timeout_s + min(timeout_s, _NAMES_S)
+    done, _ = wait([future] if failure is None else [future, failure], patience_s, return_when=FIRST_COMPLETED)
     if not done:
         raise WeightSyncError(
             f"{what} has not ended within {timeout_s:g} s (sync.timeout_s); an engine or its network is stuck or slow"

@@ -3,9 +3,9 @@
 import pytest
 from transformers import DeepseekV2Config, Gemma3Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
-from launch.preflight import check_layout, check_logging, check_training
+from launch.preflight import check_engine_options, check_layout, check_logging, check_training
 from launch.tiny_models import build_tiny_model
-from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RunConfig, TrainConfig
+from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
 from rl.models import has_experts
 
@@ -83,13 +83,41 @@ def test_experts_are_known_by_the_configuration(config, expected):
 
 
 def test_router_replay_is_refused_where_nothing_records_the_experts(models):
-    config = run_config(models["qwen3"])
+    config = run_config(models["gpt_oss"])
     replaying = config.model_copy(update={"learner": LearnerConfig(moe={"router_replay": True})})
     with pytest.raises(ConfigError, match="router_replay is true, but this machine has no GPU"):
         check_layout(replaying)
-    with pytest.raises(ConfigError, match=r"router_replay is true, but model.path .* has no experts"):
-        check_layout(replaying.model_copy(update={"device": "cuda"}))
-    check_layout(replaying.model_copy(update={"device": "cuda", "model": ModelConfig(path=models["gpt_oss"])}))
+    check_layout(replaying.model_copy(update={"device": "cuda"}))
+
+
+@pytest.mark.parametrize("setting", [{"router_replay": True}, {"freeze_router": True}, {"aux_loss_coefficient": 0.01}])
+def test_settings_of_experts_are_refused_where_there_are_none(models, setting):
+    config = run_config(models["qwen3"]).model_copy(update={"learner": LearnerConfig(moe=setting)})
+    with pytest.raises(ConfigError, match=rf"learner.moe.{next(iter(setting))} is set, but model.path .* has no exp"):
+        check_layout(config)
+
+
+def test_an_unknown_engine_option_is_refused_with_the_nearest_name():
+    config = TrainConfig(model={"path": "m"}, data={"train": {"path": "d"}})
+    known = config.model_copy(update={"rollout": RolloutConfig(engine_options={"attention_backend": "TRITON_ATTN"})})
+    check_engine_options(known)
+    misspelt = config.model_copy(update={"rollout": RolloutConfig(engine_options={"max_num_seq": 4})})
+    with pytest.raises(ConfigError, match=r"rollout.engine_options.max_num_seq is no .*; did you mean max_num_seqs\?"):
+        check_engine_options(misspelt)
+
+
+@pytest.mark.parametrize("key", ["critic.path", "algorithm.kl.reference"])
+def test_a_checkpoint_that_cannot_be_reached_is_named_by_its_own_key(models, monkeypatch, key):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sections = {
+        "critic.path": {"critic": {"path": "org/missing"}, "algorithm": {"advantage": "gae"}},
+        "algorithm.kl.reference": {
+            "algorithm": {"kl": {"placement": "loss", "coefficient": 0.1, "reference": "org/missing"}}
+        },
+    }
+    config = TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, **sections[key])
+    with pytest.raises(ConfigError, match=f"(?s)'org/missing': .* as {key}$"):
+        check_training(config)
 
 
 def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):

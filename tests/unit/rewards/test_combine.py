@@ -18,7 +18,7 @@ from rewards.api import GroundTruthError, InfrastructureError, RewardInput, Rewa
 from rewards.combine import CombinedReward, to_output
 from rl.batch import Prompt, RewardStatus, Score
 from rl.config import RewardFunctionConfig
-from rl.errors import RewardError
+from rl.errors import ConfigError, RewardError
 
 
 class Shaping:
@@ -230,6 +230,13 @@ def test_ground_truths_are_checked_by_the_parts_that_can() -> None:
         reward.validate_ground_truth("1", "nothing")
     with pytest.raises(GroundTruthError):
         combined("task").validate_ground_truth(None, "checked")
+
+
+def test_a_row_that_nothing_would_score_is_refused() -> None:
+    nothing = CombinedReward(())
+    nothing.validate_ground_truth("1", "math")  # the row's own
+    with pytest.raises(ConfigError, match=r"reward\.functions is empty and the row names no reward"):
+        nothing.validate_ground_truth("1")
 
 
 def test_a_loaded_row_is_checked_with_its_own_reward_fields_and_data_source() -> None:

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from launch.preflight import check_algorithm
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
 from rl.errors import ConfigError
@@ -28,6 +29,8 @@ def test_every_shipped_config_is_valid(path):
     schema = SftConfig if "sft" in path.stem else TrainConfig
     config = load_config(path, [], schema)
     assert config.name
+    if isinstance(config, TrainConfig):
+        check_algorithm(config)
 
 
 def test_the_quickstart_fits_on_one_gpu():
@@ -122,6 +125,7 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("learner.lr=1e-5", "unknown key learner.lr; did you mean learner.optimizer.lr?"),
         ("reward.functions=mine:fn", r"reward.functions is 'mine:fn': it must be a list, \[..., ...\]"),
         ("reward.functions=[mine:fn]", "reward.functions.0 is 'mine:fn': it must be a mapping of name, weight, gate"),
+        ("run_dir=", "override 'run_dir=' has no value; write run_dir=null for the default"),
         ("no_equals_sign", "override 'no_equals_sign' is not key=value"),
     ],
 )

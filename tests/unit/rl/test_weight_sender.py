@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,6 +340,21 @@ def test_late_engine_is_an_error_that_names_rank_bucket_and_deadline(monkeypatch
     ):
         WeightSender(ListSource(some_tensors()), "shm", engines, bucket_bytes=512, timeout_s=0.1).send(1)
     release.set()
+
+
+def test_the_engines_deadline_is_heard_before_the_senders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both are sync.timeout_s, and only the first has their names."""
+    engines, timeout_s = FakeEngines(), 0.5
+
+    def late(_: Any) -> None:
+        time.sleep(timeout_s)
+        raise WeightSyncError(f"rollout workers [1] did not answer within {timeout_s} s")
+
+    monkeypatch.setattr(engines, "update_weights", late)
+    with pytest.raises(WeightSyncError, match=r"loading bucket 0 .* failed: .*rollout workers \[1\] did not answer"):
+        WeightSender(ListSource(some_tensors()), "shm", engines, bucket_bytes=512, timeout_s=timeout_s).send(1)
 
 
 def test_source_that_disagrees_with_its_metadata_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
