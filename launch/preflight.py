@@ -16,6 +16,7 @@ import torch
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
 from rl.advantages.contract import check_estimator
+from rl.batching import Layout
 from rl.config import ModelConfig, RunConfig, TrainConfig
 from rl.config.types import looks_local
 from rl.errors import ConfigError, LearnerError
@@ -24,20 +25,19 @@ from rl.losses import policy_loss_spec
 from rl.losses.contract import check_policy_loss
 from rl.models import attention_of, has_experts, load_config, refuse_untrainable
 from rl.plugins import load_plugins
+from rl.prompts import load_tokenizer
 
 
 def check_training(config: TrainConfig) -> None:
     """All of a training run that can be known without its data and the device."""
     check_checkpoint(config.model.path, "model.path")
-    if config.critic is not None and config.critic.path is not None:
-        check_checkpoint(config.critic.path, "critic.path")
-        _check_trainable(config.model, config.critic.path, "critic.path")
-    if config.algorithm.kl.reference is not None:
-        check_checkpoint(config.algorithm.kl.reference, "algorithm.kl.reference")
-        _check_trainable(config.model, config.algorithm.kl.reference, "algorithm.kl.reference")
     check_algorithm(config)
     check_length(config)
-    check_layout(config)
+    layout = check_layout(config)
+    if config.critic is not None and config.critic.path is not None:
+        _check_companion(config, config.critic.path, "critic.path")
+    if config.algorithm.kl.reference is not None:
+        _check_companion(config, config.algorithm.kl.reference, "algorithm.kl.reference", layout)
     check_engine_options(config)
     check_logging(config)
 
@@ -122,30 +122,59 @@ def check_length(config: TrainConfig) -> None:
             )
 
 
-def check_layout(config: RunConfig) -> None:
+def check_layout(config: RunConfig) -> Layout | None:
     """Raise ConfigError where the learner cannot train the model, its layout cannot be exact with the model's
-    attention, the device has no such attention, or no experts could be replayed. Which device a cluster that is joined
-    has is known later; there the learner's own check says it."""
+    attention, the device has no such attention, or no experts could be replayed.
+
+    Returns the layout; None where the device is a joined cluster's, which is known later: the learner's own check then
+    says what is wrong.
+    """
     checkpoint = _check_trainable(config.model)
     moe = config.learner.moe
     if not has_experts(checkpoint) and (setting := next((key for key, value in moe if value), None)):
         raise ConfigError(f"learner.moe.{setting} is set, but model.path {config.model.path} has no experts")
-    device = config.device
-    if device == "auto":
-        if cluster_address(config.ray.address) is not None:
-            return
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(config)
     if device == "cpu" and moe.router_replay:
         raise ConfigError(
             "learner.moe.router_replay is true, but this machine has no GPU, and vLLM records the experts of its "
             "rollouts on GPUs only; set it to false"
         )
+    return None if device is None else _check_exact(config, checkpoint, device)
+
+
+def _device(config: RunConfig) -> str | None:
+    """None: what the cluster has."""
+    if config.device != "auto":
+        return config.device
+    if cluster_address(config.ray.address) is not None:
+        return None
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_exact(config: RunConfig, checkpoint: Any, device: str, layout: Layout | None = None) -> Layout:
+    """The layout of a checkpoint, its own where none is given, if it is exact with the checkpoint's attention."""
     try:
         attention = attention_of(config.model, checkpoint, device)
-        layout = resolve_layout(config.learner.layout, attention=attention, device=device)
+        layout = layout or resolve_layout(config.learner.layout, attention=attention, device=device)
         refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
+    return layout
+
+
+def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | None = None) -> None:
+    """Raise ConfigError unless the checkpoint at `path`, the value of `key`, can read what the policy writes; in
+    `layout`, or one of its own."""
+    check_checkpoint(path, key)
+    checkpoint = _check_trainable(config.model, path, key)
+    if (device := _device(config)) is not None:
+        _check_exact(config, checkpoint, device, layout)
+    tokens = min(len(load_tokenizer(config.model)), load_config(config.model).vocab_size)
+    if checkpoint.vocab_size < tokens:
+        raise ConfigError(
+            f"{key} {path} has a vocabulary of {checkpoint.vocab_size} tokens, and model.path {config.model.path} uses "
+            f"{tokens}; give a checkpoint with the policy's tokenizer"
+        )
 
 
 def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Any:

@@ -184,7 +184,10 @@ class Learner:
         if self.layout == "shared_prefix":
             use_shared_prefixes(reference)
         head = self._logprob_head(reference)
-        return start_engine(reference, zero), head
+        engine = start_engine(reference, zero)
+        if path is not None:
+            check_layout(engine, head, self.layout, device=self.device, dtype=DTYPES[model.dtype])
+        return engine, head
 
     def _logprob_head(self, model: nn.Module) -> LogprobHead:
         return LogprobHead(model, self._config.logprob_chunk_tokens, float32=self._model_config.head_dtype == "float32")
@@ -206,7 +209,7 @@ class Learner:
                 logprobs: Tensor = engine(**micro.model_inputs).logits[0]
             return logprobs
 
-        return self._policy.map_tokens(sequences, forward)
+        return self._policy.map_tokens(sequences, forward, engine.module.config)
 
     def _run(self, shares: Sequence[MiniBatchShare]) -> UpdateResult:
         start = time.perf_counter()

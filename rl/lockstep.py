@@ -79,28 +79,29 @@ class LockstepEngine:
         """The transformers model; its parameters are ZeRO-3 partitions."""
         return self.engine.module
 
-    def collate(self, sequences: Sequence[TokenSequence]) -> MicroBatch:
-        """Tensors of one micro-batch; of `_EMPTY` when there are no sequences."""
+    def collate(self, sequences: Sequence[TokenSequence], model_config: Any = None) -> MicroBatch:
+        """Tensors of one micro-batch; of `_EMPTY` when there are no sequences. `model_config`: see `map_tokens`."""
         return collate(
             sequences or [_EMPTY],
             self.layout,
-            model_config=self.module.config,
+            model_config=model_config or self.module.config,
             device=self.device,
             dtype=self.dtype,
         )
 
     @torch.no_grad()
     def map_tokens(
-        self, sequences: Sequence[TokenSequence], forward: Callable[[MicroBatch], Tensor]
+        self, sequences: Sequence[TokenSequence], forward: Callable[[MicroBatch], Tensor], model_config: Any = None
     ) -> list[FloatArray]:
         """`forward` gives a number per response token ([T]); the results are [R] of each sequence, in their order.
+        `model_config`: the transformers configuration of what `forward` runs, where it is not this engine's model.
 
         A sequence without a response has an empty result and costs nothing.
         """
         results: list[FloatArray] = [np.empty(0, dtype=np.float32)] * len(sequences)
         places = [i for i, sequence in enumerate(sequences) if len(sequence.response_ids)]
         for group in self._groups([sequences[i] for i in places]):
-            micro = self.collate([sequences[places[i]] for i in group])
+            micro = self.collate([sequences[places[i]] for i in group], model_config)
             values = micro.split(forward(micro))
             for index, value in zip(group, values, strict=False):  # `_EMPTY` belongs to no sample
                 results[places[index]] = value.float().cpu().numpy()

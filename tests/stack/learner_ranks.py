@@ -42,6 +42,7 @@ ALGORITHM = AlgorithmConfig(
     rollout_correction=RolloutCorrectionConfig(mode="truncate", upper=1.05),
 )
 PLAIN_STEP = OptimizerConfig(name="sgd", lr=1.0, max_grad_norm=1e9)  # the step is minus the gradient
+OTHER_REFERENCE = "gpt_oss"  # of Qwen3
 ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=1)
 
 
@@ -116,11 +117,12 @@ class Scenarios:
         return dict(Zero3WeightSource(learner.module, dtype=dtype, bucket_bytes=1 << 20, rank=learner.rank))
 
     @staticmethod
-    def update(learner: Learner, batch: list[TrainSample], *, steps: int = 1) -> UpdateResult:
+    def update(learner: Learner, batch: list[TrainSample], *, steps: int = 1, epochs: int = 1) -> UpdateResult:
         plan = plan_update(
             TrainBatch.from_samples(tuple(batch)),
             num_ranks=2,
             mini_batches=steps,
+            epochs=epochs,
             seed=3,
             share_prefixes=learner.layout == "shared_prefix",
         )
@@ -156,6 +158,30 @@ class Scenarios:
         mine = whole.samples if learner.rank == 0 else ()
         result = learner.update([MiniBatchShare(mine, whole.num_loss_tokens, whole.num_sequences)])
         self.results["one_sided"] = {"weights": self.weights(learner), "metrics": dict(result.metrics)}
+        learner.close()
+
+    def clipped(self) -> None:
+        """A step whose gradient is longer than learner.optimizer.max_grad_norm."""
+        self.step("clipped", layout="bucketed", optimizer=PLAIN_STEP.model_copy(update={"max_grad_norm": 0.01}))
+
+    def epochs(self) -> None:
+        """Two epochs over a batch in one update, and the same as two updates."""
+        for name, updates, epochs in (("epochs", 1, 2), ("updates", 2, 1)):
+            learner = self.learner(optimizer=ADAM, epochs=epochs)
+            for _ in range(updates):
+                self.update(learner, samples(), epochs=epochs)
+            self.results[name] = {"weights": self.weights(learner)}
+            learner.close()
+
+    def other_reference(self) -> None:
+        """Log-probabilities of a reference that is a checkpoint of its own, held where the policy is. Packed, it needs
+        masks that the policy does without."""
+        other = self.out_dir.parent / OTHER_REFERENCE / "model"
+        kl = KLConfig(placement="loss", coefficient=0.1, reference=str(other))
+        algorithm = ALGORITHM.model_copy(update={"kl": kl})
+        learner = self.learner(algorithm=algorithm, layout="packed", offload_reference=False)
+        part = learner.annotate([s.tokens for s in samples()[:2]], old_logprobs=False)
+        self.results["other_reference"] = part.ref_logprobs
         learner.close()
 
     def annotate(self) -> None:
@@ -282,6 +308,9 @@ class Scenarios:
         self.annotate()
         if self.family == "qwen3":
             self.one_sided()
+            self.clipped()
+            self.epochs()
+            self.other_reference()
             self.non_finite()
         else:
             self.experts()

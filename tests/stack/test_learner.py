@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_ranks import ALGORITHM, TEMPERATURE, samples
+from learner_ranks import ADAM, ALGORITHM, OTHER_REFERENCE, TEMPERATURE, samples
 from mxfp4 import write_mxfp4
 from safetensors.torch import load_file
 from torch import Tensor
@@ -104,6 +105,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def stored(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The tensors of a checkpoint folder by their names."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+
+
 def checkpoint_weights(model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -186,6 +192,28 @@ def test_metrics_do_not_depend_on_the_split(family: Family) -> None:
 
 
 @dense_only
+def test_a_long_gradient_is_clipped_to_the_norm_that_is_allowed(family: Family) -> None:
+    whole, clipped = family.gradients("one"), family.gradients("clipped")
+    norm = sum(float((g**2).sum()) for g in whole.values()) ** 0.5
+    assert norm > 0.1
+    assert_close(clipped, {name: g * (0.01 / norm) for name, g in whole.items()}, atol=1e-6)
+    assert family.results["clipped"]["metrics"]["learner/grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+@dense_only
+def test_two_epochs_are_two_updates_with_the_same_batch(family: Family) -> None:
+    assert_close(family.results["epochs"]["weights"], family.results["updates"]["weights"], atol=1e-6)
+
+
+@dense_only
+def test_the_reference_may_be_another_checkpoint(family: Family) -> None:
+    model = family.model(family.out_dir.parent / OTHER_REFERENCE / "model")
+    for sample, found in zip(samples(), family.results["other_reference"], strict=False):
+        with torch.no_grad():
+            np.testing.assert_allclose(found, reference_distribution(model, sample)[0].numpy(), rtol=0, atol=1e-5)
+
+
+@dense_only
 def test_metrics_are_those_of_the_batch(family: Family) -> None:
     metrics = family.results["one"]["metrics"]
     batch, model = samples(), family.model()
@@ -252,6 +280,12 @@ def test_a_resumed_run_writes_the_same_weights_bit_for_bit(family: Family) -> No
     assert family.results["resumed"]["metrics"]["learner/lr"] == family.results["run"]["metrics"]["learner/lr"]
 
 
+def test_the_learning_rate_follows_its_schedule(family: Family) -> None:
+    """The mean over the last two of four steps, of six that there could be, the first of which warms up."""
+    decay = [0.5 * (1 + math.cos(math.pi * progress)) for progress in (1 / 5, 2 / 5)]
+    assert family.results["run"]["metrics"]["learner/lr"] == pytest.approx(ADAM.lr * sum(decay) / 2)
+
+
 def test_a_resumed_run_has_the_learning_rate_that_its_configuration_says(family: Family) -> None:
     rate = family.results["resumed"]["metrics"]["learner/lr"]
     assert family.results["slower"]["learner/lr"] == pytest.approx(rate / 4)
@@ -268,6 +302,7 @@ def test_the_export_and_the_offline_export_load_with_from_pretrained(family: Fam
     offline = family.out_dir / "offline"
     export_checkpoint(family.out_dir / "checkpoint", ModelConfig(path=str(family.checkpoint), dtype="float32"), offline)
     for path in (family.out_dir / "export", offline):
+        assert stored(path) == stored(family.checkpoint), "vLLM loads what it loaded before"
         assert_equal(checkpoint_weights(family.model(path)), family.results["saved"]["weights"])
         for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
             assert (path / name).is_file(), name

@@ -1,7 +1,7 @@
 """A layout or an attention that the learner could not run is refused before any process starts."""
 
 import pytest
-from transformers import DeepseekV2Config, Gemma3Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoConfig, DeepseekV2Config, Gemma3Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
 from launch.preflight import check_engine_options, check_layout, check_logging, check_training
 from launch.tiny_models import build_tiny_model
@@ -69,7 +69,12 @@ def test_models_that_the_learner_cannot_train_are_refused(tmp_path, models, conf
     with pytest.raises(ConfigError, match=message):
         check_layout(run_config(str(tmp_path), device="auto", address="auto"))
     (tmp_path / "model.safetensors").touch()
-    critic = TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, critic={"path": str(tmp_path)})
+    critic = TrainConfig(
+        model={"path": models["qwen3"]},
+        data={"train": {"path": "d"}},
+        algorithm={"advantage": "gae"},
+        critic={"path": str(tmp_path)},
+    )
     with pytest.raises(ConfigError, match=message):
         check_training(critic)
 
@@ -118,6 +123,32 @@ def test_a_checkpoint_that_cannot_be_reached_is_named_by_its_own_key(models, mon
     config = TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, **sections[key])
     with pytest.raises(ConfigError, match=f"(?s)'org/missing': .* as {key}$"):
         check_training(config)
+
+
+def companion(models, tmp_path, key, family, **settings):
+    """A configuration whose critic or reference is a tiny model of another family, with other settings."""
+    path = build_tiny_model(family, tmp_path / family)
+    AutoConfig.from_pretrained(path, **settings).save_pretrained(path)
+    sections = {
+        "critic": {"critic": {"path": str(path)}, "algorithm": {"advantage": "gae"}},
+        "reference": {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1, "reference": str(path)}}},
+    }
+    return TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, device="cpu", **sections[key])
+
+
+@pytest.mark.parametrize("key", ["critic", "reference"])
+def test_a_companion_that_does_not_know_the_policys_tokens_is_refused(models, tmp_path, key):
+    check_training(companion(models, tmp_path / "fits", key, "qwen3"))
+    with pytest.raises(ConfigError, match=rf"{key}.* has a vocabulary of 100 tokens, and model\.path .* uses \d+"):
+        check_training(companion(models, tmp_path / "small", key, "qwen3", vocab_size=100))
+
+
+def test_a_reference_reads_the_policys_layout_and_a_critic_its_own(models, tmp_path):
+    with pytest.raises(
+        ConfigError, match="prompts can be shared with sdpa attention only, and gpt_oss runs with eager"
+    ):
+        check_training(companion(models, tmp_path, "reference", "gpt_oss"))
+    check_training(companion(models, tmp_path, "critic", "gpt_oss"))
 
 
 def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):

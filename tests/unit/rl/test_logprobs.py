@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rl.errors import LearnerError
 from rl.logprobs import LogprobHead, token_logprobs
@@ -47,6 +51,44 @@ def test_values_and_gradients_equal_the_naive_form(chunk_tokens: int, temperatur
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
     for mine, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-11)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that is made in this block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_memory_does_not_grow_with_vocabulary_times_length(entropy_grad: bool) -> None:
+    """Of forward and backward: nothing is larger than the logits of one chunk, or the head's own weights."""
+    tokens, hidden_size, vocabulary, chunk_tokens = 512, 8, 1000, 16
+    hidden, weight = torch.randn(tokens, hidden_size, requires_grad=True), torch.randn(vocabulary, hidden_size)
+    saved: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with _Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs, entropy = token_logprobs(
+            hidden,
+            weight.requires_grad_(),
+            None,
+            torch.randint(vocabulary, (tokens,)),
+            chunk_tokens=chunk_tokens,
+            entropy_grad=entropy_grad,
+        )
+        (logprobs + entropy).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert chunk_tokens * vocabulary <= largest.elements <= 2 * chunk_tokens * vocabulary
+    assert sum(saved) <= 2 * (tokens + vocabulary) * hidden_size
 
 
 def test_entropy_carries_no_gradient_unless_asked() -> None:
