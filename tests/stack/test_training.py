@@ -18,6 +18,7 @@ import ray
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_rig import (
     REWARDS,
     Command,
@@ -29,6 +30,7 @@ from training_rig import (
     undocumented,
 )
 
+from launch.commands import export
 from rl.batch import WeightVersion
 from rl.checkpoint import CheckpointStore, read_state
 from rl.errors import WeightSyncError
@@ -40,9 +42,17 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory, ray_cluster):
-    """Twelve deterministic steps of Qwen3 without a break: its weights and metrics."""
+    """Twelve deterministic steps of Qwen3 without a break: its weights and metrics. Evaluation every five steps draws
+    nothing that another run would not."""
     directory = tmp_path_factory.mktemp("straight")
-    config = config_dict(directory, total_steps=STEPS, deterministic=True)
+    config = config_dict(
+        directory,
+        total_steps=STEPS,
+        deterministic=True,
+        evaluation={"every": 5, "samples_per_prompt": 2, "temperature": 1.0},
+        logging={"tensorboard": True},
+    )
+    config["data"]["eval"] = [{"path": str(held_out(directory)), "name": "sums"}]
     with run_here(config) as run:
         weights = finish(run, Path(config["run_dir"]))
     return directory, weights, read_metrics(Path(config["run_dir"]))
@@ -76,6 +86,24 @@ def test_a_verl_file_and_a_trl_function_train_a_model_unchanged(straight_run):
         )
     early, late = ([row["reward/mean"] for row in part] for part in (rows[:4], rows[-4:]))
     assert min(late) > max(early)
+
+
+def test_evaluation_runs_every_so_many_steps_and_at_the_end(straight_run):
+    directory, _, rows = straight_run
+    assert [row["step"] for row in rows if "eval/sums/avg@2" in row] == [5, 10, STEPS]
+    samples = directory / "run" / "samples"
+    assert sorted(path.name for path in samples.glob("eval_*")) == sorted(
+        f"eval_sums_step_{step:06}.jsonl" for step in (5, 10, STEPS)
+    )
+    assert all(len(path.read_text().splitlines()) == 2 * 4 for path in samples.glob("eval_*"))
+
+
+def test_tensorboard_has_every_metric(straight_run):
+    directory, _, rows = straight_run
+    events = EventAccumulator(str(directory / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == list(range(1, STEPS + 1))
+    assert [event.value for event in events.Scalars("reward/mean")] == pytest.approx([r["reward/mean"] for r in rows])
+    assert set(events.Tags()["scalars"]) >= rows[-1].keys() - {"step", "time"}
 
 
 SHAPED = {
@@ -215,14 +243,43 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
     command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
     children, agents = command.descendants()
-    command.process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(command.process.pid, number)  # as a terminal does
+    else:
+        command.process.send_signal(number)
     assert command.wait(timeout_s=90) == 130
     assert "interrupted" in command.output()
     assert "Traceback" not in command.output()
     assert gone(children + agents) == []
     assert command.files_left() == []
-    newest = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
+    assert_checkpoint_is_whole(tmp_path)
+
+
+def assert_checkpoint_is_whole(directory):
+    newest = CheckpointStore(directory / "run" / "checkpoints", keep=2).latest()
     assert read_state(newest)["step"] >= 1
+    export(directory / "run", directory / "exported")
+    weights = load_file(directory / "exported" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.processes
+def test_a_lost_learner_ends_the_run_by_its_name(straight_run, tmp_path):
+    directory, _, _ = straight_run
+    config = config_dict(directory, total_steps=1000, run_dir=str(tmp_path / "run"))
+    config["checkpoint"] = {"every": 1}
+    command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
+    command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
+    children, agents = command.descendants()
+    learners = sorted((p for p in children if "ray::Learner" in p.cmdline()[0]), key=lambda p: p.create_time())
+    assert len(learners) == 2
+    learners[0].kill()
+    assert command.wait(timeout_s=120) == 5, command.output()
+    assert re.search(r"learner rank \d was lost before it could", command.output())
+    assert "Traceback" not in command.output()
+    assert gone(children + agents) == []
+    assert command.files_left() == []
+    assert_checkpoint_is_whole(tmp_path)
 
 
 @pytest.mark.processes
@@ -239,6 +296,12 @@ def test_a_reward_that_raises_ends_the_run_with_its_own_exit_code(tmp_path):
     assert command.files_left() == []
 
 
+def held_out(directory):
+    path = directory / "held_out.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i} + 90 =", "ground_truth": "{i + 90}"}}\n' for i in range(90, 94)))
+    return path
+
+
 def engine_of(worker):
     """(the engine core of a rollout worker on this machine, the directory of its sockets)"""
     pid = ray.get(worker.__ray_call__.remote(lambda self: os.getpid()))
@@ -250,12 +313,10 @@ def engine_of(worker):
 
 @pytest.mark.processes
 def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text("".join(f'{{"prompt": "{i} + 90 =", "ground_truth": "{i + 90}"}}\n' for i in range(90, 94)))
     config = config_dict(
         tmp_path, rollout={"num_workers": 2}, evaluation={"at_start": True, "samples_per_prompt": 2, "temperature": 1.0}
     )
-    config["data"]["eval"] = [{"path": str(held_out), "name": "sums"}]
+    config["data"]["eval"] = [{"path": str(held_out(tmp_path)), "name": "sums"}]
     said = []
     with run_here(config) as run:
         loop = run.controller
@@ -328,9 +389,11 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def head_node():
     """A Ray cluster with a dashboard, as users submit jobs to; ended by the ids of its own processes."""
+    binaries = Path(sys.executable).parent
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64, "RAY_worker_niceness": "0"}
+    env["PATH"] = f"{binaries}:{env['PATH']}"  # as in an environment that is activated
     before = {p.pid for p in psutil.process_iter()}
-    ray_command = str(Path(sys.executable).parent / "ray")
+    ray_command = str(binaries / "ray")
     # Jobs come through the node's agent, whose usual port another cluster on this machine may hold.
     dashboard, agent = free_ports(2)
     started = subprocess.run(
@@ -357,24 +420,26 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     config["data"] = {"train": {"path": str(rows)}, "max_prompt_tokens": 512}
     config["reward"] = {"functions": [{"name": "math"}, *REWARDS], "num_workers": 1}
     config["learner"]["max_tokens_per_microbatch"] = 1024
-    path = save_config(tmp_path, config)
-    fledge = str(Path(sys.executable).parent / "fledge")
-    (tmp_path / "job").mkdir()
-    submit = [ray_command, "job", "submit", "--working-dir", str(tmp_path / "job"), "--", fledge, "train", str(path)]
-    submitted = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=500, check=False)
+    job = tmp_path / "job"
+    job.mkdir()
+    save_config(job, config)
+    submit = [ray_command, "job", "submit", "--working-dir", ".", "--", "fledge", "train", "config.yaml"]
+    submitted = subprocess.run(submit, cwd=job, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
     assert "succeeded" in submitted.stdout
     rows = read_metrics(Path(config["run_dir"]))
     assert len(rows) == 2
-    assert rows[-1]["reward/math_mean"] >= 0
     assert rows[-1]["reward/plugin_error_count"] == 0
-    sample = json.loads((Path(config["run_dir"]) / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
-    assert re.fullmatch(r"-?\d+", sample["ground_truth"])
+    samples = (Path(config["run_dir"]) / "samples" / "step_000002.jsonl").read_text().splitlines()
+    scores = [json.loads(sample)["breakdown"]["math"] for sample in samples]
+    assert len(scores) == 16
+    assert rows[-1]["reward/math_mean"] == pytest.approx(sum(scores) / 16)
+    assert re.fullmatch(r"-?\d+", json.loads(samples[0])["ground_truth"])
     assert gone(set(our_workers()) - others) == []
 
-    path = save_config(tmp_path, config | {"total_steps": 1000, "run_dir": str(tmp_path / "stopped")})
-    submit = [ray_command, "job", "submit", "--no-wait", "--submission-id", "to-stop", *submit[3:-1], str(path)]
-    subprocess.run(submit, env=env, capture_output=True, text=True, timeout=60, check=True)
+    save_config(job, config | {"total_steps": 1000, "run_dir": str(tmp_path / "stopped")})
+    submit = [*submit[:3], "--no-wait", "--submission-id", "to-stop", *submit[3:]]
+    subprocess.run(submit, cwd=job, env=env, capture_output=True, text=True, timeout=60, check=True)
     deadline = time.monotonic() + 300
     while not read_metrics(tmp_path / "stopped"):
         assert time.monotonic() < deadline
@@ -386,11 +451,11 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
 
 
 def our_workers():
-    """The processes of our actors, on whatever cluster."""
+    """The processes of our actors, and of those that they start, on whatever cluster."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or ())
-        if re.search(r"ray::(Learner|Rollout|Reward)Worker|EngineCore", command):
+        if re.search(r"ray::(Learner|Rollout|Reward)Worker|EngineCore|\brewards\.", command):
             found.append(process)
     return found
 

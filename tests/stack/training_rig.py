@@ -166,6 +166,7 @@ def undocumented(row: dict[str, Any]) -> list[str]:
     """Metrics of a row that docs/metrics.md does not name. A reward's parts have names of their own."""
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     known = set(re.findall(r"`(\w+/\w+)`", page))
+    of_datasets = {name.split("@")[0] for name in re.findall(r"`(\w+(?:@[nk])?)`", page.split("(`eval/NAME/…`)")[1])}
     prefixes = tuple(re.findall(r"`(\w+/\w*)…`", page))
     return [
         name
@@ -173,6 +174,7 @@ def undocumented(row: dict[str, Any]) -> list[str]:
         if name not in known | {"step", "time"}
         and not name.startswith(prefixes)
         and not re.fullmatch(r"reward/[\w/]+_mean", name)
+        and not (name.startswith("eval/") and name.split("/")[2].split("@")[0] in of_datasets)
     ]
 
 
