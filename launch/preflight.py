@@ -5,9 +5,10 @@ Left out: the configuration's own consistency (`rl.config`) and the machine's he
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,16 @@ from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import policy_loss_spec
 from rl.losses.contract import check_policy_loss
-from rl.models import attention_of, has_experts, load_config, refuse_untrainable
+from rl.models import attention_of, load_config, refuse_untrainable
+from rl.moe import ROUTED_MODELS
 from rl.plugins import load_plugins
 from rl.prompts import load_tokenizer
+
+_PRINT_ENGINE_OPTIONS = """
+from dataclasses import fields
+from vllm.engine.arg_utils import AsyncEngineArgs
+print(*(field.name for field in fields(AsyncEngineArgs)))
+"""
 
 
 def check_training(config: TrainConfig) -> None:
@@ -131,8 +139,11 @@ def check_layout(config: RunConfig) -> Layout | None:
     """
     checkpoint = _check_trainable(config.model)
     moe = config.learner.moe
-    if not has_experts(checkpoint) and (setting := next((key for key, value in moe if value), None)):
-        raise ConfigError(f"learner.moe.{setting} is set, but model.path {config.model.path} has no experts")
+    if checkpoint.model_type not in ROUTED_MODELS and (setting := next((key for key, value in moe if value), None)):
+        raise ConfigError(
+            f"learner.moe.{setting} is set, but model.path {config.model.path} is a {checkpoint.model_type}, and only "
+            f"the routers of {' and '.join(ROUTED_MODELS)} are known; leave it out"
+        )
     device = _device(config)
     if device == "cpu" and moe.router_replay:
         raise ConfigError(
@@ -189,13 +200,14 @@ def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "mo
 
 
 def check_engine_options(config: TrainConfig) -> None:
-    """Raise ConfigError where rollout.engine_options names something that vLLM does not take. vLLM is imported for that
-    (5 s), where there are any."""
+    """Raise ConfigError where rollout.engine_options names something that vLLM does not take. Where there are any, vLLM
+    is asked in a process of its own (5 s): importing it changes the environment, which Ray's workers would inherit."""
     if not config.rollout.engine_options:
         return
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    asked = subprocess.run([sys.executable, "-c", _PRINT_ENGINE_OPTIONS], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ConfigError(f"vLLM cannot be imported:\n{asked.stderr.strip()}")
+    known = asked.stdout.splitlines()[-1].split()
     for name in config.rollout.engine_options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

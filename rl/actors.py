@@ -33,6 +33,7 @@ class Crew:
     error: type[FledgeError]
     passing: tuple[type[FledgeError], ...] = ()  # raised by a member, these are raised here as they are
     remedy: str = ""  # where a member is lost
+    collective: bool = False  # the members wait for one another, so what they say of a lost one hides it
 
     def wait(
         self,
@@ -67,8 +68,8 @@ class Crew:
             index = calls.index(ready[0])
             try:
                 results[index] = self.get(ready[0], names[index], what)
-            except FledgeError as error:
-                if getattr(error, "__notes__", None) and (lost := _lost(waiting)) is not None:  # nobody foresaw it
+            except FledgeError:
+                if self.collective and not _is_lost(ready[0]) and (lost := _lost(waiting)) is not None:
                     self.get(lost, names[calls.index(lost)], what)
                 raise
         return [results[index] for index in range(len(calls))]
@@ -96,14 +97,18 @@ def _lost(calls: Sequence[Any]) -> Any:
     """The first of these calls whose member is gone, if any; the others' collectives with it fail a little before Ray
     tells of it, in words that do not say whom they miss."""
     ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_NEWS_OF_A_LOSS_S) if calls else ([], [])
-    for call in ended:
-        try:
-            ray.get(call)
-        except RayTaskError:
-            continue
-        except RayError:
-            return call
-    return None
+    return next((call for call in ended if _is_lost(call)), None)
+
+
+def _is_lost(call: Any) -> bool:
+    """Whether the member of a call that has ended is gone."""
+    try:
+        ray.get(call)
+    except RayTaskError:
+        return False
+    except RayError:
+        return True
+    return False
 
 
 def _why(error: RayError) -> str:

@@ -34,6 +34,8 @@ def _gpt_oss_scores(router: nn.Module, logits: Tensor, experts: Tensor) -> Tenso
     return torch.softmax(chosen, dim=1, dtype=chosen.dtype)
 
 
+ROUTED_MODELS = ("qwen3_moe", "gpt_oss")  # the model types with these routers
+
 # Router class -> how it weighs chosen experts. Each router returns (logits [N, E], scores [N, K], experts [N, K]).
 _SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "Qwen3MoeTopKRouter": _qwen3_moe_scores,

@@ -47,11 +47,13 @@ class WeightProbe:
         self.every = every
         self.bounds = bounds
         self._syncs = 0
+        self._owed = False
 
     def due(self) -> bool:
-        """Count one sync; True when it is to be probed."""
+        """Count one sync; True when it is to be probed, or an earlier one still is."""
         self._syncs += 1
-        return self.every > 0 and (self._syncs == 1 or self._syncs % self.every == 0)
+        self._owed |= self.every > 0 and (self._syncs == 1 or self._syncs % self.every == 0)
+        return self._owed
 
     def pairs(self, rollouts: RolloutBatch) -> list[TokenPair]:
         """The texts to compare: the first rollouts that say something, cut to _MAX_TOKENS of the response, and without
@@ -66,13 +68,14 @@ class WeightProbe:
     def check(
         self, pairs: Sequence[TokenPair], rollout_pool: RolloutPool, learners: Learners, *, policy_version: int
     ) -> dict[str, float]:
-        """Compare; returns the differences as metrics, and none where no rollout said anything.
+        """Compare; returns the differences as metrics. None where no rollout said anything: the next sync is probed.
 
         Raises:
             WeightSyncError: a worker's mean or maximal difference is outside the bounds (or not a number).
         """
         if not pairs:
             return {}
+        self._owed = False
         reference = np.concatenate(learners.score_logprobs(pairs))
         worst_mean = worst_max = 0.0
         for worker, logprobs in enumerate(rollout_pool.score_logprobs(pairs)):

@@ -43,7 +43,11 @@ if TYPE_CHECKING:
 
 _EXIT_TIMEOUT_S = 20.0
 _LEARNERS = Crew(
-    "learner rank", LearnerError, passing=(FledgeError,), remedy="; --resume goes on from the last checkpoint"
+    "learner rank",
+    LearnerError,
+    passing=(FledgeError,),
+    remedy="; --resume goes on from the last checkpoint",
+    collective=True,
 )
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
@@ -150,6 +154,7 @@ class LearnerWorker:
         """Send the weights to every rollout worker; a collective over the ranks."""
         if self._sender is None or list(receivers) != self._receivers:
             self._sender, self._receivers = self._connect(receivers), list(receivers)
+        self._leave_room()
         version = self._sender.send(self._learner.policy_version)
         self._leave_room()
         return version
@@ -218,6 +223,7 @@ class RayWeightSyncClient:
     def __init__(self, receivers: Sequence[ActorHandle], timeout_s: float) -> None:
         self._receivers = list(receivers)
         self._timeout_s = timeout_s
+        self._calls: list[Any] = []  # of the call that is running, or of the last one
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init_weight_transfer", init_info)
@@ -232,8 +238,14 @@ class RayWeightSyncClient:
         return self._call("finish_weight_update", policy_version)
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        calls = [getattr(receiver, method).remote(*arguments) for receiver in self._receivers]
-        return _RECEIVERS.wait(calls, f"answer {method}", timeout_s=self._timeout_s, setting="sync.timeout_s")
+        self._calls = [getattr(receiver, method).remote(*arguments) for receiver in self._receivers]
+        return _RECEIVERS.wait(self._calls, f"answer {method}", timeout_s=self._timeout_s, setting="sync.timeout_s")
+
+    def late(self) -> str:
+        calls = self._calls
+        _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0) if calls else ([], [])
+        members = [index for index, call in enumerate(calls) if call in waiting]
+        return f"{_RECEIVERS.member}s {members} have not answered" if members else ""
 
 
 @dataclass(slots=True)

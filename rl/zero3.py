@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from rl.config import LearnerConfig
 
-# Elements of a rank that the optimizer updates at a time. DeepSpeed copies their gradients, 4 bytes each, which for its
-# own 1e9 is 4 GB; on a CPU a step takes no longer with less (`benchmarks/update_memory.py`).
+# Elements of a rank that the optimizer updates at a time, or one parameter's where that has more. DeepSpeed copies
+# their gradients, 4 bytes each, which for its own 1e9 is 4 GB; on a CPU a step takes no longer with less
+# (`benchmarks/update_memory.py`).
 SUB_GROUP_ELEMENTS = 50_000_000
 
 

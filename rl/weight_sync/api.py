@@ -69,6 +69,11 @@ class WeightSyncClient(Protocol):
         """One dict an engine: checkpoint name -> digest of the tensor as it arrived."""
         ...
 
+    def late(self) -> str:
+        """Which engines have not answered the call that is running, in words; empty where all have. Called from another
+        thread, for the error of a wait that ends before the call's own."""
+        ...
+
 
 def check_digests(policy_version: int, sent: Mapping[str, int], received: Sequence[Mapping[str, int]]) -> None:
     """Raise WeightSyncError unless every engine received exactly what was sent; names engine, version, parameters."""

@@ -14,9 +14,6 @@ from rl.errors import WeightSyncError
 
 T = TypeVar("T")
 
-# For the call's own deadline, which is the same one: it knows which engines are late, and should be heard first.
-_NAMES_S = 5.0
-
 
 def start_call(call: Callable[[], T], name: str) -> Future[T]:
     """Run `call` on a daemon thread; the future gets its result or its exception."""
@@ -32,18 +29,22 @@ def start_call(call: Callable[[], T], name: str) -> Future[T]:
     return future
 
 
-def finish_call(future: Future[T], what: str, timeout_s: float, failure: Future[T] | None = None) -> T:
+def finish_call(
+    future: Future[T], what: str, timeout_s: float, late: Callable[[], str], failure: Future[T] | None = None
+) -> T:
     """The call's result. Raises WeightSyncError, saying `what` was done, when the call fails or is late.
 
-    `failure` ends the wait early: it gets an error that the call itself cannot hear of, because it waits for others.
+    `late` says whom it waits for (`WeightSyncClient.late`). `failure` ends the wait early: it gets an error that the
+    call itself cannot hear of, because it waits for others.
     """
-    patience_s = timeout_s + min(timeout_s, _NAMES_S)
-    done, _ = wait([future] if failure is None else [future, failure], patience_s, return_when=FIRST_COMPLETED)
+    done, _ = wait([future] if failure is None else [future, failure], timeout_s, return_when=FIRST_COMPLETED)
     if not done:
-        raise WeightSyncError(
-            f"{what} has not ended within {timeout_s:g} s (sync.timeout_s); an engine or its network is stuck or slow"
-        )
+        whom = late() or "the network is stuck or slow"
+        raise WeightSyncError(f"{what} has not ended within {timeout_s:g} s (sync.timeout_s); {whom}")
     try:
         return (future if future in done else done.pop()).result()
     except Exception as error:
-        raise WeightSyncError(f"{what} failed: {type(error).__name__}: {error}") from error
+        failed = WeightSyncError(f"{what} failed: {type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):  # an engine's traceback; the cause does not travel
+            failed.add_note(note)
+        raise failed from error

@@ -91,6 +91,9 @@ class TrainerClient:
         with self._noting_failure():
             self.received = self._client.finish_weight_update(self.policy_version)
 
+    def late(self) -> str:
+        return self._client.late()
+
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
         try:
@@ -166,7 +169,7 @@ class GpuTransport:
 
         try:
             future = start_call(on_device, "weight-sync")
-            return finish_call(future, f"rank {self._rank}: {what}", self._timeout_s, failure)
+            return finish_call(future, f"rank {self._rank}: {what}", self._timeout_s, self._client.late, failure)
         except WeightSyncError as error:
             raise BrokenSyncError(f"{error}; the last parameter gathered was {self._source.last_name}") from error
 

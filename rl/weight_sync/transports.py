@@ -95,7 +95,7 @@ class ShmTransport:
             report.num_bytes += tensor.numel() * tensor.element_size()
 
     def _await_loaded(self, bucket: SharedBucket, loaded: Future[None], of_version: str) -> None:
-        finish_call(loaded, f"rank 0: loading {bucket.plan.describe()} {of_version}", self._timeout_s)
+        self._finish(loaded, f"loading {bucket.plan.describe()} {of_version}")
         bucket.close()
 
     @staticmethod
@@ -105,4 +105,7 @@ class ShmTransport:
             raise WeightSyncError(f"the weight source yielded {name}, which is beyond its metadata")
 
     def _call(self, what: str, call: Callable[[], T]) -> T:
-        return finish_call(start_call(call, "weight-sync-call"), f"rank 0: {what}", self._timeout_s)
+        return self._finish(start_call(call, "weight-sync-call"), what)
+
+    def _finish(self, call: Future[T], what: str) -> T:
+        return finish_call(call, f"rank 0: {what}", self._timeout_s, self._client.late)

@@ -192,3 +192,6 @@ class LoopClient:
 
     def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
         return self._all("finish_weight_update", policy_version)
+
+    def late(self) -> str:
+        return ""

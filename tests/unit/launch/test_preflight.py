@@ -98,7 +98,7 @@ def test_router_replay_is_refused_where_nothing_records_the_experts(models):
 @pytest.mark.parametrize("setting", [{"router_replay": True}, {"freeze_router": True}, {"aux_loss_coefficient": 0.01}])
 def test_settings_of_experts_are_refused_where_there_are_none(models, setting):
     config = run_config(models["qwen3"]).model_copy(update={"learner": LearnerConfig(moe=setting)})
-    with pytest.raises(ConfigError, match=rf"learner.moe.{next(iter(setting))} is set, but model.path .* has no exp"):
+    with pytest.raises(ConfigError, match=rf"learner.moe.{next(iter(setting))} is set, but .* is a qwen3, and only"):
         check_layout(config)
 
 

@@ -1,5 +1,8 @@
 """What a group of learners decides before it asks any of them; and how their failures are told."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -9,7 +12,7 @@ from rl.actors import Crew
 from rl.batch import TrainBatch, TrainSample
 from rl.config import LearnerConfig, ModelConfig
 from rl.errors import LearnerError, RolloutError, WeightSyncError
-from rl.workers import LearnerGroup, LearnerSpec
+from rl.workers import LearnerGroup, LearnerSpec, RayWeightSyncClient
 
 
 def batch(masked):
@@ -88,9 +91,10 @@ def test_an_error_that_nobody_foresaw_carries_its_traceback(monkeypatch):
     assert "line 7, in go" in caught.value.__notes__[0]
 
 
-def test_a_member_that_is_gone_is_told_of_in_the_place_of_those_who_miss_it(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, RolloutError])  # unforeseen, or in our own words
+def test_a_member_that_is_gone_is_told_of_in_the_place_of_those_who_miss_it(monkeypatch, kind):
     outcomes = {
-        "a": task_error(RuntimeError("connection reset by peer")),
+        "a": task_error(kind("connection reset by peer")),
         "b": task_error(RuntimeError("connection reset by peer")),
         "c": RayActorError(error_msg="it died"),
     }
@@ -98,10 +102,13 @@ def test_a_member_that_is_gone_is_told_of_in_the_place_of_those_who_miss_it(monk
         actors.ray, "wait", lambda calls, num_returns, timeout: (calls[:num_returns], calls[num_returns:])
     )
     monkeypatch.setattr(actors.ray, "get", lambda call: (_ for _ in ()).throw(outcomes[call]))
+    crew = dataclasses.replace(CREW, collective=True)
     with pytest.raises(RolloutError, match="worker 2 was lost before it could update: it died"):
+        crew.wait(["a", "b", "c"], "update", timeout_s=9, setting="x")
+    with pytest.raises(RolloutError, match="worker 0 failed to update: .*connection reset"):
+        crew.wait(["a", "b"], "update", timeout_s=9, setting="x")
+    with pytest.raises(RolloutError, match="worker 0 failed to update: .*connection reset"):
         CREW.wait(["a", "b", "c"], "update", timeout_s=9, setting="x")
-    with pytest.raises(RolloutError, match="worker 0 failed to update: RuntimeError"):
-        CREW.wait(["a", "b"], "update", timeout_s=9, setting="x")
 
 
 def test_the_first_failure_ends_the_wait_and_late_members_are_named(monkeypatch):
@@ -112,3 +119,32 @@ def test_the_first_failure_ends_the_wait_and_late_members_are_named(monkeypatch)
     monkeypatch.setattr(actors.ray, "wait", lambda calls, num_returns, timeout: ([], calls))
     with pytest.raises(RolloutError, match=r"rollout workers \[4, 7\] did not start within rollout.timeout_s 9 s"):
         CREW.wait(["a", "b"], "start", timeout_s=9, setting="rollout.timeout_s", members=[4, 7])
+
+
+class Receiver:
+    """A handle whose every call is a name, and which has a method of any name."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, method):
+        return SimpleNamespace(remote=lambda *arguments: self._name)
+
+
+def test_a_sync_knows_which_engines_it_waits_for(monkeypatch):
+    client = RayWeightSyncClient([Receiver("a"), Receiver("b"), Receiver("c")], timeout_s=0.1)
+    assert client.late() == ""
+    monkeypatch.setattr(actors.ray, "get", lambda call: call)
+    waiting = ["b"]
+
+    def wait(calls, num_returns, timeout):
+        ended = [call for call in calls if call not in waiting][:num_returns]
+        return ended, [call for call in calls if call not in ended]
+
+    monkeypatch.setattr(actors.ray, "wait", wait)
+    with pytest.raises(WeightSyncError, match=r"rollout workers \[1\] did not answer update_weights within sync.timeo"):
+        client.update_weights({})
+    assert client.late() == "rollout workers [1] have not answered"
+    waiting.clear()
+    client.update_weights({})
+    assert client.late() == ""

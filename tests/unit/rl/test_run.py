@@ -416,16 +416,28 @@ def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):
         make_run(tmp_path, pool=Wrong()).execute()
 
 
+def probed(probe, length):
+    batch = RolloutBatch(PROMPTS[:1], (rollout(length=length),))
+    return probe.check(probe.pairs(batch), EvalPool(), FakeLearners(), policy_version=1)
+
+
 def test_a_probe_of_rollouts_that_say_nothing_compares_nothing():
     probe = WeightProbe(every=1, bounds=BOUNDS)
-    silent = RolloutBatch(PROMPTS[:1], (rollout(length=0),))
-    assert probe.check(probe.pairs(silent), EvalPool(), FakeLearners(), policy_version=1) == {}
+    assert probed(probe, length=0) == {}
 
 
 def test_the_probe_runs_after_the_first_sync_and_then_every_so_many():
-    probe = WeightProbe(every=3, bounds=BOUNDS)
-    assert [probe.due() for _ in range(7)] == [True, False, True, False, False, True, False]
+    probe = WeightProbe(every=3, bounds=AgreementBounds(mean=1, maximum=1))
+    made = [probe.due() and bool(probed(probe, length=4)) for _ in range(7)]
+    assert made == [True, False, True, False, False, True, False]
     assert not any(WeightProbe(every=0, bounds=BOUNDS).due() for _ in range(5))
+
+
+def test_a_probe_that_could_compare_nothing_is_made_after_the_next_sync():
+    probe = WeightProbe(every=50, bounds=AgreementBounds(mean=1, maximum=1))
+    assert probe.due() and not probed(probe, length=0)
+    assert probe.due() and probed(probe, length=4)
+    assert not probe.due()
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
