@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py [--steps 3] [--dtype float32]
 
-Same tiny Qwen3 (random weights, so responses run to the token limit), same prompts, group size, token limit and reward;
-both sides use every core, and micro-batches of the fastest size of those tried. The first step of each side warms up
-and is not counted. The machine must be idle; only the ratio means anything.
+Same tiny Qwen3 with random weights, same prompts, group size, token limit and reward; both sides use every core, and
+micro-batches of the fastest size of those tried. The first step of each side warms up and is not counted. The machine
+must be idle; only the ratio means anything.
 """
 
 from __future__ import annotations
