@@ -112,16 +112,15 @@ SHAPED = {
         "dynamic_sampling": {"max_rounds": 3},
     },
     "curriculum": {},
-    "reject_degenerate": {"min_tokens": 24, "min_repeats": 2},
+    "rollout": {"reject_degenerate": {"min_tokens": 24, "min_repeats": 2}, "tensor_parallel_size": 2},
 }
-PLAIN = {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1}}, "curriculum": None, "reject_degenerate": None}
+PLAIN = {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1}}, "curriculum": None, "rollout": {}}
 
 
 @pytest.mark.parametrize(("family", "shaping"), [("qwen3", PLAIN), ("qwen3_moe", PLAIN), ("gpt_oss", SHAPED)])
 def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shaping, tmp_path, ray_cluster):
-    config = config_dict(tmp_path, family, total_steps=4, algorithm=shaping["algorithm"])
+    config = config_dict(tmp_path, family, total_steps=4, algorithm=shaping["algorithm"], rollout=shaping["rollout"])
     config["data"]["curriculum"] = shaping["curriculum"]
-    config["rollout"]["reject_degenerate"] = shaping["reject_degenerate"]
     with run_here(config) as run:
         loop = run.controller
         loop.sync_weights()
