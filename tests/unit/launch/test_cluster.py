@@ -6,7 +6,14 @@ import pytest
 import ray
 import torch
 
-from launch.cluster import _object_store_bytes, place_learners, place_rollouts, place_train_workers, resolve_device
+from launch.cluster import (
+    _object_store_bytes,
+    place_learners,
+    place_rollouts,
+    place_train_workers,
+    ray_cluster,
+    resolve_device,
+)
 from rl.config import RayConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
 
@@ -78,3 +85,21 @@ def test_workers_on_cpus_do_not_see_gpus_that_their_torch_could_use(monkeypatch,
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: torch_for_gpus)
     options = place_learners(1, RayConfig(), device="cpu").learners[0]
     assert options.get("runtime_env", {}).get("env_vars") == environment
+
+
+@pytest.mark.parametrize(("address", "origin"), [("192.0.2.1:6379", "ray.address"), (None, "RAY_ADDRESS")])
+def test_a_cluster_that_does_not_answer_is_named_with_the_setting_it_comes_from(monkeypatch, address, origin):
+    asked = []
+
+    def refuse(**options):
+        asked.append(options["address"])
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6379")
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(ConfigError, match=rf"no Ray cluster answers at 192.0.2.\d:6379 \(from {origin}\): nobody there"),
+        ray_cluster(RayConfig(address=address)),
+    ):
+        pass
+    assert asked == [address or "192.0.2.2:6379"]
