@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from learner_ranks import ADAM, PLAIN_STEP, samples
+from two_ranks import end_rank
 
 import rl.zero3
 from rl.batch import TrainBatch, TrainSample
@@ -168,4 +169,4 @@ if __name__ == "__main__":
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each over all that was imported
     for family in FAMILIES:
         Scenarios(Path(sys.argv[1]) / family).run()
-    torch.distributed.destroy_process_group()
+    end_rank()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from two_ranks import end_rank
 
 import rl.zero3
 from launch.tiny_models import FAMILIES
@@ -330,4 +331,4 @@ if __name__ == "__main__":
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each over all that was imported
     for name in FAMILIES:
         Scenarios(name, Path(sys.argv[1]) / name).run()
-    torch.distributed.destroy_process_group()
+    end_rank()

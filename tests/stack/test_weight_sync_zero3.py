@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
-from two_ranks import meeting
+from two_ranks import end_rank, meeting
 
 from launch.tiny_models import build_tiny_model
 from rl.errors import WeightSyncError
@@ -73,6 +73,7 @@ def send(rank: int, environment: dict[str, str], path: str, out: str) -> None:
     client.fails = False
     again = sender.send(5)  # the ranks are still in step
     torch.save((version.digests, str(failure.value), again.digests, len(client.received)), f"{out}/{rank}.pt")
+    end_rank()
 
 
 def test_two_ranks_send_the_checkpoint_bit_for_bit_and_fail_together(tmp_path: Path) -> None:

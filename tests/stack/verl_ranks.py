@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from learner_ranks import samples
+from two_ranks import end_rank
 from verl.plugin.platform import platform_manager
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 
@@ -335,4 +336,4 @@ if __name__ == "__main__":
     init_distributed("cpu", 300)
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each over all that was imported
     Scenarios(Path(sys.argv[1])).run()
-    torch.distributed.destroy_process_group()
+    end_rank()
