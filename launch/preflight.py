@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
@@ -24,10 +25,11 @@ from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
 from rl.losses import policy_loss_spec
 from rl.losses.contract import check_policy_loss
-from rl.models import attention_of, load_config, refuse_untrainable
+from rl.models import attention_of, load_config, model_class, refuse_untrainable
 from rl.moe import ROUTED_MODELS
 from rl.plugins import load_plugins
 from rl.prompts import load_tokenizer
+from rl.shared_prefix import refuse_windows, windows_in_masks
 
 _PRINT_ENGINE_OPTIONS = """
 from dataclasses import fields
@@ -116,6 +118,16 @@ def check_length(config: TrainConfig) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some models have one a kind of layer
     stretched = any(kind.get("rope_type", "default") != "default" for kind in kinds)
+    moving = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    for kind in moving:
+        original = kind.get("original_max_position_embeddings") or limit
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        if original is not None and longest > original:
+            raise ConfigError(
+                f"model.path {config.model.path} has {kind['rope_type']} positions: beyond {original} tokens what a "
+                "sequence gets depends on the lengths beside it, here and in the engine, each in its own way; "
+                f"data.max_prompt_tokens + rollout.max_response_tokens is {longest}, lower it to {original}"
+            )
     if limit is None or stretched or {"max_model_len", "hf_overrides"} & config.rollout.engine_options.keys():
         return
     for section, tokens in (
@@ -166,7 +178,12 @@ def _check_exact(config: RunConfig, checkpoint: Any, device: str, layout: Layout
     """The layout of a checkpoint, its own where none is given, if it is exact with the checkpoint's attention."""
     try:
         attention = attention_of(config.model, checkpoint, device)
-        layout = layout or resolve_layout(config.learner.layout, attention=attention, device=device)
+        windows = windows_in_masks(checkpoint, model_class(checkpoint))
+        layout = layout or resolve_layout(
+            config.learner.layout, attention=attention, device=device, windows_in_masks=windows
+        )
+        if layout == "shared_prefix":
+            refuse_windows(checkpoint, model_class(checkpoint))
         refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
@@ -180,7 +197,19 @@ def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | 
     checkpoint = _check_trainable(config.model, path, key)
     if (device := _device(config)) is not None:
         _check_exact(config, checkpoint, device, layout)
-    tokens = min(len(load_tokenizer(config.model)), load_config(config.model).vocab_size)
+    tokenizer = load_tokenizer(config.model)
+    try:
+        own = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError):  # it brings none
+        own = tokenizer
+    meanings = {index: token for token, index in own.get_vocab().items()}
+    for token, index in tokenizer.get_vocab().items():
+        if meanings.get(index, token) != token:
+            raise ConfigError(
+                f"{key} {path} has another tokenizer: token {index} is {meanings[index]!r} there and {token!r} in "
+                f"model.path {config.model.path}; give a checkpoint with the policy's tokenizer"
+            )
+    tokens = min(len(tokenizer), load_config(config.model).vocab_size)
     if checkpoint.vocab_size < tokens:
         raise ConfigError(
             f"{key} {path} has a vocabulary of {checkpoint.vocab_size} tokens, and model.path {config.model.path} uses "

@@ -66,7 +66,7 @@ class CombinedReward:
     def __init__(self, functions: Sequence[RewardFunctionConfig], clip: tuple[float, float] | None = None) -> None:
         self._clip = clip
         self._parts = tuple(_load_parts(functions))
-        self._names = {function.name: part for function, part in zip(functions, self._parts, strict=True)}
+        self._names = [(function.name, part) for function, part in zip(functions, self._parts, strict=True)]
         self._row_parts: dict[str, _Part] = {}
         self._runner: asyncio.Runner | None = None
 
@@ -190,17 +190,18 @@ class CombinedReward:
         if results.status is not RewardStatus.OK:
             return Score(math.nan, status=results.status, error=results.error)
         parts = self._parts_for(sample.reward)
-        if not results.outputs:
-            error = f"none of {', '.join(p.label for p in parts)} applies to this sample (each returned None)"
+        tasks = [part for part in parts if not part.reward.shaping]
+        judges = tasks or parts  # what shapes a task says nothing of whether it was done
+        if not any(part.label in results.outputs for part in judges):
+            error = f"none of {', '.join(p.label for p in judges)} applies to this sample (each returned None)"
             return Score(math.nan, status=RewardStatus.PLUGIN_ERROR, error=error)
         breakdown: dict[str, float] = {}
         for part in parts:
             if (output := results.outputs.get(part.label)) is not None:
                 breakdown[part.label] = output.reward
                 breakdown |= {f"{part.label}/{key}": value for key, value in output.breakdown.items()}
-        tasks = [part for part in parts if not part.reward.shaping]
         unshaped = self._clipped(self._weighted_sum(tasks, results.outputs)) if tasks else None
-        judged = [(part, results.outputs[part.label]) for part in tasks or parts if part.label in results.outputs]
+        judged = [(part, results.outputs[part.label]) for part in judges if part.label in results.outputs]
         return Score(
             self._clipped(self._weighted_sum(parts, results.outputs)),
             breakdown,
@@ -221,13 +222,19 @@ class CombinedReward:
     def _parts_for(self, row_reward: str | None) -> tuple[_Part, ...]:
         if row_reward is None:
             return self._parts
-        return (*self._task_parts(row_reward), *(part for part in self._parts if part.reward.shaping))
+        tasks = self._task_parts(row_reward)
+        return (*tasks, *(part for part in self._parts if part.reward.shaping and part not in tasks))
 
     def _task_parts(self, row_reward: str | None) -> tuple[_Part, ...]:
         if row_reward is None:
             return tuple(part for part in self._parts if not part.reward.shaping)
-        if row_reward in self._names:
-            return (self._names[row_reward],)
+        if named := [part for name, part in self._names if name == row_reward]:
+            if len(named) > 1:
+                raise RewardError(
+                    f"a row names the reward {row_reward!r}, and {len(named)} entries of reward.functions have that "
+                    "name; keep one of them"
+                )
+            return (named[0],)
         if row_reward not in self._row_parts:
             label = _unique(row_reward.rpartition(":")[2], {part.label for part in self._parts})
             self._row_parts[row_reward] = _Part(label, load_reward(row_reward))

@@ -69,6 +69,10 @@ class TrlFunction:
         missing = [name for name in required if name not in arguments]
         if len(missing) == 1:
             return {**arguments, missing[0]: columns["ground_truth"]}
+        own = [name for name in required if name not in _ALWAYS and name not in self._options]
+        if not missing and len(own) == 1:  # row by row, so that a sample's reward does not depend on the others
+            values = [s.extra.get(own[0], s.ground_truth) for s in samples]
+            return {**arguments, own[0]: values}
         if missing:
             raise KeyError(f"the function needs the column {', '.join(missing)}; the rows have {', '.join(columns)}")
         return arguments

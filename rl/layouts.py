@@ -52,13 +52,17 @@ class MicroBatch:
         return list(values.split(list(self.lengths)))
 
 
-def resolve_layout(layout: Layout | Literal["auto"], *, attention: str, device: str) -> Layout:
+def resolve_layout(
+    layout: Layout | Literal["auto"], *, attention: str, device: str, windows_in_masks: bool = False
+) -> Layout:
     """The layout that `learner.layout` means: `auto` packs where attention has a variable-length kernel (without one,
-    packing pays for the whole masked square), shares prompts on a CPU with sdpa, and else makes buckets."""
+    packing pays for the whole masked square), shares prompts on a CPU with sdpa, and else makes buckets.
+
+    Prompts are not shared where `rl.shared_prefix.windows_in_masks`."""
     if layout == "auto":
         if device == "cuda":
             return "packed" if attention in FLASH_ATTENTIONS else "bucketed"
-        return "shared_prefix" if attention == "sdpa" else "bucketed"
+        return "shared_prefix" if attention == "sdpa" and not windows_in_masks else "bucketed"
     return layout
 
 

@@ -137,6 +137,7 @@ class Learner:
             "policy_version": self.policy_version,
             "skipped_in_a_row": self._policy.skipped_in_a_row,
             "kl_coefficient": self._objective.kl.adapted if isinstance(self._objective, PolicyObjective) else None,
+            "kl_configured": self._algorithm.kl.coefficient if self._algorithm else None,
         }
         save_checkpoint(self._policy.engine, Path(directory), state)
 
@@ -145,8 +146,9 @@ class Learner:
         state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]
-        if isinstance(self._objective, PolicyObjective):
-            self._objective.kl.restore(state["kl_coefficient"])
+        configured = self._algorithm.kl.coefficient if self._algorithm else None
+        if isinstance(self._objective, PolicyObjective) and state.get("kl_configured") == configured:
+            self._objective.kl.restore(state["kl_coefficient"])  # else adaptation begins anew, at what is configured
 
     def export_hf(self, directory: str | Path) -> None:
         """Write a Hugging Face checkpoint: safetensors in checkpoint names, configuration, tokenizer."""

@@ -101,3 +101,12 @@ def _compare(
             f"mean (allowed {allowed:.0e}). Set learner.layout to bucketed, or model.attention to another one; if "
             "the layout is bucketed already, the model is not supported"
         )
+    engine.train()
+    noise = worst([first(batch([sequence], "bucketed")) for sequence in sequences], alone)
+    engine.eval()
+    if not noise <= allowed:
+        raise LearnerError(
+            f"{type(model).__name__} computes something else while it trains, {noise:.2e} off in the mean (allowed "
+            f"{allowed:.0e}): it adds noise, to its router's choice, say, so an update would not see the policy that "
+            "generated. Set that to zero in its config.json; a model that always does it is not supported"
+        )

@@ -20,7 +20,7 @@ from rl.errors import LearnerError
 from rl.layouts import Layout, MicroBatch, collate, resolve_layout
 from rl.learner_metrics import MetricSums
 from rl.optim import build_optimizer, build_schedule
-from rl.shared_prefix import use_shared_prefixes
+from rl.shared_prefix import use_shared_prefixes, windows_in_masks
 from rl.zero3 import backward, start_engine
 
 # What a rank runs when the others still have work: two tokens whose loss weighs nothing.
@@ -32,7 +32,12 @@ MicroStep = Callable[[Sequence[TrainSample], MicroBatch], Tensor]  # forward and
 def prepare_model(model: nn.Module, config: LearnerConfig, device: torch.device) -> Layout:
     """Give a loaded model what the configuration asks for, before its engine is made; returns its layout."""
     model_config: Any = model.config
-    layout = resolve_layout(config.layout, attention=model_config._attn_implementation, device=device.type)
+    layout = resolve_layout(
+        config.layout,
+        attention=model_config._attn_implementation,
+        device=device.type,
+        windows_in_masks=windows_in_masks(model_config, type(model)),
+    )
     if layout == "shared_prefix":
         use_shared_prefixes(model)
     if config.activation_checkpointing:

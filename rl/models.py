@@ -44,7 +44,7 @@ def choose_attention(requested: str, model_class: type, device: str, dtype: str)
 
 def attention_of(model: ModelConfig, config: Any, device: str) -> str:
     """The attention of a model with this transformers configuration. Raises LearnerError where the device has none."""
-    attention = choose_attention(model.attention, _model_class(config), device, model.dtype)
+    attention = choose_attention(model.attention, model_class(config), device, model.dtype)
     if attention.startswith("flash") and device == "cpu":
         raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager for a CPU")
     if attention.startswith("flash") and model.dtype == "float32":
@@ -207,9 +207,9 @@ def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tu
     transformers reads the path itself where the code is remote, which it finds by the path, and where there is no
     safetensors file.
     """
-    model_class = _model_class(config, auto_class)
+    chosen = model_class(config, auto_class)
     method = quantization_method(config)
-    tensors = read_deferred(path, revision) if model_class is not nn.Module else None
+    tensors = read_deferred(path, revision) if chosen is not nn.Module else None
     if method == MXFP4 and not tensors:
         raise LearnerError(f"{path!r} is quantised with {MXFP4}, which can be dequantised in safetensors files only")
     if not tensors:
@@ -217,10 +217,10 @@ def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tu
     if method == MXFP4:
         tensors = dequantize_mxfp4(tensors)
         del config.quantization_config
-    return model_class, {"pretrained_model_name_or_path": None, "state_dict": tensors, "config": config}
+    return chosen, {"pretrained_model_name_or_path": None, "state_dict": tensors, "config": config}
 
 
-def _model_class(config: Any, auto_class: Any = AutoModelForCausalLM) -> Any:
+def model_class(config: Any, auto_class: Any = AutoModelForCausalLM) -> Any:
     """transformers' class for this configuration; torch.nn.Module where the code is remote: nothing is known of it, so
     its attention is eager."""
     known: Any = auto_class._model_mapping  # lazy: it looks like a dict, and imports what is asked for

@@ -15,6 +15,9 @@ values), D head size.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,9 +137,34 @@ def attention(  # noqa: PLR0913 - transformers' interface
     return chosen.view(1, len(chosen), query.shape[1], query.shape[3]), None
 
 
+def windows_in_masks(config: Any, model_class: type) -> bool:
+    """Whether layers that see a window, or a chunk, are told of it by their masks alone, which sharing does without.
+
+    Args:
+        config: transformers'.
+        model_class: whose module holds the attention of such models.
+    """
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return True
+    if getattr(config, "sliding_window", None) is None:
+        return False
+    module = sys.modules[model_class.__module__]
+    return re.search(r"\bsliding_window=(self|getattr)\b", inspect.getsource(module)) is None
+
+
+def refuse_windows(config: Any, model_class: type) -> None:
+    """Raise LearnerError where prompts cannot be shared, because `windows_in_masks`."""
+    if windows_in_masks(config, model_class):
+        raise LearnerError(
+            f"prompts cannot be shared with the attention windows of {config.model_type}; set learner.layout to "
+            "bucketed or packed"
+        )
+
+
 def use_shared_prefixes(model: Any) -> None:
     """Let a model with sdpa attention take `shared_prefixes` among its inputs. Raises LearnerError for another one."""
     refuse_other_attention(model.config.model_type, model.config._attn_implementation)
+    refuse_windows(model.config, type(model))
     AttentionInterface.register(ATTENTION, attention)
     model.set_attn_implementation(ATTENTION)
 

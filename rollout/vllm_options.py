@@ -175,4 +175,5 @@ def sampling_params(parameters: SamplingParameters, seed: int) -> SamplingParams
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,
         detokenize=bool(parameters.stop),
+        skip_special_tokens=not parameters.stop,  # a stop string may be one
     )

@@ -49,7 +49,9 @@ class RolloutConfig(Section):
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
     top_k: NonNegativeInt = Field(0, description="0: every token")
     min_p: Fraction = Field(0.0, description="0: every token")
-    stop: tuple[str, ...] = Field((), description="strings that end a response, beside the end of the turn")
+    stop: tuple[str, ...] = Field(
+        (), description="strings that end a response, and stay in it, beside the end of the turn"
+    )
     reject_degenerate: RejectDegenerateConfig | None = Field(
         None, description="take responses that end in endless repetition out of the loss; null: keep them"
     )

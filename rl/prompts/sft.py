@@ -161,11 +161,12 @@ def _encode(turns: Sequence[_Turn], template: ChatTemplate) -> list[SftExample]:
 
 
 def _end_turn(response: list[int], template: ChatTemplate) -> list[int]:
-    """Cut the white space that templates write after the end-of-turn token; add the token where it is not there."""
+    """Cut the white space, and the EOS of a conversation, that templates write after the end-of-turn token; add the
+    token where it is not there."""
     end = template.end_of_turn_id
     for i in range(len(response) - 1, -1, -1):
         if response[i] == end:
-            if not template.tokenizer.decode(response[i + 1 :]).strip():
+            if not template.tokenizer.decode(response[i + 1 :], skip_special_tokens=True).strip():
                 return response[: i + 1]
             break
     return [*response, end]

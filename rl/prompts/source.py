@@ -101,5 +101,6 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A digest of what was asked and what counts as right, in order. Token ids belong to the model and are left out."""
     digest = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
-        digest.update(repr((prompt.prompt_id, prompt.text, prompt.ground_truth, prompt.data_source)).encode())
+        asked = (prompt.prompt_id, prompt.text, prompt.ground_truth, prompt.data_source, prompt.reward)
+        digest.update(repr((*asked, sorted(prompt.extra.items()))).encode())
     return digest.hexdigest()

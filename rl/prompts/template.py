@@ -105,15 +105,17 @@ class ChatTemplate:
 
         The two differ for base models that got a chat template (Qwen's <|im_end|> against <|endoftext|>).
         """
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = self.render(messages, "chat template", add_generation_prompt=False)
+        said = "0.1.2"  # what no template has of itself
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        text = self.render(messages, "chat template", add_generation_prompt=False).rpartition(said)[2]
         special = set(self.tokenizer.all_special_ids)
         special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         ids = self.encode([text])[0]
-        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in special), None)
-        if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
+        # The first one: some templates have the EOS of a whole conversation behind it (Phi-3).
+        first = next((i for i, token in enumerate(ids) if token in special), None)
+        if first is None or self.tokenizer.decode(ids[:first]).strip():
             return self.tokenizer.eos_token_id
-        return ids[last]
+        return ids[first]
 
 
 def _check_local_path(path: str) -> None:

@@ -1,9 +1,22 @@
 """A layout or an attention that the learner could not run is refused before any process starts."""
 
-import pytest
-from transformers import AutoConfig, DeepseekV2Config, Gemma3Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
+import json
+import shutil
+from pathlib import Path
 
-from launch.preflight import check_engine_options, check_layout, check_logging, check_training
+import pytest
+from transformers import (
+    AutoConfig,
+    DeepseekV2Config,
+    Gemma3Config,
+    GptOssConfig,
+    MistralConfig,
+    PhimoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from launch.preflight import check_engine_options, check_layout, check_length, check_logging, check_training
 from launch.tiny_models import build_tiny_model
 from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.errors import ConfigError
@@ -129,6 +142,8 @@ def companion(models, tmp_path, key, family, **settings):
     """A configuration whose critic or reference is a tiny model of another family, with other settings."""
     path = build_tiny_model(family, tmp_path / family)
     AutoConfig.from_pretrained(path, **settings).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(models["qwen3"]) / name, path / name)
     sections = {
         "critic": {"critic": {"path": str(path)}, "algorithm": {"advantage": "gae"}},
         "reference": {"algorithm": {"kl": {"placement": "loss", "coefficient": 0.1, "reference": str(path)}}},
@@ -149,6 +164,51 @@ def test_a_reference_reads_the_policys_layout_and_a_critic_its_own(models, tmp_p
     ):
         check_training(companion(models, tmp_path, "reference", "gpt_oss"))
     check_training(companion(models, tmp_path, "critic", "gpt_oss"))
+
+
+@pytest.mark.parametrize("key", ["critic", "reference"])
+def test_a_companion_with_another_tokenizer_is_refused(models, tmp_path, key):
+    config = companion(models, tmp_path, key, "qwen3")
+    file = tmp_path / "qwen3" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=rf"{key}.* has another tokenizer: token \d+ is '[ab]' there and '[ab]'"):
+        check_training(config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_company_are_refused_where_they_do(models, tmp_path, kind):
+    path = build_tiny_model("qwen3", tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    factors = {"long_factor": [2.0] * 8, "short_factor": [1.0] * 8} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 1024, **factors}
+    (path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    run = TrainConfig(model={"path": str(path)}, data={"train": {"path": "d"}, "max_prompt_tokens": 500})
+    check_length(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=524)}))
+    with pytest.raises(ConfigError, match=f"has {kind} positions: beyond 1024 tokens .* is 1025, lower it to 1024"):
+        check_length(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=525)}))
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (MistralConfig(sliding_window=8), "shared_prefix"),
+        (PhimoeConfig(sliding_window=8), "bucketed"),
+        (PhimoeConfig(sliding_window=None), "shared_prefix"),
+    ],
+)
+def test_prompts_are_shared_where_attention_is_told_of_its_window(tmp_path, config, layout):
+    config.save_pretrained(tmp_path)
+    run = run_config(str(tmp_path))
+    assert check_layout(run) == layout
+    sharing = run.model_copy(update={"learner": LearnerConfig(layout="shared_prefix")})
+    if layout == "shared_prefix":
+        assert check_layout(sharing) == layout
+    else:
+        with pytest.raises(ConfigError, match="cannot be shared with the attention windows of phimoe"):
+            check_layout(sharing)
 
 
 def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):

@@ -338,6 +338,22 @@ def test_a_batch_with_a_wrong_number_of_results_fails_whole(name: str, count: in
     assert f"the function returned {count} results for 2 samples" in scores[0].error
 
 
+def test_a_task_that_abstains_is_not_judged_by_its_shaping() -> None:
+    skipped, scored = score(combined("abstains", "shaping"), sample("skip", shape=0.5), sample("x", shape=0.5))
+    assert (skipped.status, skipped.error) == (
+        RewardStatus.PLUGIN_ERROR,
+        "none of abstains applies to this sample (each returned None)",
+    )
+    assert scored.ok and scored.breakdown["shaping"] == 0.5
+
+
+def test_a_rows_reward_that_shapes_counts_once_and_an_ambiguous_one_is_refused() -> None:
+    [one] = score(combined("task", {"name": "shaping", "weight": 0.5}), sample(reward="shaping", shape=1.0))
+    assert (one.reward, one.breakdown) == (0.5, {"shaping": 1.0, "shaping/inner": 0.25})
+    with pytest.raises(RewardError, match="names the reward 'task', and 2 entries of reward.functions have that name"):
+        combined("task", {"name": "task", "weight": 0.1}).validate_ground_truth("1", "task")
+
+
 def test_none_of_trl_abstains() -> None:
     skipped, scored = score(combined("abstains", {"name": "task", "weight": 0.5}), sample("skip"), sample("x"))
     assert (skipped.reward, skipped.breakdown) == (0.5, {"task": 0.5 * 2})

@@ -132,6 +132,8 @@ def test_trl_columns() -> None:
     rows = [sample("42", extra={"solution": "42"}), sample("41", extra={"solution": "42"})]
     assert values(trl_messages, rows) == [1.0, 0.0]
     assert values(trl_messages, [sample("42")]) == [1.0]  # no such column: the ground truth
+    mixed = [sample("42"), sample("41", extra={"solution": "41"})]
+    assert values(trl_messages, mixed) == [1.0, 1.0]  # row by row, so that a sample's reward is its own
     assert values(trl_text, rows) == [2.0, 2.0]
     rows = [sample(extra={"level": "skip"}, token_ids=(1, 2)), sample(extra={"level": "easy"}, token_ids=(1,))]
     assert values(trl_everything, rows) == [None, RewardOutput(1.0, {"ids": 1.0, "size": 2.0})]

@@ -270,6 +270,13 @@ def test_the_leak_test_passes_exact_layouts_and_refuses_a_leaking_one(
         check("gpt_oss", "packed")
 
 
+def test_a_model_that_adds_noise_while_it_trains_is_refused(load: Any) -> None:
+    model = load("qwen3")
+    engine = _Engine(model, after=lambda logits: logits + model.training * torch.randn_like(logits))
+    with pytest.raises(LearnerError, match="Qwen3ForCausalLM computes something else while it trains"):
+        check_layout(engine, LogprobHead(model, 16), "bucketed", device=torch.device("cpu"), dtype=torch.float32)
+
+
 def test_the_leak_test_finds_logits_that_change_after_the_head(load: Any) -> None:
     model = load("qwen3")
     head = LogprobHead(model, 16)
@@ -314,6 +321,9 @@ class _Engine:
 
     def eval(self) -> None:
         self.module.eval()
+
+    def train(self) -> None:
+        self.module.train()
 
     def __call__(self, **inputs: Any) -> Any:
         return SimpleNamespace(logits=self._after(self.module(**inputs).logits))

@@ -1,5 +1,6 @@
 """The order of prompts, and resuming at any position."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -68,6 +69,16 @@ def test_changed_data_are_refused_with_both_counts():
         PromptSource(make_prompts(6), shuffle=True, seed=0).load_state_dict(state)
     with pytest.raises(CheckpointError, match="training data changed"):
         PromptSource(make_prompts(5, ground_truth="2"), shuffle=True, seed=0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [{"reward": "math"}, {"extra": {"tests": "b"}}])
+def test_rows_that_are_rewarded_otherwise_are_other_data(change):
+    before = tuple(dataclasses.replace(p, reward="exact", extra={"tests": "a"}) for p in make_prompts(2))
+    state = PromptSource(before, shuffle=False, seed=0).state_dict()
+    PromptSource(before, shuffle=False, seed=0).load_state_dict(state)
+    after = tuple(dataclasses.replace(p, **change) for p in before)
+    with pytest.raises(CheckpointError):
+        PromptSource(after, shuffle=False, seed=0).load_state_dict(state)
 
 
 def test_changed_seed_or_shuffling_is_refused_with_the_remedy():

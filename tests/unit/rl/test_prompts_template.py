@@ -107,6 +107,20 @@ def test_the_end_of_turn_is_what_the_template_writes(family, template, end):
     assert ChatTemplate(tokenizer, {}).end_of_turn_id == tokenizer.convert_tokens_to_ids(end)
 
 
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_an_eos_behind_the_whole_conversation_is_not_the_end_of_a_turn():
+    """As Phi-3's template has it."""
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = PHI
+    assert ChatTemplate(tokenizer, {}).end_of_turn_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
 def test_a_template_without_an_end_of_turn_gets_the_eos_token():
     tokenizer = build_tokenizer("qwen3")
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
