@@ -44,7 +44,7 @@ class _Part:
 def _passed(judged: Sequence[tuple[_Part, float]]) -> bool:
     """Whether a response has all that the parts ask for: 1, or 0 of a penalty, and gates that are open. A part without
     weight that is no gate only watches."""
-    return any(part.weight > 0.0 or part.gate for part, _ in judged) and all(
+    return any(part.weight != 0.0 or part.gate for part, _ in judged) and all(
         (value >= 1.0 - _ROUNDING or part.weight <= 0.0)
         and (value <= _ROUNDING or part.weight >= 0.0)
         and (value > 0.0 or not part.gate)

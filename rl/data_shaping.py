@@ -65,8 +65,11 @@ def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
     return ScoredBatch(batch, tuple(s for part in parts for s in part.scores))
 
 
-def trailing_repetition(token_ids: IntArray, *, max_period: int = 64) -> tuple[int, int]:
-    """(period, tokens) of the longest stretch at the end that repeats a block of at most `max_period` tokens.
+def trailing_repetition(
+    token_ids: IntArray, *, max_period: int = 64, min_tokens: int = 0, min_repeats: int = 2
+) -> tuple[int, int]:
+    """(period, tokens) of the longest stretch at the end that repeats a block of at most `max_period` tokens, among
+    those of at least `min_tokens` and `min_repeats` blocks.
 
     A stop token after the loop is not looked past: a response that ends by itself did leave its loop. (0, 0) without
     one. Example: [7, 1, 2, 1, 2, 1, 2] gives (2, 6).
@@ -75,8 +78,9 @@ def trailing_repetition(token_ids: IntArray, *, max_period: int = 64) -> tuple[i
     for period in range(1, min(max_period, len(token_ids) // 2) + 1):
         differs = np.flatnonzero(token_ids[period:] != token_ids[:-period])
         matching = len(token_ids) - period - (int(differs[-1]) + 1 if len(differs) else 0)
-        if matching >= period and matching + period > best[1]:
-            best = (period, matching + period)
+        tokens = matching + period
+        if tokens >= max(min_repeats * period, min_tokens) and tokens > best[1]:
+            best = (period, tokens)
     return best
 
 
@@ -89,8 +93,13 @@ def reject_degenerate(scored: ScoredBatch, limits: RejectDegenerateConfig) -> tu
     """
     scores, count = [], 0
     for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
-        period, tokens = trailing_repetition(rollout.token_ids, max_period=limits.max_period)
-        degenerate = score.ok and period > 0 and tokens >= max(limits.min_tokens, limits.min_repeats * period)
+        period, tokens = trailing_repetition(
+            rollout.token_ids,
+            max_period=limits.max_period,
+            min_tokens=limits.min_tokens,
+            min_repeats=limits.min_repeats,
+        )
+        degenerate = score.ok and period > 0
         count += degenerate
         scores.append(
             replace(

@@ -58,8 +58,12 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
             f"override {override!r} has no value; write {key}=null for the default, {key}='\"\"' for no text"
         )
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-        OmegaConf.update(config, key, typing.cast(dict[str, Any], value)["value"])
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        value = typing.cast(dict[str, Any], parsed)["value"]
+        # A text that is not in quotes is what was typed: YAML would strip it, and cut it at " #".
+        if (isinstance(value, str) and text.lstrip()[0] not in "\"'") or (value is None and text.lstrip()[0] == "#"):
+            value = text
+        OmegaConf.update(config, key, value)
         return config
     except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error

@@ -141,7 +141,7 @@ def _prompt(row: Row, messages: list[Message], ids: list[int], config: DatasetCo
 
 def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[str, Any]]:
     """The ground truth from its own field, else from verl's `reward_model.ground_truth`; and every field not used."""
-    used = {config.prompt_field, "data_source", "reward"}
+    used = {"prompt", "data_source", "reward"}  # a prompt of another name is a column that a reward may ask for
     extra = {key: value for key, value in row.fields.items() if key not in used}
     field = config.ground_truth_field
     if field is None:

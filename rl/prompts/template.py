@@ -78,7 +78,9 @@ class ChatTemplate:
                 f"model.chat_template_options.reasoning_effort is {effort!r}; harmony models know "
                 f"{', '.join(_REASONING_EFFORTS)}"
             )
-        self._options = {**options, "strftime_now": date.strftime}
+        # None unsets what an extended file has set, and a template may ask only whether an option is there.
+        given = {name: value for name, value in options.items() if value is not None}
+        self._options = {**given, "strftime_now": date.strftime}
 
     def render(self, messages: Sequence[Message], location: str, *, add_generation_prompt: bool) -> str:
         """The conversation as text. Raises DataError, naming `location`, where the template refuses the messages."""

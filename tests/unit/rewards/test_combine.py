@@ -204,6 +204,11 @@ def test_parts_that_only_watch_solve_nothing() -> None:
     assert not score(combined({"name": "task", "weight": 0.0}), sample())[0].solved
 
 
+def test_a_penalty_alone_is_passed_by_who_gets_none() -> None:
+    clean, punished = score(combined({"name": "task", "weight": -1.0}), sample(task=0.0), sample(task=1.0))
+    assert clean.solved and not punished.solved
+
+
 def test_only_shaping_parts_have_no_unshaped_reward() -> None:
     assert score(combined("shaping"), sample(shape=0.5))[0].unshaped_reward is None
 

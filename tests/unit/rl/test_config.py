@@ -61,6 +61,24 @@ def test_any_text_comes_back_from_the_resolved_config(text):
     assert TrainConfig.model_validate(plain) == config
 
 
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("Give the number after ####", "Give the number after ####"),
+        ("item #1 only. Rank #2", "item #1 only. Rank #2"),
+        (" Put your answer in \\boxed{}.", " Put your answer in \\boxed{}."),
+        ("# Answer", "# Answer"),
+        ("' in quotes '", " in quotes "),
+        ('"a\\nline"', "a\nline"),
+        ("null", ""),
+        ("of ${name}", "of run"),
+    ],
+)
+def test_a_text_on_the_command_line_is_what_was_typed(config_file, typed, text):
+    config = load_config(config_file, ["name=run", f"data.train.prompt_suffix={typed}"], TrainConfig)
+    assert config.data.train.prompt_suffix == text
+
+
 def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, monkeypatch):
     monkeypatch.setenv("FLEDGE_TEST_DIR", "/somewhere")
     child = tmp_path / "child.yaml"

@@ -223,3 +223,10 @@ def test_curriculum_prefers_prompts_that_are_solved_sometimes() -> None:
     unscored = scored_batch({"lost": [1, 0]})
     curriculum.update(ScoredBatch(unscored.batch, (Score(0.0, status=RewardStatus.TIMEOUT),) * 2))
     assert curriculum.weight("lost") == 1.0
+
+
+def test_a_short_loop_that_meets_the_limits_is_not_hidden_by_a_longer_one_that_does_not() -> None:
+    block = [*range(10, 70), *[1] * 40]  # twice: 200 tokens of 2 blocks, and 40 of one token at the end
+    tokens = np.array(block * 2, dtype=np.int32)
+    assert trailing_repetition(tokens, max_period=512) == (100, 200)
+    assert trailing_repetition(tokens, max_period=512, min_tokens=32, min_repeats=4) == (1, 40)

@@ -318,9 +318,9 @@ def test_settings_that_do_not_apply_are_errors(tmp_path, tokenizer):
 def test_other_field_names_and_no_ground_truth(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "2"})
     (prompt,) = load(path, tokenizer, prompt_field="question", ground_truth_field="answer").prompts
-    assert (prompt.text, prompt.ground_truth, dict(prompt.extra)) == ("1+1?", "2", {})
+    assert (prompt.text, prompt.ground_truth, dict(prompt.extra)) == ("1+1?", "2", {"question": "1+1?"})
     (prompt,) = load(path, tokenizer, prompt_field="question", ground_truth_field=None).prompts
-    assert (prompt.ground_truth, dict(prompt.extra)) == (None, {"answer": "2"})
+    assert (prompt.ground_truth, dict(prompt.extra)) == (None, {"question": "1+1?", "answer": "2"})
 
 
 def test_validate_refuses_a_ground_truth_with_its_line(tmp_path, tokenizer):

@@ -107,6 +107,15 @@ def test_the_end_of_turn_is_what_the_template_writes(family, template, end):
     assert ChatTemplate(tokenizer, {}).end_of_turn_id == tokenizer.convert_tokens_to_ids(end)
 
 
+def test_an_option_that_is_unset_is_not_there_for_the_template():
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.chat_template = "{% if thinking is defined %}defined{% else %}unset{% endif %}"
+    messages = [{"role": "user", "content": "a"}]
+    for value, expected in ((None, "unset"), (False, "defined")):
+        template = ChatTemplate(tokenizer, {"thinking": value})
+        assert template.render(messages, "here", add_generation_prompt=True) == expected
+
+
 PHI = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
