@@ -97,6 +97,7 @@ def test_a_cluster_that_does_not_answer_is_named_with_the_setting_it_comes_from(
 
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6379")
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the stack tests' cluster may be there
     with (
         pytest.raises(ConfigError, match=rf"no Ray cluster answers at 192.0.2.\d:6379 \(from {origin}\): nobody there"),
         ray_cluster(RayConfig(address=address)),
