@@ -87,3 +87,29 @@ def test_engines_make_logits_in_float32_where_the_learner_does(model):
     )
     with pytest.raises(ConfigError, match=r"engine_options sets hf_overrides, which .* model.head_dtype float32 too"):
         arguments(wide, engine_options={"hf_overrides": {"rope_theta": 1e6}})
+
+
+@pytest.mark.parametrize("stop", ["<|im_start|>", "</think>"])  # a special token, and an added one that is none
+def test_a_token_may_be_a_stop_string(model, stop):
+    from transformers import AutoTokenizer
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    from rollout.engine import SamplingParameters
+    from rollout.vllm_options import sampling_params
+
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    parameters = sampling_params(SamplingParameters(max_tokens=8, stop=(stop,)), seed=0)
+    request = EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=tokenizer.encode("a"),
+        mm_features=None,
+        sampling_params=parameters,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+    assert detokenizer.update(tokenizer.encode(f"b{stop}"), stop_terminated=False) == stop
