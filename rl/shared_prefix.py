@@ -134,7 +134,7 @@ def attention(  # noqa: PLR0913 - transformers' interface
         for table in shared_prefixes.tables
     ]
     chosen = torch.cat(results).index_select(0, shared_prefixes.results)  # [L, H D]
-    return chosen.view(1, len(chosen), query.shape[1], query.shape[3]), None
+    return chosen.view(1, len(chosen), query.shape[1], value.shape[3]), None
 
 
 def windows_in_masks(config: Any, model_class: type) -> bool:
