@@ -20,6 +20,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+EQUAL_REWARDS = 1e-9  # rewards no further apart are equal: sums of parts round, 0.1 + 0.2 is not 0.3
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
 
 
@@ -176,8 +177,14 @@ class TokenSequence:
 
     @property
     def prompt_key(self) -> bytes:
-        """Equal for equal prompts."""
-        return self.prompt_ids.tobytes()
+        """Equal for prompts that may be computed once: equal tokens and, where they are recorded, equal experts.
+
+        The sampler computes a group's prompt more than once where its cache misses, and rounding may choose others.
+        """
+        tokens = self.prompt_ids.tobytes()
+        if self.routed_experts is None:
+            return tokens
+        return tokens + self.routed_experts[: len(self.prompt_ids)].tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,20 +12,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rl.batch import IntArray, Prompt, RewardStatus, RolloutBatch, ScoredBatch
+from rl.batch import EQUAL_REWARDS, IntArray, Prompt, RewardStatus, RolloutBatch, ScoredBatch
 from rl.config import CurriculumConfig, DynamicSamplingConfig, RejectDegenerateConfig
 
 
-def groups_with_signal(scored: ScoredBatch) -> dict[int, bool]:
-    """group_id -> whether its valid samples have unequal task rewards, in order of appearance.
+def groups_with_signal(scored: ScoredBatch, *, of_task: bool = True) -> dict[int, bool]:
+    """group_id -> whether its valid samples have unequal rewards, in order of appearance.
 
-    DAPO, arXiv 2503.14476, eq. 11: a group that is all right or all wrong has advantage 0. Task rewards, because a
-    length penalty would make every group look unequal.
+    DAPO, arXiv 2503.14476, eq. 11: a group that is all right or all wrong has advantage 0. `of_task` looks at the task
+    rewards alone, because a length penalty would make every group look unequal.
     """
-    rewards: dict[int, set[float]] = {}
+    rewards: dict[int, list[float]] = {}
     for rollout, score, valid in zip(scored.batch.rollouts, scored.scores, scored.valid, strict=True):
-        rewards.setdefault(rollout.group_id, set()).update([score.task_reward] if valid else [])
-    return {group_id: len(values) > 1 for group_id, values in rewards.items()}
+        reward = score.task_reward if of_task else score.reward
+        rewards.setdefault(rollout.group_id, []).extend([reward] if valid else [])
+    return {group: bool(values) and max(values) - min(values) > EQUAL_REWARDS for group, values in rewards.items()}
 
 
 def select_groups(scored: ScoredBatch, group_ids: Iterable[int]) -> ScoredBatch:

@@ -210,5 +210,5 @@ def _routed_experts(
                 f"routed_experts has shape {routed.shape}; this sequence needs "
                 f"{(sequence.num_positions, layers, top_k)} (prompt + response - 1, layers, experts a token)"
             )
-        experts[place] = routed  # of a shared prompt those of its last sequence; rounding may have parted them
+        experts[place] = routed  # a prompt is shared only among equal records (`TokenSequence.prompt_key`)
     return tensor(experts)

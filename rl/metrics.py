@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import not_
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from rl.batch import FinishReason, RewardStatus, ScoredBatch
 from rl.controller import StepResult
+from rl.data_shaping import groups_with_signal
 from rl.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,7 +57,7 @@ def score_metrics(scored: ScoredBatch) -> dict[str, float]:
         "rollout/truncated_frac": _share(rollouts, lambda r: r.finish_reason is FinishReason.LENGTH),
         "rollout/aborted_frac": _share(rollouts, lambda r: r.finish_reason is FinishReason.ABORT),
         "rollout/tokens": float(scored.batch.num_tokens),
-        "reward/zero_signal_groups_frac": _zero_signal_groups(scored),
+        "reward/zero_signal_groups_frac": _share(list(groups_with_signal(scored, of_task=False).values()), not_),
     }
     if scored.batch.seconds > 0:
         metrics["rollout/tokens_per_s"] = scored.batch.num_tokens / scored.batch.seconds
@@ -72,14 +74,6 @@ def score_metrics(scored: ScoredBatch) -> dict[str, float]:
 
 def _share(items: Sequence[Any], predicate: Any) -> float:
     return sum(1 for item in items if predicate(item)) / max(len(items), 1)
-
-
-def _zero_signal_groups(scored: ScoredBatch) -> float:
-    """Share of groups whose samples all have the same reward, so that a group baseline leaves nothing to learn."""
-    groups: dict[int, set[float]] = {}
-    for rollout, score, valid in zip(scored.batch.rollouts, scored.scores, scored.valid, strict=True):
-        groups.setdefault(rollout.group_id, set()).update([score.reward] if valid else [])
-    return _share(list(groups.values()), lambda rewards: len(rewards) <= 1)
 
 
 class MetricSink(Protocol):

@@ -75,6 +75,8 @@ _CONFIG_OPTIONS: dict[str, tuple[str, ...]] = {
     "grpo_passk": ("norm_adv_by_std_in_grpo",),
     "gdpo": ("gdpo_reward_keys", "gdpo_reward_weights"),
 }
+# It weighs rewards by the lengths of responses, which it counts in the mask.
+_COUNTS_LENGTHS = frozenset({"opo"})
 _UNUSED_OPTIONS: dict[str, frozenset[str]] = {
     "gpg": frozenset({"alpha", "epsilon"}),
     **dict.fromkeys(("rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline"), frozenset({"epsilon"})),
@@ -282,6 +284,7 @@ def _advantages(
 ) -> Advantages:
     """Call verl on the padded samples that have a signal; the others get 0.
 
+    Its response_mask is that of the loss, so whitening counts no token that `mask_truncated` takes out.
     verl gives the only sample of a group its raw reward as advantage. Where estimators look at groups, such samples are
     left out here, as our own estimators do.
     """
@@ -293,12 +296,15 @@ def _advantages(
         _, group, count = torch.unique(inputs.group_ids[use], return_inverse=True, return_counts=True)
         use[use.clone()] = count[group] > 1
     kept = torch.nonzero(use).flatten().tolist()
-    if sum(int(inputs.lengths[i]) for i in kept) < 2:  # verl's whitening raises
+    mask_of = inputs.valid if name in _COUNTS_LENGTHS else inputs.in_loss
+    if int((inputs.lengths * mask_of)[use].sum()) < 2:  # verl's whitening raises
         return Advantages(spread_zero(inputs), inputs.values if "values" in parameters else None)
     rewards = inputs.reward_to_tokens()
     data: dict[str, Any] = {
         "token_level_rewards": pad_sequence([rewards[i] for i in kept], batch_first=True),
-        "response_mask": pad_sequence([torch.ones_like(rewards[i]) for i in kept], batch_first=True),
+        "response_mask": pad_sequence(
+            [mask_of[i].to(rewards[i]).expand_as(rewards[i]) for i in kept], batch_first=True
+        ),
         "index": inputs.group_ids[use].numpy(),
         "config": AlgoConfig(**{o: v for o, v in options.items() if o in _CONFIG_FIELDS}),
     }

@@ -19,12 +19,15 @@ from rl.errors import ConfigError
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
     """N samples with ragged responses. `valid[i]` is False for a sample that carries no signal (aborted, or its reward
-    is unknown): it takes no part in any group statistic and gets advantage 0."""
+    is unknown): it takes no part in any group statistic and gets advantage 0. `in_loss[i]` is False besides for a
+    response that `mask_truncated` takes out of the loss: its reward is known and counts in its group, but statistics
+    over tokens (whitening) are over those that are learned from."""
 
     rewards: Tensor  # [N] float64, the sequence reward (0 where not valid)
     group_ids: Tensor  # [N] int64
     lengths: Tensor  # [N] int64, R of each sample
     valid: Tensor  # [N] bool
+    in_loss: Tensor  # [N] bool, implies valid
     token_rewards: tuple[Tensor, ...] | None = (
         None  # N x [R] float64: KL in the reward; the sequence reward is not in it
     )

@@ -69,6 +69,7 @@ def _probe_batch(group_size: int) -> AdvantageInputs:
         group_ids=torch.arange(count) // group_size,
         lengths=lengths,
         valid=valid,
+        in_loss=valid,
         values=tuple(torch.zeros(length, dtype=torch.float64) for length in lengths.tolist()),
         reward_parts=_AnyPart(reward=rewards),
     )

@@ -44,14 +44,23 @@ def estimate(
         group_ids=torch.tensor([rollout.group_id for rollout in scored.batch.rollouts], dtype=torch.int64),
         lengths=torch.tensor([rollout.length for rollout in scored.batch.rollouts], dtype=torch.int64),
         valid=torch.tensor(scored.valid, dtype=torch.bool),
+        in_loss=torch.tensor(_in_loss(scored, config), dtype=torch.bool),
         token_rewards=_kl_rewards(annotations, config) if config.kl.placement == "reward" else None,
         values=None if annotations.values is None else tuple(_float64(v) for v in annotations.values),
         reward_parts=_reward_parts(scored),
     )
     result = spec.function(inputs, **config.advantage_options)
-    advantages = whiten(result.advantages, inputs.valid) if config.whiten_advantages else result.advantages
+    advantages = whiten(result.advantages, inputs.in_loss) if config.whiten_advantages else result.advantages
     theirs = {name: float(value) for name, value in result.metrics.items()}  # a plug-in's may be tensors
     return Advantages(advantages, result.returns, {**_metrics(inputs, advantages), **theirs})
+
+
+def _in_loss(scored: ScoredBatch, config: AlgorithmConfig) -> list[bool]:
+    """Whether the tokens of each sample count in the loss."""
+    return [
+        valid and not (config.mask_truncated and rollout.finish_reason is FinishReason.LENGTH)
+        for rollout, valid in zip(scored.batch.rollouts, scored.valid, strict=True)
+    ]
 
 
 def _reward_parts(scored: ScoredBatch) -> dict[str, Tensor]:
@@ -78,13 +87,12 @@ def _float64(array: FloatArray) -> Tensor:
 
 
 def _metrics(inputs: AdvantageInputs, advantages: tuple[Tensor, ...]) -> dict[str, float]:
-    per_sample = [row.abs().max().item() if len(row) else 0.0 for row in advantages]
-    used = [row for row, valid in zip(advantages, inputs.valid.tolist(), strict=True) if valid]
+    used = [row for row, in_loss in zip(advantages, inputs.in_loss.tolist(), strict=True) if in_loss]
     tokens = torch.cat(used) if used else torch.zeros(0, dtype=torch.float64)
-    count = max(len(per_sample), 1)
+    count = max(len(advantages), 1)
     return {
         "advantage/valid_frac": float(inputs.valid.sum()) / count,
-        "advantage/signal_frac": sum(size > 0.0 for size in per_sample) / count,
+        "advantage/signal_frac": sum(bool(row.any()) for row in used) / count,
         "advantage/mean": tokens.mean().item() if len(tokens) else 0.0,
         "advantage/std": tokens.std(correction=0).item() if len(tokens) else 0.0,
     }
@@ -110,13 +118,12 @@ def build_train_batch(
         return None if source is None else np.asarray(source[i], dtype=np.float32)
 
     samples = []
-    for i, (rollout, valid) in enumerate(zip(scored.batch.rollouts, scored.valid, strict=True)):
-        counts = valid and not (config.mask_truncated and rollout.finish_reason is FinishReason.LENGTH)
+    for i, (rollout, in_loss) in enumerate(zip(scored.batch.rollouts, _in_loss(scored, config), strict=True)):
         samples.append(
             TrainSample(
                 prompt_ids=np.asarray(scored.batch.prompt_of(rollout).token_ids, dtype=np.int32),
                 response_ids=rollout.token_ids,
-                loss_mask=np.full(rollout.length, counts, dtype=np.bool_),
+                loss_mask=np.full(rollout.length, in_loss, dtype=np.bool_),
                 advantages=advantages.advantages[i].numpy().astype(np.float32),
                 rollout_logprobs=rollout.rollout_logprobs,
                 old_logprobs=row(annotations.old_logprobs, i),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rl.advantages.api import AdvantageInputs
+from rl.batch import EQUAL_REWARDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +20,14 @@ class GroupStatistics:
     mean: Tensor  # [N] float64
     std: Tensor  # [N] float64, unbiased (n - 1); 0 for a group of one
     has_signal: Tensor  # [N] bool: valid, in a group of at least two with unequal rewards
+    has_task_signal: Tensor  # [N] bool: has_signal with the token rewards left out
 
 
 def group_statistics(inputs: AdvantageInputs) -> GroupStatistics:
     """Count, mean and standard deviation of the total reward in each group.
 
     A group with equal rewards is told by its extremes, not by its standard deviation, which rounding makes nonzero:
-    three times 0.1 have a mean of 0.10000000000000002.
+    three times 0.1 have a mean of 0.10000000000000002. Rewards within EQUAL_REWARDS are equal.
     """
     rewards = inputs.total_rewards()
     unique, index = torch.unique(inputs.group_ids, return_inverse=True)
@@ -35,11 +37,22 @@ def group_statistics(inputs: AdvantageInputs) -> GroupStatistics:
     mean = zeros.index_add(0, index, rewards * valid) / count.clamp_min(1.0)
     deviation = (rewards - mean[index]) * valid
     std = (zeros.index_add(0, index, deviation.square()) / (count - 1.0).clamp_min(1.0)).sqrt()
-    infinity = torch.full_like(rewards, torch.inf)
-    high = zeros.scatter_reduce(0, index, torch.where(inputs.valid, rewards, -infinity), "amax", include_self=False)
-    low = zeros.scatter_reduce(0, index, torch.where(inputs.valid, rewards, infinity), "amin", include_self=False)
-    has_signal = inputs.valid & (high > low)[index]
-    return GroupStatistics(rewards, count[index], mean[index], std[index], has_signal)
+    return GroupStatistics(
+        rewards,
+        count[index],
+        mean[index],
+        std[index],
+        has_signal=_differ(rewards, inputs.valid, index),
+        has_task_signal=_differ(inputs.rewards, inputs.valid, index),
+    )
+
+
+def _differ(rewards: Tensor, valid: Tensor, index: Tensor) -> Tensor:
+    """[N] bool: valid, and the valid rewards of its group, groups numbered by `index`, are not all equal."""
+    infinity, zeros = torch.full_like(rewards, torch.inf), rewards.new_zeros(int(index.max()) + 1)
+    high = zeros.scatter_reduce(0, index, torch.where(valid, rewards, -infinity), "amax", include_self=False)
+    low = zeros.scatter_reduce(0, index, torch.where(valid, rewards, infinity), "amin", include_self=False)
+    return valid & (high - low > EQUAL_REWARDS)[index]
 
 
 def where_signal(statistics: GroupStatistics, per_sequence: Tensor) -> Tensor:

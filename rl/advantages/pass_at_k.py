@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, spread
+from rl.advantages.groups import group_statistics, where_signal
 from rl.errors import ConfigError
 
 
@@ -40,6 +41,7 @@ def pass_at_k(inputs: AdvantageInputs, *, k: int = 4) -> Advantages:
             too_small += 1
             continue
         out[members] = len(members) * _marginal_gain(rewards[members], k)
+    out = where_signal(group_statistics(inputs), out)
     return Advantages(spread(out, inputs.lengths), metrics={"advantage/groups_under_k": float(too_small)})
 
 

@@ -24,7 +24,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0) -> Advan
     if not 0.0 <= gamma <= 1.0:
         raise ConfigError(f"reinforce_plus_plus: gamma is {gamma}; it must lie between 0 and 1")
     returns = tuple(discounted_sum(rewards, gamma) for rewards in inputs.reward_to_tokens())
-    return Advantages(whiten(returns, inputs.valid))
+    return Advantages(whiten(returns, inputs.in_loss))
 
 
 @register_advantage("reinforce_plus_plus_baseline")
@@ -35,7 +35,7 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Advantages:
     """
     group = group_statistics(inputs)
     centred = where_signal(group, group.rewards - group.mean)
-    return Advantages(whiten(spread(centred, inputs.lengths), inputs.valid))
+    return Advantages(whiten(spread(centred, inputs.lengths), inputs.in_loss))
 
 
 def discounted_sum(values: Tensor, factor: float) -> Tensor:

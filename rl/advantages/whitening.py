@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def whiten(rows: tuple[Tensor, ...], valid: Tensor, *, epsilon: float = 1e-8) -> tuple[Tensor, ...]:
-    """N x [R] -> N x [R]: mean 0 and variance 1 over all tokens of valid samples; 0 for the others.
+def whiten(rows: tuple[Tensor, ...], in_loss: Tensor, *, epsilon: float = 1e-8) -> tuple[Tensor, ...]:
+    """N x [R] -> N x [R]: mean 0 and variance 1 over all tokens of samples in the loss; 0 for the others.
 
     (x - mean) / sqrt(var + epsilon) with the unbiased variance, as verl's masked_whiten. With fewer than two tokens, or
     with all values equal, the result is 0: there is no spread to measure in.
     """
-    keep = valid.tolist()
+    keep = in_loss.tolist()
     used = [row for row, ok in zip(rows, keep, strict=True) if ok]
     tokens = torch.cat(used) if used else torch.zeros(0, dtype=torch.float64)
     if len(tokens) < 2 or bool(tokens.max() == tokens.min()):

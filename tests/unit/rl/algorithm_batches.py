@@ -118,6 +118,7 @@ def advantage_batch(
         group_ids=ids,
         lengths=lengths,
         valid=torch.ones(count, dtype=torch.bool),
+        in_loss=torch.ones(count, dtype=torch.bool),
         token_rewards=rows(0.1) if token_rewards else None,
         values=rows(0.5),
     )

@@ -185,6 +185,7 @@ def test_pass_at_k_is_an_unbiased_gradient_of_the_best_of_k() -> None:
             group_ids=torch.zeros(3, dtype=torch.int64),
             lengths=torch.ones(3, dtype=torch.int64),
             valid=torch.ones(3, dtype=torch.bool),
+            in_loss=torch.ones(3, dtype=torch.bool),
         )
         advantages = torch.cat(run("pass_at_k", inputs, k=2).advantages)
         probability = log_p[list(draw)].sum().exp().detach()
@@ -200,10 +201,11 @@ def test_pass_at_k_is_an_unbiased_gradient_of_the_best_of_k() -> None:
 @pytest.mark.parametrize("name", GROUP_BASED)
 def test_group_of_one_and_group_with_equal_rewards_get_exactly_zero(name, equal) -> None:
     inputs = AdvantageInputs(
-        rewards=torch.tensor([equal, equal, equal, 0.7, 0.2, 0.9], dtype=torch.float64),
+        rewards=torch.tensor([equal, equal + 1e-16, equal, 0.7, 0.2, 0.9], dtype=torch.float64),
         group_ids=torch.tensor([0, 0, 0, 1, 2, 2]),
         lengths=torch.tensor([2, 1, 3, 2, 1, 1]),
         valid=torch.ones(6, dtype=torch.bool),
+        in_loss=torch.ones(6, dtype=torch.bool),
     )
     found = run(name, inputs, **({"k": 2} if name == "pass_at_k" else {})).advantages
     assert all(row.eq(0.0).all() for row in found[:4])
@@ -217,7 +219,9 @@ def test_invalid_sample_gets_zero_and_changes_nobody_else(name) -> None:
     valid[3] = False
     options = {"k": 2} if name == "pass_at_k" else {}
     found = run(
-        name, dataclasses.replace(inputs, valid=valid, rewards=torch.where(valid, inputs.rewards, 0.0)), **options
+        name,
+        dataclasses.replace(inputs, valid=valid, in_loss=valid, rewards=torch.where(valid, inputs.rewards, 0.0)),
+        **options,
     )
     assert found.advantages[3].eq(0.0).all()
     rest = [i for i in range(9) if i != 3]
@@ -226,6 +230,7 @@ def test_invalid_sample_gets_zero_and_changes_nobody_else(name) -> None:
         group_ids=inputs.group_ids[rest],
         lengths=inputs.lengths[rest],
         valid=valid[rest],
+        in_loss=valid[rest],
         values=tuple(inputs.values[i] for i in rest) if inputs.values else None,
     )
     for i, expected in zip(rest, run(name, without, **options).advantages, strict=True):
@@ -335,11 +340,11 @@ def test_train_batch_holds_masks_lags_and_global_denominators() -> None:
         assert batch.samples[0].ref_logprobs is None
         # The truncated response still belongs to its group's mean: 2 of 4 are right.
         assert batch.samples[4].advantages[0] == pytest.approx(0.5 / math.sqrt(1 / 3), abs=1e-5)
-    tokens = torch.cat([row for i, row in enumerate(advantages.advantages) if i != 1])
+    tokens = torch.cat([row for i, row in enumerate(advantages.advantages) if i not in (1, 4)])
     assert batch.metrics["advantage/mean"] == pytest.approx(tokens.mean().item())
     assert batch.metrics["advantage/std"] == pytest.approx(tokens.std(correction=0).item())
     assert batch.metrics["advantage/valid_frac"] == 7 / 8
-    assert batch.metrics["advantage/signal_frac"] == 7 / 8
+    assert batch.metrics["advantage/signal_frac"] == 6 / 8
 
 
 def test_kl_in_the_reward_is_taken_from_every_token() -> None:
@@ -367,6 +372,39 @@ def test_whitening_is_an_option_of_every_estimator() -> None:
     tokens: Tensor = torch.cat(rows)
     assert tokens.mean().item() == pytest.approx(0.0, abs=1e-12)
     assert tokens.std().item() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "whitens"), [("reinforce_plus_plus", True), ("reinforce_plus_plus_baseline", True), ("rloo", False)]
+)
+def test_whitening_counts_only_the_tokens_that_are_learned_from(name, whitens) -> None:
+    """A response that was cut stays in its group's statistics: with it out of the loss the others' advantages are the
+    same but for the whitening, whose mean and variance are theirs alone."""
+    scored = scored_batch([1.0, 0.0, 0.2, 0.0], finish={1: FinishReason.LENGTH})
+    kept = [0, 2, 3]
+    plain = estimate(scored, Annotations(), AlgorithmConfig(advantage=name))
+    config = AlgorithmConfig(advantage=name, mask_truncated=True, whiten_advantages=not whitens)
+    result = estimate(scored, Annotations(), config)
+    tokens = torch.cat([result.advantages[i] for i in kept])
+    assert tokens.mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert tokens.std().item() == pytest.approx(1.0, abs=1e-6)
+    assert result.metrics["advantage/std"] == pytest.approx(tokens.std(correction=0).item())
+    before = torch.cat([plain.advantages[i] for i in kept])
+    torch.testing.assert_close(tokens, (before - before.mean()) / before.std(), rtol=0, atol=1e-6)
+
+
+def test_grpo_makes_nothing_of_the_kl_where_the_rewards_are_equal() -> None:
+    """Its own spread would blow it up: two responses that differ by a KL of 1e-3 would get -0.7 and 0.7."""
+    scored = scored_batch([1.0, 1.0, 0.0, 1.0], group_size=2)
+    old = tuple(np.full(r.length, -0.5, dtype=np.float32) for r in scored.batch.rollouts)
+    ref = tuple(o - np.float32(0.01 * i) for i, o in enumerate(old))
+    kl = KLConfig(placement="reward", coefficient=0.1, estimator="k1")
+    annotations = Annotations(old_logprobs=old, ref_logprobs=ref, kl_coefficient=0.1)
+    rows = estimate(scored, annotations, AlgorithmConfig(advantage="grpo", kl=kl)).advantages
+    assert rows[0].eq(0.0).all() and rows[1].eq(0.0).all()
+    assert rows[2][0] < -0.7 < 0.7 < rows[3][0]
+    rows = estimate(scored, annotations, AlgorithmConfig(advantage="rloo", kl=kl)).advantages
+    assert rows[0][0].item() == pytest.approx(0.1 * 0.01 * 2, abs=1e-6)  # the KL of two tokens, as it is
 
 
 def test_values_go_into_gae_and_come_back_with_returns_in_the_samples() -> None:

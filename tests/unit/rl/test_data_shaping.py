@@ -42,11 +42,13 @@ def texts(scored: ScoredBatch) -> list[str]:
 
 
 def test_group_without_signal_is_all_equal_among_valid_samples() -> None:
-    scored = scored_batch({"a": [1, 1], "b": [0, 1], "c": [0, 0], "d": [1, 0]})
+    scored = scored_batch({"a": [1, 1], "b": [0, 1], "c": [0.1 + 0.2, 0.3], "d": [1, 0]})
     scores = list(scored.scores)
     scores[7] = Score(0.0, status=RewardStatus.TIMEOUT)
     scores[0] = Score(0.3, unshaped_reward=1.0)  # a length penalty is no signal
     assert groups_with_signal(ScoredBatch(scored.batch, tuple(scores))) == {0: False, 1: True, 2: False, 3: False}
+    shaped = groups_with_signal(ScoredBatch(scored.batch, tuple(scores)), of_task=False)
+    assert shaped == {0: True, 1: True, 2: False, 3: False}
 
 
 def test_selected_and_concatenated_batches_are_numbered_anew() -> None:

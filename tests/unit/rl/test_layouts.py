@@ -232,6 +232,29 @@ def test_experts_from_samples_follow_their_tokens_into_every_layout(load: Any, f
             torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
 
 
+def test_prompts_with_other_experts_are_not_shared(load: Any) -> None:
+    """The sampler may have computed a group's prompt twice, and rounding chosen another expert: each sample is replayed
+    with its own record, whichever it meets in a micro-batch."""
+    model = load("qwen3_moe", "sdpa")
+    routers, head = Routers(model, "cpu"), LogprobHead(model, chunk_tokens=64)
+    one = sequences(experts=(len(routers), 4))[0]
+    assert one.routed_experts is not None
+    other = TokenSequence(one.prompt_ids.copy(), one.response_ids[::-1].copy(), one.routed_experts[..., ::-1].copy())
+    twin = TokenSequence(one.prompt_ids.copy(), other.response_ids, one.routed_experts.copy())
+
+    def replay(chosen: list[TokenSequence], layout: Layout) -> list[Tensor]:
+        micro = collate(chosen, layout, model_config=model.config, device="cpu")
+        with routers.forward_pass(micro.real, experts=micro.routed_experts):
+            return run(model, head, micro)
+
+    expected = [replay([s], "bucketed")[0] for s in (one, other, twin)]
+    use_shared_prefixes(model)
+    for found, reference in zip(replay([one, other, twin], "shared_prefix"), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+    micro = collate([one, other, twin], "shared_prefix", model_config=model.config, device="cpu")
+    assert len(micro.real) == 2 * one.num_positions + len(one.response_ids) - 1
+
+
 def test_positions_and_targets_point_at_the_response() -> None:
     config = SimpleNamespace(model_type="qwen3", _attn_implementation="sdpa")
     two = [

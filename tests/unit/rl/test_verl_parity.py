@@ -362,13 +362,14 @@ def test_invalid_samples_never_reach_verl() -> None:
     valid = inputs.valid.clone()
     valid[1] = False
     rest = [i for i in range(8) if i != 1]
-    changed = dataclasses.replace(inputs, valid=valid)
+    changed = dataclasses.replace(inputs, valid=valid, in_loss=valid)
     without = dataclasses.replace(
         inputs,
         rewards=inputs.rewards[rest],
         group_ids=inputs.group_ids[rest],
         lengths=inputs.lengths[rest],
         valid=valid[rest],
+        in_loss=valid[rest],
         values=tuple(inputs.values[i] for i in rest) if inputs.values else None,
     )
     for name in ("grpo", "reinforce_plus_plus", "gae"):
@@ -523,16 +524,37 @@ def fixed_rewards() -> AdvantageInputs:
         group_ids=torch.tensor([0, 0, 0, 1, 1, 1]),
         lengths=torch.tensor([1, 2, 3, 1, 2, 3]),
         valid=torch.ones(6, dtype=torch.bool),
+        in_loss=torch.ones(6, dtype=torch.bool),
         values=tuple(torch.arange(n, dtype=torch.float64) / 10 for n in (1, 2, 3, 1, 2, 3)),
     )
 
 
 def test_a_single_token_leaves_the_critic_as_it_is() -> None:
     """verl would whiten it, and the token is in the critic's loss."""
-    alone = dataclasses.replace(fixed_rewards(), valid=torch.tensor([True] + [False] * 5))
+    first = torch.tensor([True] + [False] * 5)
+    alone = dataclasses.replace(fixed_rewards(), valid=first, in_loss=first)
     result = advantage_spec("verl:gae").function(alone)
     assert all(row.eq(0.0).all() for row in result.advantages)
     assert result.returns == alone.values
+
+
+@pytest.mark.parametrize("name", GOLDEN_ADVANTAGES)
+def test_what_is_not_in_the_loss_counts_in_its_group_and_not_in_whitening(name: str) -> None:
+    """Sample 2, three tokens long, is out of the loss: verl is asked with its mask at 0."""
+    whole = fixed_rewards()
+    options = {"gdpo_reward_keys": ["reward"]} if name == "gdpo" else {}
+    whole = dataclasses.replace(whole, reward_parts={"reward": whole.rewards})
+    part = dataclasses.replace(whole, in_loss=torch.tensor([True, True, False, True, True, True]))
+    function = advantage_spec(f"verl:{name}").function
+    expected, found = (function(inputs, **options).advantages for inputs in (whole, part))
+    assert found[2].eq(0.0).all() or name in ("opo", "gae")
+    counted = torch.cat([row for i, row in enumerate(found) if i != 2])
+    if name in ("gae", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        assert counted.mean().item() == pytest.approx(0.0, abs=1e-6)
+        assert counted.std().item() == pytest.approx(1.0, abs=1e-4)
+    else:
+        for i in (0, 1, 3, 4, 5):
+            torch.testing.assert_close(found[i], expected[i])
 
 
 @pytest.mark.parametrize("name", GOLDEN_LOSSES)
