@@ -136,8 +136,7 @@ class Learner:
         state = {
             "policy_version": self.policy_version,
             "skipped_in_a_row": self._policy.skipped_in_a_row,
-            "kl_coefficient": self._objective.kl.adapted if isinstance(self._objective, PolicyObjective) else None,
-            "kl_configured": self._algorithm.kl.coefficient if self._algorithm else None,
+            "kl": self._objective.kl.state_dict() if isinstance(self._objective, PolicyObjective) else {},
         }
         save_checkpoint(self._policy.engine, Path(directory), state)
 
@@ -146,9 +145,8 @@ class Learner:
         state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]
-        configured = self._algorithm.kl.coefficient if self._algorithm else None
-        if isinstance(self._objective, PolicyObjective) and state.get("kl_configured") == configured:
-            self._objective.kl.restore(state["kl_coefficient"])  # else adaptation begins anew, at what is configured
+        if isinstance(self._objective, PolicyObjective):
+            self._objective.kl.load_state_dict(state["kl"])
 
     def export_hf(self, directory: str | Path) -> None:
         """Write a Hugging Face checkpoint: safetensors in checkpoint names, configuration, tokenizer."""

@@ -6,7 +6,8 @@ Left out: where the penalty goes (into the loss: the learner; into the reward: `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
 from torch import Tensor
@@ -59,16 +60,19 @@ class KLController:
     coefficient: float
     target: float | None = None  # None: fixed
     horizon: int = 10000  # samples over which an error of 20 %, the most that counts, moves it by 20 %
+    configured: float = field(init=False)
 
-    @property
-    def adapted(self) -> float | None:
-        """The coefficient as far as it has adapted, for a checkpoint; None where it is fixed."""
-        return None if self.target is None else self.coefficient
+    def __post_init__(self) -> None:
+        self.configured = self.coefficient
 
-    def restore(self, adapted: float | None) -> None:
-        """Go on from a checkpoint's `adapted`. A fixed coefficient is the configuration's, whatever it was before."""
-        if self.target is not None and adapted is not None:
-            self.coefficient = adapted
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint: how far the coefficient has adapted, and from where; empty where it is fixed."""
+        return {} if self.target is None else {"configured": self.configured, "adapted": self.coefficient}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a checkpoint. A coefficient that is fixed, or configured to another value since, begins there."""
+        if self.target is not None and state.get("configured") == self.configured:
+            self.coefficient = state["adapted"]
 
     def update(self, current_kl: float, num_samples: int) -> float:
         """Take in the mean KL of a step of `num_samples` samples; return the coefficient of the next step.

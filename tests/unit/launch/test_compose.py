@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from launch.compose import load_data, shape_data
+from launch.compose import checkpoint_store, load_data, shape_data
 from launch.tiny_models import build_tokenizer
 from rl.batch import Prompt
 from rl.config import TrainConfig
-from rl.errors import ConfigError
+from rl.errors import CheckpointError, ConfigError
 from rl.prompts import CurriculumSource, PromptSource
 
 PROMPTS = tuple(Prompt(f"train:{i}", (i,), f"question {i}") for i in range(3))
@@ -45,6 +45,24 @@ def test_every_section_reaches_its_part_and_the_curriculum_is_shared():
     assert source.state_dict()["pass_rates"] == {"train:0": 0.5}
     assert new_groups().curriculum.weight("train:0") == 1.0
     assert groups.curriculum.config.floor == 0.2
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "after"),
+    [("warmup_steps", 1, 2), ("optimizer", {"name": "adamw"}, {"name": "sgd"})],
+)
+def test_settings_that_the_checkpoint_was_made_with_may_not_change(tmp_path, setting, before, after):
+    """The policy's schedule ends `warmup_steps` later than the critic's; with more of them its last steps would have a
+    learning rate of 0."""
+
+    def store(value):
+        settings = config(critic={setting: value}, algorithm={"advantage": "gae"}, checkpoint={"every": 1})
+        return checkpoint_store(settings, tmp_path)
+
+    store(before).save(1, {}, lambda directory: (directory / "shard").touch())
+    assert store(before).resume() is not None
+    with pytest.raises(CheckpointError, match=rf"another configuration: critic\.{setting}"):
+        store(after).resume()
 
 
 class Messages(list):

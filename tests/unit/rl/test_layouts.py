@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from launch.tiny_models import FAMILIES, Family, build_tiny_model
 from rl.batch import TokenSequence
@@ -110,6 +110,33 @@ def test_a_layout_is_exact(load: Any, family: Family, attention: str, layout: La
     micro = collate(chosen, layout, model_config=model.config, device="cpu")
     if layout == "shared_prefix":
         use_shared_prefixes(model)
+    for found, reference in zip(run(model, LogprobHead(model, 16), micro), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+
+
+def test_prompts_are_shared_where_values_have_a_size_of_their_own() -> None:
+    """DeepSeek's latent attention: keys of 16 + 8 dimensions, values of 20."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=20,
+        attn_implementation="sdpa",
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    chosen = sequences(siblings=True)
+    expected = [alone(model, s) for s in chosen]
+    use_shared_prefixes(model)
+    micro = collate(chosen, "shared_prefix", model_config=config, device="cpu")
     for found, reference in zip(run(model, LogprobHead(model, 16), micro), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
 

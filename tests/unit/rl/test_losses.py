@@ -344,12 +344,15 @@ def test_adaptive_coefficient_follows_the_paper_and_survives_a_checkpoint() -> N
     controller = KLController(0.1, target=0.5, horizon=1000)
     assert controller.update(5.0, 100) == pytest.approx(0.1 * (1 + 0.2 * 100 / 1000))
     resumed = KLController(0.1, target=0.5, horizon=1000)
-    resumed.restore(controller.adapted)
+    resumed.load_state_dict(controller.state_dict())
     assert resumed.update(0.55, 100) == controller.update(0.55, 100)
-    fixed, newly_adaptive = KLController(0.3), KLController(0.3, target=0.5)
-    fixed.restore(controller.adapted)
-    newly_adaptive.restore(KLController(0.1).adapted)
-    assert fixed.coefficient == newly_adaptive.coefficient == 0.3
+    for later, state in (
+        (KLController(0.3), controller.state_dict()),
+        (KLController(0.3, target=0.5), KLController(0.3).state_dict()),
+        (KLController(0.3, target=0.5), controller.state_dict()),  # configured to another value since
+    ):
+        later.load_state_dict(state)
+        assert later.coefficient == 0.3
     assert KLController(0.1).update(99.0, 100) == 0.1
     before = controller.coefficient
     assert controller.update(math.nan, 1) == controller.update(math.inf, 1) == before  # of a step that is skipped

@@ -134,6 +134,19 @@ def test_a_template_without_an_end_of_turn_gets_one(tmp_path):
     assert texts(result, tokenizer) == [("user: 1+1?\nassistant: ", "2\n<|im_end|>")]
 
 
+def test_what_a_template_writes_after_the_turn_is_not_learned(tmp_path):
+    """As Phi-3's, which ends a conversation with EOS behind the end of the last turn: a rollout stops at the turn's."""
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer.eos_token = "<|endoftext|>"
+    result = load(tmp_path, tokenizer, {"prompt": "1+1?", "response": "2"})
+    assert texts(result, tokenizer) == [("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>")]
+    assert result.num_verbatim == 0
+
+
 def byte_level_tokenizer(*, prefix_space, merges=()):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
