@@ -14,7 +14,7 @@ import typer
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
 from launch.display import ProgressDisplay
-from launch.preflight import check_checkpoint, check_layout, check_logging
+from launch.preflight import check_checkpoint, check_layout, check_logging, refuse_moving_positions
 from rl.checkpoint import LEARNER, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
@@ -66,6 +66,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         run_dir = stack.enter_context(_claimed_run_dir(config, resume=resume))
         check_checkpoint(config.model.path, "model.path")
         check_layout(config)
+        refuse_moving_positions(config.model, config.data.max_tokens, "data.max_tokens")
         check_logging(config)
         examples = load_sft_examples(
             config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options

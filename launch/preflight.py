@@ -29,7 +29,7 @@ from rl.models import attention_of, load_config, model_class, refuse_untrainable
 from rl.moe import ROUTED_MODELS
 from rl.plugins import load_plugins
 from rl.prompts import load_tokenizer
-from rl.shared_prefix import refuse_windows, windows_in_masks
+from rl.shared_prefix import windows_in_masks
 
 _PRINT_ENGINE_OPTIONS = """
 from dataclasses import fields
@@ -110,24 +110,10 @@ def _of_a_run(folder: Path) -> str:
 def check_length(config: TrainConfig) -> None:
     """Raise ConfigError where responses may be longer than the model's positions reach. Positions that are stretched
     (YaRN and its like) are left to the engine to judge, and so is what rollout.engine_options says of them."""
-    try:
-        text: Any = load_config(config.model).get_text_config()
-    except LearnerError as error:
-        raise ConfigError(str(error)) from error
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some models have one a kind of layer
+    limit, kinds = _positions(config.model)
+    key = "data.max_prompt_tokens + rollout.max_response_tokens"
+    refuse_moving_positions(config.model, config.data.max_prompt_tokens + config.rollout.max_response_tokens, key)
     stretched = any(kind.get("rope_type", "default") != "default" for kind in kinds)
-    moving = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
-    for kind in moving:
-        original = kind.get("original_max_position_embeddings") or limit
-        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-        if original is not None and longest > original:
-            raise ConfigError(
-                f"model.path {config.model.path} has {kind['rope_type']} positions: beyond {original} tokens what a "
-                "sequence gets depends on the lengths beside it, here and in the engine, each in its own way; "
-                f"data.max_prompt_tokens + rollout.max_response_tokens is {longest}, lower it to {original}"
-            )
     if limit is None or stretched or {"max_model_len", "hf_overrides"} & config.rollout.engine_options.keys():
         return
     for section, tokens in (
@@ -140,6 +126,31 @@ def check_length(config: TrainConfig) -> None:
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {section}.max_response_tokens {tokens} = "
                 f"{longest} is over the {limit} positions of model.path {config.model.path}; lower one of them"
             )
+
+
+def refuse_moving_positions(model: ModelConfig, longest: int, key: str) -> None:
+    """Raise ConfigError where sequences of `longest` tokens, the value of `key`, are longer than positions reach that
+    then depend on the company."""
+    limit, kinds = _positions(model)
+    for kind in (kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")):
+        original = kind.get("original_max_position_embeddings") or limit
+        if original is not None and longest > original:
+            raise ConfigError(
+                f"model.path {model.path} has {kind['rope_type']} positions: beyond {original} tokens what a sequence "
+                "gets depends on the lengths beside it, here and in the engine, each in its own way; "
+                f"{key} is {longest}, lower it to {original}"
+            )
+
+
+def _positions(model: ModelConfig) -> tuple[int | None, list[dict[str, Any]]]:
+    """(the longest sequence, how positions are turned: some models have one way a kind of layer)."""
+    try:
+        text: Any = load_config(model).get_text_config()
+    except LearnerError as error:
+        raise ConfigError(str(error)) from error
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    return getattr(text, "max_position_embeddings", None), kinds
 
 
 def check_layout(config: RunConfig) -> Layout | None:
@@ -182,9 +193,7 @@ def _check_exact(config: RunConfig, checkpoint: Any, device: str, layout: Layout
         layout = layout or resolve_layout(
             config.learner.layout, attention=attention, device=device, windows_in_masks=windows
         )
-        if layout == "shared_prefix":
-            refuse_windows(checkpoint, model_class(checkpoint))
-        refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention)
+        refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention, windows_in_masks=windows)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
     return layout

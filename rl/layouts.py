@@ -24,7 +24,7 @@ from torch import Tensor
 from rl.batch import TokenSequence
 from rl.batching import Layout
 from rl.errors import LearnerError
-from rl.shared_prefix import Places, refuse_other_attention, shared_prefixes
+from rl.shared_prefix import Places, refuse_unshareable, shared_prefixes
 
 FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
 # These leave position_ids out of their attention mask, so packed sequences need explicit masks.
@@ -66,15 +66,16 @@ def resolve_layout(
     return layout
 
 
-def refuse_inexact_layout(layout: str, *, model_type: str, attention: str) -> None:
-    """Raise LearnerError where sequences that are packed would see each other (`rl.learner_checks` measures)."""
+def refuse_inexact_layout(layout: str, *, model_type: str, attention: str, windows_in_masks: bool = False) -> None:
+    """Raise LearnerError where sequences that are packed would see each other (`rl.learner_checks` measures), or
+    prompts that are shared more than their own layer lets them (`rl.shared_prefix.windows_in_masks`)."""
     if layout == "packed" and model_type in _NEEDS_EXPLICIT_MASKS and attention not in (*FLASH_ATTENTIONS, "eager"):
         raise LearnerError(
             f"{model_type} with {attention} attention cannot run packed sequences exactly; set learner.layout to "
             "bucketed, or model.attention to eager"
         )
     if layout == "shared_prefix":
-        refuse_other_attention(model_type, attention)
+        refuse_unshareable(model_type, attention, windows_in_masks=windows_in_masks)
 
 
 def collate(

@@ -152,25 +152,23 @@ def windows_in_masks(config: Any, model_class: type) -> bool:
     return re.search(r"\bsliding_window=(self|getattr)\b", inspect.getsource(module)) is None
 
 
-def refuse_windows(config: Any, model_class: type) -> None:
-    """Raise LearnerError where prompts cannot be shared, because `windows_in_masks`."""
-    if windows_in_masks(config, model_class):
-        raise LearnerError(
-            f"prompts cannot be shared with the attention windows of {config.model_type}; set learner.layout to "
-            "bucketed or packed"
-        )
-
-
 def use_shared_prefixes(model: Any) -> None:
     """Let a model with sdpa attention take `shared_prefixes` among its inputs. Raises LearnerError for another one."""
-    refuse_other_attention(model.config.model_type, model.config._attn_implementation)
-    refuse_windows(model.config, type(model))
+    config = model.config
+    refuse_unshareable(
+        config.model_type, config._attn_implementation, windows_in_masks=windows_in_masks(config, type(model))
+    )
     AttentionInterface.register(ATTENTION, attention)
     model.set_attn_implementation(ATTENTION)
 
 
-def refuse_other_attention(model_type: str, attention: str) -> None:
-    """Raise LearnerError where prompts cannot be shared."""
+def refuse_unshareable(model_type: str, attention: str, *, windows_in_masks: bool = False) -> None:
+    """Raise LearnerError where prompts cannot be shared; `windows_in_masks` is the function's answer."""
+    if windows_in_masks:
+        raise LearnerError(
+            f"prompts cannot be shared with the attention windows of {model_type}; set learner.layout to bucketed or "
+            "packed"
+        )
     if attention not in ("sdpa", ATTENTION):
         raise LearnerError(
             f"prompts can be shared with sdpa attention only, and {model_type} runs with {attention}; set "

@@ -233,15 +233,19 @@ def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_
     assert gone(agents, timeout_s=120) == []
 
 
+def in_the_third_step(model_dir, directory):
+    """A run that saves every step: the command, its processes, and Ray's agents."""
+    config = config_dict(model_dir, total_steps=1000, run_dir=str(directory / "run"))
+    config["checkpoint"] = {"every": 1}
+    command = Command(directory, "train", str(save_config(directory, config)))
+    command.wait_for(directory / "run" / "metrics.jsonl", '"step": 2')
+    return command, *command.descendants()
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run, tmp_path, number):
-    directory, _, _ = straight_run
-    config = config_dict(directory, total_steps=1000, run_dir=str(tmp_path / "run"))
-    config["checkpoint"] = {"every": 1}
-    command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
-    command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
-    children, agents = command.descendants()
+    command, children, agents = in_the_third_step(straight_run[0], tmp_path)
     if number == signal.SIGINT:
         os.killpg(command.process.pid, number)  # as a terminal does
     else:
@@ -249,12 +253,12 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     assert command.wait(timeout_s=90) == 130
     assert "interrupted" in command.output()
     assert "Traceback" not in command.output()
-    assert gone(children + agents) == []
+    assert_nothing_is_left_but_a_whole_checkpoint(command, children + agents, tmp_path)
+
+
+def assert_nothing_is_left_but_a_whole_checkpoint(command, processes, directory):
+    assert gone(processes) == []
     assert command.files_left() == []
-    assert_checkpoint_is_whole(tmp_path)
-
-
-def assert_checkpoint_is_whole(directory):
     newest = CheckpointStore(directory / "run" / "checkpoints", keep=2).latest()
     assert read_state(newest)["step"] >= 1
     export(directory / "run", directory / "exported")
@@ -264,21 +268,14 @@ def assert_checkpoint_is_whole(directory):
 
 @pytest.mark.processes
 def test_a_lost_learner_ends_the_run_by_its_name(straight_run, tmp_path):
-    directory, _, _ = straight_run
-    config = config_dict(directory, total_steps=1000, run_dir=str(tmp_path / "run"))
-    config["checkpoint"] = {"every": 1}
-    command = Command(tmp_path, "train", str(save_config(tmp_path, config)))
-    command.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
-    children, agents = command.descendants()
+    command, children, agents = in_the_third_step(straight_run[0], tmp_path)
     learners = sorted((p for p in children if "ray::Learner" in p.cmdline()[0]), key=lambda p: p.create_time())
     assert len(learners) == 2
     learners[0].kill()
     assert command.wait(timeout_s=120) == 5, command.output()
     assert re.search(r"learner rank \d was lost before it could", command.output())
     assert "Traceback" not in command.output()
-    assert gone(children + agents) == []
-    assert command.files_left() == []
-    assert_checkpoint_is_whole(tmp_path)
+    assert_nothing_is_left_but_a_whole_checkpoint(command, children + agents, tmp_path)
 
 
 @pytest.mark.processes

@@ -16,9 +16,19 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from launch.commands import sft
 from launch.preflight import check_engine_options, check_layout, check_length, check_logging, check_training
 from launch.tiny_models import build_tiny_model
-from rl.config import LearnerConfig, LoggingConfig, ModelConfig, RayConfig, RolloutConfig, RunConfig, TrainConfig
+from rl.config import (
+    LearnerConfig,
+    LoggingConfig,
+    ModelConfig,
+    RayConfig,
+    RolloutConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+)
 from rl.errors import ConfigError
 from rl.models import has_experts
 
@@ -189,6 +199,11 @@ def test_positions_that_depend_on_the_company_are_refused_where_they_do(models, 
     check_length(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=524)}))
     with pytest.raises(ConfigError, match=f"has {kind} positions: beyond 1024 tokens .* is 1025, lower it to 1024"):
         check_length(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=525)}))
+    examples = SftConfig(
+        run_dir=str(tmp_path / "run"), model={"path": str(path)}, data={"train": {"path": "d"}}, device="cpu"
+    )
+    with pytest.raises(ConfigError, match=r"data\.max_tokens is 2048, lower it to 1024"):
+        sft(examples, resume=False)
 
 
 @pytest.mark.parametrize(
