@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config.types import Float, LocalOrNamed, PositiveInt, Section, Seed
+from rl.config.types import Float, LocalOrNamed, OneOrSeveral, PositiveInt, Section, Seed
 
 
 class ModelConfig(Section):
@@ -41,7 +41,10 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """Where prompts come from."""
 
-    path: str = Field(description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK")
+    path: OneOrSeveral = Field(
+        description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK; a list of files, "
+        "folders and names is one dataset, in their order"
+    )
     name: str | None = Field(None, description="how metrics and files call it; default: from the path")
     split: str = Field("train", description="of a folder or hub dataset")
     subset: str | None = Field(None, description="a hub dataset's configuration name")
@@ -53,6 +56,16 @@ class DatasetConfig(Section):
     seed: Seed = Field(0, description="for generated tasks")
     options: dict[str, Any] = Field(default_factory=dict, description="for reasoning_gym: the task's own settings")
     reward: str | None = Field(None, description="reward for these rows in place of the config's")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where its rows are, one after the other."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def shown_path(self) -> str:
+        """For messages."""
+        return ", ".join(self.paths)
 
 
 class CurriculumConfig(Section):

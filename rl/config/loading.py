@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -67,6 +67,10 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
         return config
     except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:  # a key of a list that is no number
+        raise ConfigError(
+            f"override {override!r} cannot be read: items of a list have numbers, for example data.eval[0].path"
+        ) from error
 
 
 def validate(plain: Any, schema: type[Root], source: str) -> Root:
@@ -130,7 +134,23 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if parent is None:
         return loaded
     base = _compose(path.parent / str(parent), (*seen, resolved))
+    if key := _list_against_mapping(base, loaded):
+        raise ConfigError(
+            f"{path}: {key} is a mapping here and a list in {parent}, which it extends, or the other way round; lists "
+            "are replaced as a whole and mappings key by key, so they must be of one kind"
+        )
     return typing.cast(DictConfig, OmegaConf.merge(base, loaded))
+
+
+def _list_against_mapping(base: Any, own: Any, key: str = "") -> str:
+    """The dotted key of the first section that is a list on one side and a mapping on the other; empty without one."""
+    if not isinstance(base, DictConfig | ListConfig) or not isinstance(own, DictConfig | ListConfig):
+        return ""
+    if isinstance(base, ListConfig) or isinstance(own, ListConfig):
+        return "" if type(base) is type(own) else key
+    shared = [(f"{key}.{name!s}" if key else str(name), name) for name in own if name in base]
+    found = (_list_against_mapping(base._get_node(name), own._get_node(name), inner) for inner, name in shared)
+    return next(filter(None, found), "")
 
 
 def _explain(problem: Any, schema: type[BaseModel]) -> str:
@@ -149,6 +169,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key}: {message}" if key else message
     if kind == "tuple_type":
         return f"{key} is {value!r}: it must be a list, [..., ...]"
+    if kind == "too_short":
+        return f"{key} is {value!r}: give at least {problem['ctx']['min_length']}"
     if kind == "model_type":
         return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
     return f"{key} is {value!r}: {message[0].lower()}{message[1:]}"

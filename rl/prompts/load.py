@@ -16,7 +16,7 @@ from rl.batch import Prompt
 from rl.config import DatasetConfig
 from rl.errors import DataError, FledgeError
 from rl.prompts.messages import optional_text, prompt_messages, question_text
-from rl.prompts.rows import REASONING_GYM, Row, dataset_name, missing_field, read_rows
+from rl.prompts.rows import Row, dataset_name, is_generated, missing_field, read_rows
 from rl.prompts.template import ChatTemplate, Message
 
 _ROWS_PER_BATCH = 1024  # rows tokenized together; fast tokenizers use every core for a batch
@@ -67,7 +67,7 @@ def load_prompts(
     rows = read_rows(config)
     while chunk := list(islice(rows, _ROWS_PER_BATCH)):
         num_rows += len(chunk)
-        if drop_repeated and not config.path.startswith(REASONING_GYM):
+        if drop_repeated and not is_generated(config):
             kept = [row for row in chunk if _is_new(row, config, seen)]
             num_repeated += len(chunk) - len(kept)
             chunk = kept
@@ -79,11 +79,12 @@ def load_prompts(
                 _validate(validate, prompt, row)
             prompts.append(prompt)
     if not num_rows:
-        raise DataError(f"dataset {config.path} holds no rows")
+        raise DataError(f"dataset {config.shown_path} holds no rows")
     if not prompts:
         raise DataError(
-            f"dataset {config.path}: all {num_rows} prompts are longer than data.max_prompt_tokens={max_prompt_tokens} "
-            f"(the longest has {longest} tokens with its chat template); raise data.max_prompt_tokens"
+            f"dataset {config.shown_path}: all {num_rows} prompts are longer than "
+            f"data.max_prompt_tokens={max_prompt_tokens} (the longest has {longest} tokens with its chat "
+            "template); raise data.max_prompt_tokens"
         )
     return PromptSet(name, tuple(prompts), num_rows - num_repeated - len(prompts), num_repeated)
 
@@ -152,7 +153,7 @@ def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[
         ground_truth = reward_model.get("ground_truth")
         extra["reward_model"] = {key: value for key, value in reward_model.items() if key != "ground_truth"}
     # Some reasoning_gym tasks score by their metadata and have no answer.
-    if ground_truth is None and not config.path.startswith(REASONING_GYM):
+    if ground_truth is None and not is_generated(config):
         if field in row.fields or isinstance(reward_model, Mapping):
             raise DataError(
                 f"{row.location}: {field} is null; give the row a ground truth, or set ground_truth_field to null "

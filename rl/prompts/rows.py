@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rl.config.types import looks_local
 from rl.errors import DataError
 
 REASONING_GYM = "reasoning_gym:"
+_COMPOSITE = "composite"  # the task that mixes others
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
@@ -37,34 +38,51 @@ def read_rows(config: DatasetConfig) -> Iterator[Row]:
     """The dataset's rows in order, at most `config.size` of them.
 
     Raises:
-        DataError: the source does not exist or cannot be read, a row is not a JSON object, a setting does not apply to
+        DataError: a source does not exist or cannot be read, a row is not a JSON object, a setting does not apply to
             this kind of source, or an unknown split, subset, task or option.
     """
-    path = Path(config.path).expanduser()
-    if config.path.startswith(REASONING_GYM):
+    if is_generated(config):
+        if len(config.paths) > 1:
+            raise DataError(
+                f"dataset {config.shown_path}: a reasoning_gym task has a size and options of its own, so it is no "
+                "part of a list; reasoning_gym:composite mixes tasks (docs/data.md)"
+            )
         _refuse_settings(config, "a reasoning_gym task", ("split", "subset"))
-        return _read_reasoning_gym(config)
+        return _read_reasoning_gym(config, config.paths[0])
+    sources = [_read_source(config, path) for path in config.paths]
+    rows = itertools.islice(itertools.chain.from_iterable(sources), config.size)
+    return (replace(row, index=index) for index, row in enumerate(rows))
+
+
+def is_generated(config: DatasetConfig) -> bool:
+    """Whether it is made here: a reasoning_gym task."""
+    return any(path.startswith(REASONING_GYM) for path in config.paths)
+
+
+def _read_source(config: DatasetConfig, source: str) -> Iterator[Row]:
+    path = Path(source).expanduser()
     if path.is_dir():
         _refuse_settings(config, "a dataset folder", ("seed", "options"))
-        rows = _read_folder(config, path)
-    elif path.is_file():
+        return _read_folder(config, path)
+    if path.is_file():
         _refuse_settings(config, "a file", ("split", "subset", "seed", "options"))
-        rows = _read_file(path)
-    elif _looks_like_path(config.path):
-        raise DataError(f"dataset {config.path} does not exist{_near_files(path)} (looked in {Path.cwd()})")
-    else:
-        _refuse_settings(config, "a hub dataset", ("seed", "options"))
-        rows = _read_hub(config)
-    return itertools.islice(rows, config.size)
+        return _read_file(path)
+    if _looks_like_path(source):
+        raise DataError(f"dataset {source} does not exist{_near_files(path)} (looked in {Path.cwd()})")
+    _refuse_settings(config, "a hub dataset", ("seed", "options"))
+    return _read_hub(config, source)
 
 
 def dataset_name(config: DatasetConfig) -> str:
-    """`config.name`, else the file's stem, the folder's or hub dataset's last part, or the reasoning_gym task."""
-    if config.name is not None:
-        return config.name
-    if config.path.startswith(REASONING_GYM):
-        return config.path.removeprefix(REASONING_GYM)
-    path = Path(config.path)
+    """`config.name`, else the file's stem, the folder's or hub dataset's last part, or the reasoning_gym task; of
+    several sources their different names, joined by +."""
+    return config.name if config.name is not None else "+".join(dict.fromkeys(map(_source_name, config.paths)))
+
+
+def _source_name(source: str) -> str:
+    if source.startswith(REASONING_GYM):
+        return source.removeprefix(REASONING_GYM)
+    path = Path(source)
     known = path.suffix in (*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES)
     return path.stem if known else path.name
 
@@ -138,37 +156,35 @@ def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Row]:
             loaded = datasets.load_dataset(str(path), config.subset, split=config.split)
     except Exception as error:  # the loaders raise whatever their file formats raise
         raise DataError(f"dataset folder {path}: cannot load it: {error}") from error
-    return _rows_of(_pick_split(loaded, config) if saved else loaded, f"{path}[{config.split}]")
+    return _rows_of(_pick_split(loaded, config, path) if saved else loaded, f"{path}[{config.split}]")
 
 
-def _read_hub(config: DatasetConfig) -> Iterator[Row]:
+def _read_hub(config: DatasetConfig, name: str) -> Iterator[Row]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(config.path, config.subset, split=config.split)
+        loaded = datasets.load_dataset(name, config.subset, split=config.split)
     except ConnectionError as error:
         raise DataError(
-            f"dataset {config.path}: no such file or folder here, and the hub cannot be reached ({error}); check the "
+            f"dataset {name}: no such file or folder here, and the hub cannot be reached ({error}); check the "
             "path, or download the dataset where there is a network and give its folder"
         ) from error
     except Exception as error:  # the hub client and the loaders raise many types of their own
         raise DataError(
-            f"dataset {config.path}: no such file or folder here, and the hub does not give it: {error}"
+            f"dataset {name}: no such file or folder here, and the hub does not give it: {error}"
         ) from error
-    return _rows_of(loaded, f"{config.path}[{config.split}]")
+    return _rows_of(loaded, f"{name}[{config.split}]")
 
 
-def _pick_split(loaded: Any, config: DatasetConfig) -> Any:
+def _pick_split(loaded: Any, config: DatasetConfig, path: Path) -> Any:
     import datasets
 
     if isinstance(loaded, datasets.DatasetDict):
         if config.split not in loaded:
-            raise DataError(f"dataset {config.path} has no split {config.split!r}; it has {', '.join(loaded)}")
+            raise DataError(f"dataset {path} has no split {config.split!r}; it has {', '.join(loaded)}")
         return loaded[config.split]
     if config.split != "train":
-        raise DataError(
-            f"dataset {config.path} was saved without splits, but split is {config.split!r}; leave split out"
-        )
+        raise DataError(f"dataset {path} was saved without splits, but split is {config.split!r}; leave split out")
     return loaded
 
 
@@ -177,49 +193,62 @@ def _rows_of(dataset: Any, name: str) -> Iterator[Row]:
         yield Row(index, f"{name} row {index + 1}", fields)
 
 
-def _read_reasoning_gym(config: DatasetConfig) -> Iterator[Row]:
+def _read_reasoning_gym(config: DatasetConfig, path: str) -> Iterator[Row]:
     """Rows with what the task's own scorer needs: `score_answer(answer, entry)` of a task made with extra.options takes
-    entry = {"question": extra.question, "answer": ground_truth, "metadata": extra.metadata}."""
-    task = config.path.removeprefix(REASONING_GYM)
-    dataset = _create_task(task, config)
+    entry = {"question": extra.question, "answer": ground_truth, "metadata": extra.metadata}.
+
+    A row of `composite` is one of the task that it was drawn from.
+    """
+    task = path.removeprefix(REASONING_GYM)
+    dataset = _create_task(task, config, path)
     for index in range(len(dataset)):
-        location = f"{config.path} item {index + 1} (seed {config.seed})"
+        location = f"{path} item {index + 1} (seed {config.seed})"
         try:
             entry = dataset[index]
+            drawn = entry["metadata"]["source_dataset"] if task == _COMPOSITE else task
         except Exception as error:  # a task's generator may raise anything for its own settings
             raise DataError(f"{location}: the task failed to make it: {error!r}; change options or seed") from error
         fields = {
             config.prompt_field: entry["question"],
-            "data_source": config.path,
+            "data_source": f"{REASONING_GYM}{drawn}",
             "question": entry["question"],
             "metadata": entry["metadata"],
-            "options": config.options,
+            "options": _own_options(config.options, drawn) if task == _COMPOSITE else config.options,
         }
         if config.ground_truth_field is not None:
             fields[config.ground_truth_field] = entry["answer"]
         yield Row(index, location, fields)
 
 
-def _create_task(task: str, config: DatasetConfig) -> Any:
+def _own_options(options: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """What `composite` was told of one of its tasks, without seed and size, which are no matter of scoring."""
+    own = next(spec for spec in options["datasets"] if spec["name"] == task).get("config", {})
+    return {key: value for key, value in own.items() if key not in ("seed", "size")}
+
+
+def _create_task(task: str, config: DatasetConfig, path: str) -> Any:
     import reasoning_gym
+    from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see the reasoning-gym gallery for names"
-        raise DataError(f"dataset {config.path}: reasoning_gym has no task {task!r}; {hint}")
+        raise DataError(f"dataset {path}: reasoning_gym has no task {task!r}; {hint}")
     known = [name for name in DATASETS[task][1].__dataclass_fields__ if name not in ("seed", "size")]
     unknown = [name for name in config.options if name not in known]
     if unknown:
         remedy = "; use the dataset's own size and seed" if set(unknown) & {"seed", "size"} else ""
-        raise DataError(
-            f"dataset {config.path}: options has no {', '.join(unknown)}{remedy}; {task} takes {', '.join(known)}"
-        )
+        raise DataError(f"dataset {path}: options has no {', '.join(unknown)}{remedy}; {task} takes {', '.join(known)}")
     size = {} if config.size is None else {"size": config.size}
     try:
-        return reasoning_gym.create_dataset(task, seed=config.seed, **size, **config.options)
+        options = dict(config.options)
+        if task == _COMPOSITE:
+            specs = options.get("datasets", ())
+            options["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | spec) for spec in specs]
+        return reasoning_gym.create_dataset(task, seed=config.seed, **size, **options)
     except Exception as error:  # tasks check their settings with assert, ValueError and TypeError
-        raise DataError(f"dataset {config.path}: the task refuses options {config.options}: {error}") from error
+        raise DataError(f"dataset {path}: the task refuses options {config.options}: {error}") from error
 
 
 def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ...]) -> None:
@@ -227,7 +256,7 @@ def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ..
     for name in settings:
         if config.sets(name):
             raise DataError(
-                f"dataset {config.path}: {name} does not apply to {source}; leave it out, or set "
+                f"dataset {config.shown_path}: {name} does not apply to {source}; leave it out, or set "
                 "it to null where a file that is extended sets it"
             )
 

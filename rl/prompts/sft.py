@@ -66,11 +66,11 @@ def load_sft_examples(config: SftDataConfig, tokenizer: Any, *, chat_template_op
             if length <= config.max_tokens:
                 examples.append(example)
     if not num_rows:
-        raise DataError(f"dataset {config.train.path} holds no rows")
+        raise DataError(f"dataset {config.train.shown_path} holds no rows")
     if not examples:
         raise DataError(
-            f"dataset {config.train.path}: all {num_rows} examples are longer than data.max_tokens={config.max_tokens} "
-            f"(the longest has {longest} tokens); raise data.max_tokens"
+            f"dataset {config.train.shown_path}: all {num_rows} examples are longer than "
+            f"data.max_tokens={config.max_tokens} (the longest has {longest} tokens); raise data.max_tokens"
         )
     return SftSet(dataset_name(config.train), tuple(examples), num_rows - len(examples), num_verbatim)
 

@@ -115,6 +115,9 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("algorithm.kl.coefficient=0.1", "kl.coefficient is set but kl.placement is none; set placement"),
         ("learner.optimizer.betas=[0.9,1.0]", "learner.optimizer.betas.1 is 1.0: input should be less than 1"),
         ("rollout.stop=[a", r"override 'rollout.stop=\[a' cannot be read"),
+        ("data.train.path=[]", r"data\.train\.path is \[\]: give at least 1"),
+        ("data.train.path=[a.jsonl,3]", r"data\.train\.path\.1 is 3: input should be a valid string"),
+        ("data.train.path=3", r"data\.train\.path is 3: input should be a valid string"),
         ("name=${oc.env:FLEDGE_NOT_SET}", "name: .*Environment variable 'FLEDGE_NOT_SET' not found"),
         ("algorithm.kl.placement=loss", "kl.placement is loss but kl.coefficient is 0"),
         ("deterministic=true", "deterministic needs model.dtype float32"),
@@ -312,6 +315,18 @@ def test_what_is_no_mapping_is_refused(tmp_path, text):
         load_config(path, [], TrainConfig)
 
 
+def test_a_list_that_extends_a_mapping_is_named(tmp_path):
+    base = CONFIGS[0].parent / "quickstart.yaml"
+    for name, text, key in (
+        ("a", "data: [1]", "data"),
+        ("b", "reward: {functions: {name: exact}}", "reward.functions"),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"extends: {base}\n{text}\n")
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: {key} is a mapping here and a list in .*quickstart"):
+            load_config(path, [], TrainConfig)
+
+
 def test_a_config_that_extends_itself_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
@@ -334,6 +349,9 @@ def test_what_an_extended_file_sets_can_be_unset_and_list_items_overridden(tmp_p
     assert config.reward.functions[0].name == "exact"
     with pytest.raises(ConfigError, match=r"override 'reward.functions\[7\].name=exact' cannot be read"):
         load_config(own, ["reward.functions[7].name=exact"], TrainConfig)
+    for key in ("reward.functions.name", "reward.functions[first].name"):
+        with pytest.raises(ConfigError, match=r"items of a list have numbers, for example data\.eval\[0\]\.path"):
+            load_config(own, [f"{key}=exact"], TrainConfig)
 
 
 @pytest.mark.parametrize("override", ["seed=-1", "seed=4294967296", "learner.optimizer.lr=inf", "sync.timeout_s=nan"])

@@ -8,6 +8,7 @@ import yaml
 from launch.tiny_models import build_tokenizer
 from rl.config import CurriculumConfig, DataConfig, DatasetConfig, SftDataConfig
 from rl.prompts import load_prompts, load_sft_examples
+from rl.prompts.rows import read_rows
 
 PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
 
@@ -30,8 +31,11 @@ def test_example_rows_load(tmp_path):
 
 
 def test_the_example_configurations_are_valid():
-    sources, curriculum = blocks("yaml")
+    sources, mixture, curriculum = blocks("yaml")
     assert DataConfig.model_validate(yaml.safe_load(curriculum)["data"]).curriculum == CurriculumConfig()
     data = DataConfig.model_validate(yaml.safe_load(sources)["data"])
     assert data.train.prompt_suffix == r" Put your final answer in \boxed{}."
     assert data.eval[1].options == {"min_terms": 3, "max_terms": 5}
+    rows = list(read_rows(DatasetConfig.model_validate(yaml.safe_load(mixture))))
+    assert len(rows) == 1000
+    assert len({row.fields["data_source"] for row in rows}) == 2

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launch.tiny_models import build_tokenizer
 from rewards.api import GroundTruthError
+from rewards.loading import load_reward
 from rl.batch import Prompt
 from rl.config import DatasetConfig
 from rl.errors import ConfigError, DataError
@@ -28,8 +29,9 @@ def write_jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def load(path: Path | str, tokenizer: Any, max_prompt_tokens: int = 500, **settings: Any) -> PromptSet:
-    config = DatasetConfig(path=str(path), **settings)
+def load(path: Path | str | list[Path], tokenizer: Any, max_prompt_tokens: int = 500, **settings: Any) -> PromptSet:
+    several = [str(item) for item in path] if isinstance(path, list) else str(path)
+    config = DatasetConfig(path=several, **settings)
     return load_prompts(config, tokenizer, max_prompt_tokens=max_prompt_tokens, chat_template_options={})
 
 
@@ -151,6 +153,28 @@ def test_dataset_folders(tmp_path, tokenizer, saved, monkeypatch):
     assert [p.ground_truth for p in load(folder, tokenizer, split="test").prompts] == ["3"]
     with pytest.raises(DataError, match=r"(?i)split ['\"]tset['\"].*train.*test"):
         load(folder, tokenizer, split="tset")
+
+
+def test_several_sources_are_one_dataset_in_their_order(tmp_path, tokenizer):
+    """verl's train_files: [gsm8k/train.parquet, math/train.parquet]."""
+    (tmp_path / "a").mkdir()
+    first = write_jsonl(tmp_path / "a" / "train.jsonl", *({"prompt": f"{i}?", "ground_truth": "1"} for i in (1, 2, 3)))
+    second = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist([VERL_ROW, {**VERL_ROW, "data_source": "math"}]), second)
+    third = write_jsonl(tmp_path / "more.jsonl", {"prompt": "2?", "ground_truth": "1"})
+    result = load([first, second, third], tokenizer)
+    assert result.name == "train+more"
+    assert [p.prompt_id for p in result.prompts] == [f"train+more:{i}" for i in range(6)]
+    assert [p.data_source for p in result.prompts] == ["", "", "", "openai/gsm8k", "math", ""]
+    assert [p.prompt_id for p in load([first, second], tokenizer, size=4, name="x").prompts][-1] == "x:3"
+    config = DatasetConfig(path=[str(first), str(third)])
+    once = load_prompts(config, tokenizer, max_prompt_tokens=99, chat_template_options={}, drop_repeated=True)
+    assert (len(once.prompts), once.num_repeated) == (3, 1)
+    with pytest.raises(DataError, match=r"dataset .*gone\.jsonl does not exist"):
+        load([first, tmp_path / "gone.jsonl"], tokenizer)
+    write_jsonl(third, {"prompt": "2?"})
+    with pytest.raises(DataError, match=r"more\.jsonl:1: no field 'ground_truth'"):
+        load([first, third], tokenizer)
 
 
 def test_a_folder_without_data_is_named(tmp_path, tokenizer):
@@ -371,6 +395,19 @@ def test_reasoning_gym_rows_can_be_scored_by_their_task(tokenizer):
     assert load("reasoning_gym:chain_sum", tokenizer, **{**settings, "seed": 6}).prompts != result.prompts
 
 
+def test_a_mixture_of_reasoning_gym_tasks_holds_rows_of_each(tokenizer):
+    """Each row is one of the task that it was drawn from, and is scored with that task's options."""
+    specs = [{"name": "chain_sum", "config": {"max_terms": 3, "seed": 3}}, {"name": "gsm_symbolic", "weight": 3}]
+    result = load("reasoning_gym:composite", tokenizer, size=40, seed=1, options={"datasets": specs})
+    reward = load_reward("reasoning_gym")
+    sources = [prompt.data_source for prompt in result.prompts]
+    assert set(sources) == {"reasoning_gym:chain_sum", "reasoning_gym:gsm_symbolic"}
+    assert sources.count("reasoning_gym:gsm_symbolic") > 20
+    for prompt in result.prompts:
+        assert prompt.extra["options"] == ({"max_terms": 3} if prompt.data_source.endswith("sum") else {})
+        reward.validate_ground_truth(prompt.ground_truth, {**prompt.extra, "data_source": prompt.data_source})
+
+
 def test_reasoning_gym_tasks_without_an_answer_are_scored_by_metadata(tokenizer):
     prompts = load("reasoning_gym:rush_hour", tokenizer, max_prompt_tokens=5000, size=1).prompts
     assert prompts[0].ground_truth is None
@@ -384,6 +421,9 @@ def test_reasoning_gym_tasks_without_an_answer_are_scored_by_metadata(tokenizer)
         ("reasoning_gym:chain_sum", {"min_term": 2}, "options has no min_term; chain_sum takes min_terms, max_terms"),
         ("reasoning_gym:chain_sum", {"size": 2}, "options has no size; use the dataset's own size and seed"),
         ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 3}, "the task refuses options .*max_terms"),
+        ("reasoning_gym:composite", {"datasets": [{"task": "chain_sum"}]}, "the task refuses options .*'task'"),
+        ("reasoning_gym:composite", {}, "the task refuses options .*at least one dataset"),
+        (["reasoning_gym:chain_sum", "a.jsonl"], {}, "no part of a list; reasoning_gym:composite mixes tasks"),
     ],
 )
 def test_reasoning_gym_mistakes(tokenizer, path, options, message):
