@@ -20,7 +20,8 @@ _HEAD = """# Every key of a configuration
 
 Made by `make reference` from [rl/config/](../rl/config/). A key (not a section) without a
 default must be given where its section is. Keys of a list's items have `[]`; `null` is a value only where the type says
-so, and elsewhere unsets what an extended file has set.
+so, and elsewhere unsets what an extended file has set. `fledge sft` refuses the keys of "all commands" that have no
+effect in it, such as `learner.epochs` (it has its own `epochs`), `learner.offload_reference` and `ray.colocate`.
 """
 
 

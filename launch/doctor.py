@@ -118,5 +118,8 @@ def _sandbox() -> Iterator[Finding]:
     for layer, held in report.layers.items():
         yield Finding(held, f"code sandbox: {layer}", "see docs/sandbox.md", required=False)
     yield Finding(
-        report.compiler, "a C++ compiler for the code reward", "install g++ to reward C++ programs", required=False
+        report.compiler,
+        "a C++ compiler, for engines on CPUs and C++ programs of the code reward",
+        "install g++; without it set rollout.enforce_eager=true on CPUs, and C++ programs cannot be rewarded",
+        required=False,
     )

@@ -50,7 +50,7 @@ class DatasetConfig(Section):
     subset: str | None = Field(None, description="a hub dataset's configuration name")
     prompt_field: str = Field("prompt", description="a column with text, or with chat messages")
     ground_truth_field: str | None = Field("ground_truth", description="null: the rewards need no ground truth")
-    system_prompt: str | None = Field(None, description="put before every conversation")
+    system_prompt: str | None = Field(None, description="put before conversations without a system message")
     prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
     size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
     seed: Seed = Field(0, description="for generated tasks")

@@ -24,7 +24,7 @@ class SyncConfig(Section):
     bucket_mib: PositiveInt = Field(256, description="of one message, or of one tensor where that is larger")
     timeout_s: PositiveFloat = Field(300.0, description="of one message; of a whole sync between GPUs")
     probe_every: NonNegativeInt = Field(
-        20, description="syncs between log-probability probes after the first; 0: never"
+        20, description="a log-probability probe after the first step, and each so-many-th; 0: never"
     )
     probe_tolerance: PositiveFloat | None = Field(
         None,
