@@ -45,14 +45,15 @@ def write_report(run_dir: Path) -> Path:
     rows = read_metrics(run_dir)
     if not rows:
         raise DataError(f"{run_dir} has no metrics.jsonl with rows in it; is it a run directory?")
+    steps = max(row["step"] for row in rows)
     environment = Environment(loader=PackageLoader("launch"), autoescape=select_autoescape())
     config = run_dir / "config.yaml"
     page = environment.get_template("report.html").render(
         name=run_dir.name,
-        steps=max(row["step"] for row in rows),
+        steps=steps,
         evaluations=evaluation_table(rows),
         curves=[(title, svg) for title, names in _curves(rows) if (svg := _draw(title, names, rows))],
-        samples=_last_samples(run_dir),
+        samples=_last_samples(run_dir, int(steps)),
         config=config.read_text() if config.exists() else "",
         final=sorted((k, v) for k, v in rows[-1].items() if isinstance(v, float) and k != "time"),
     )
@@ -101,8 +102,9 @@ def _draw(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
     return "<svg" + buffer.getvalue().partition("<svg")[2]  # without the XML prologue
 
 
-def _last_samples(run_dir: Path) -> list[dict[str, Any]]:
+def _last_samples(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
     files = sorted((run_dir / "samples").glob("step_*.jsonl"))
+    files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]  # a resumed run's are newer
     if not files:
         return []
     with files[-1].open() as lines:  # not `splitlines`, which also splits at U+2028 and its like within a response

@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from launch.environment import refuse_hidden
 from launch.reward_files import score_file
 from rewards.loading import BUILTIN_REWARDS, absolute_name, list_rewards
 from rl.config import RewardConfig
+from rl.config.loading import overridden
 from rl.errors import ConfigError, RewardError
 
 reward_app = typer.Typer(
@@ -102,9 +102,12 @@ def _parse_options(options: list[str]) -> dict[str, object]:
         key, separator, _ = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"option {item!r} is not key=value, for example max_tokens=4096")
+    config = OmegaConf.create({})
+    for item in options:
+        config = overridden(config, item)
     try:
-        plain = OmegaConf.to_container(OmegaConf.from_dotlist(options), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
         raise ConfigError(f"the options {' '.join(options)} cannot be read: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

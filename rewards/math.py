@@ -14,7 +14,7 @@ from rewards.api import GroundTruthError, RewardInput, RewardOutput, register_re
 from rewards.mathematics.comparison import Policy
 from rewards.mathematics.extraction import MAX_ANSWER_CHARS, extract_answer, last_box
 from rewards.mathematics.normalisation import normalise
-from rewards.mathematics.verifier import Verifier
+from rewards.mathematics.verifier import Verifier, spelling
 from rewards.mathematics.worker_pool import SymbolicPool, WorkerLostError
 
 MAX_TRUTHS = 32  # accepted answers of one row
@@ -62,7 +62,8 @@ class MathReward:
             if equal:
                 break
         parts = {"answered": 1.0, "symbolic": float(symbolic), "symbolic_lost": float(lost)}
-        return RewardOutput(float(equal), parts, normalise(answer))
+        # Equal answers have one spelling, which a majority is counted by: the ground truth's, where they are right.
+        return RewardOutput(float(equal), parts, normalise(truth) if equal else spelling(answer))
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Raise GroundTruthError for a ground truth that is none, or that no answer could ever be found equal to."""

@@ -15,8 +15,9 @@ _ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_sou
 class TrlFunction:
     """`reward(prompts, completions, completion_ids, **columns)`, which returns a number or None (not applicable) a row.
 
-    Columns are the rows' own fields, `ground_truth` and `data_source`. One required column that the rows lack is the
-    ground truth under the name that the function has for it (`solution`, `answer`).
+    Columns are the rows' own fields, `ground_truth` and `data_source`. A required column that rows lack is the ground
+    truth under the name that the function has for it (`solution`, `answer`), where it requires no other and does not
+    ask for `ground_truth`.
 
     Completions are lists of one message where the function reads messages, plain strings otherwise (TRL goes by the
     dataset, which here is always conversational): by its annotation, else by whether its code, or a function of its
@@ -67,10 +68,9 @@ class TrlFunction:
         arguments = {**arguments, **self._options}
         required = [p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         missing = [name for name in required if name not in arguments]
-        if len(missing) == 1:
-            return {**arguments, missing[0]: columns["ground_truth"]}
         own = [name for name in required if name not in _ALWAYS and name not in self._options]
-        if not missing and len(own) == 1:  # row by row, so that a sample's reward does not depend on the others
+        if len(own) == 1 and "ground_truth" not in required:
+            # Row by row, so that a sample's reward does not depend on the others.
             values = [s.extra.get(own[0], s.ground_truth) for s in samples]
             return {**arguments, own[0]: values}
         if missing:

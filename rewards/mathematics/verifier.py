@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rewards.mathematics.choices import choices_of_answer, choices_of_truth
 from rewards.mathematics.comparison import Policy, compare
+from rewards.mathematics.evaluation import Budget, TooLargeError, UndefinedError, exact
 from rewards.mathematics.normalisation import normalise
 from rewards.mathematics.reading import Answer, read_answer
 from rewards.mathematics.scalars import Verdict
@@ -18,6 +19,7 @@ from rewards.mathematics.worker_pool import SymbolicPool, WorkerLostError
 
 MAX_SYMBOLIC_CHARS = 400
 MAX_SYMBOLIC_DEPTH = 12
+_SPELLED_DIGITS = 100
 _HUGE = re.compile(
     r"\d{40,}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^|\^\s*\d+\s*\^\s*\d|\^\s*\{?\s*\d{4,}"  # numbers, towers of powers, powers
     r"|\d{4,}\s*\}?\s*!|!\s*!"  # factorials
@@ -78,6 +80,17 @@ class Verifier:
             return Decision(bool(self._pool.equal(gold.text, found.text)), symbolic=True)
         except WorkerLostError as error:
             return Decision(False, symbolic=True, lost=str(error))
+
+
+def spelling(answer: str) -> str:
+    """One text for all answers of one rational value (1/2, 0.5 and \\frac{1}{2}), else the normalised answer."""
+    found = read_answer(answer)
+    try:
+        value = None if found.node is None else exact(found.node, Budget())
+    except (TooLargeError, UndefinedError):
+        value = None
+    short = value is not None and max(abs(value.numerator), value.denominator) < 10**_SPELLED_DIGITS
+    return str(value) if short else normalise(answer)
 
 
 def is_hostile(text: str) -> bool:

@@ -39,7 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
     """
     merged = _compose(Path(path), ())
     for item in overrides:
-        merged = _overridden(merged, item)
+        merged = overridden(merged, item)
     try:
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -48,8 +48,9 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
     return validate(plain, schema, source=str(path))
 
 
-def _overridden(config: DictConfig, override: str) -> DictConfig:
-    """The configuration with one `key=value` applied. Raises ConfigError naming the override."""
+def overridden(config: DictConfig, override: str) -> DictConfig:
+    """The configuration with one `key=value` applied: mappings are merged key by key, {} empties one. Raises
+    ConfigError naming the override."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not key=value, for example learner.optimizer.lr=1e-6")
@@ -63,7 +64,7 @@ def _overridden(config: DictConfig, override: str) -> DictConfig:
         # A text that is not in quotes is what was typed: YAML would strip it, and cut it at " #".
         if (isinstance(value, str) and text.lstrip()[0] not in "\"'") or (value is None and text.lstrip()[0] == "#"):
             value = text
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, merge=value != {})
         return config
     except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error

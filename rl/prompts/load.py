@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,10 +16,12 @@ from typing import Any
 from rl.batch import Prompt
 from rl.config import DatasetConfig
 from rl.errors import DataError, FledgeError
+from rl.prompts.generated import is_generated
 from rl.prompts.messages import optional_text, prompt_messages, question_text
-from rl.prompts.rows import Row, dataset_name, is_generated, missing_field, read_rows
+from rl.prompts.rows import Row, dataset_name, missing_field, read_rows
 from rl.prompts.template import ChatTemplate, Message
 
+_IDENTIFIER = re.compile(r"(?:.*_)?(?:id|idx|index|uid|uuid)")
 _ROWS_PER_BATCH = 1024  # rows tokenized together; fast tokenizers use every core for a batch
 
 # Raises DataError (rewards.api.GroundTruthError is one) when the reward cannot use the prompt's ground truth.
@@ -32,7 +35,7 @@ class PromptSet:
     name: str  # how metrics call it
     prompts: tuple[Prompt, ...]  # in row order, never empty
     num_dropped_too_long: int  # rows left out for more than max_prompt_tokens
-    num_repeated: int = 0  # rows left out because an earlier one has the same prompt and ground truth
+    num_repeated: int = 0  # rows left out because an earlier one is equal but for its identifiers
 
 
 def load_prompts(
@@ -50,7 +53,7 @@ def load_prompts(
         tokenizer: from `load_tokenizer`.
         max_prompt_tokens: longer prompts, template included, are dropped and counted.
         validate: called with every prompt kept, so that a reward can refuse a ground truth before the run starts.
-        drop_repeated: of rows with the same conversation and ground truth keep the first. Some published datasets hold
+        drop_repeated: of rows that are equal but for their identifiers keep the first. Some published datasets hold
             each problem a hundred times: a run of so many steps learns nothing from that, but it costs time and memory,
             and hides from a curriculum that the problem was seen. A generator's repetitions are its distribution: they
             stay.
@@ -68,7 +71,7 @@ def load_prompts(
     while chunk := list(islice(rows, _ROWS_PER_BATCH)):
         num_rows += len(chunk)
         if drop_repeated and not is_generated(config):
-            kept = [row for row in chunk if _is_new(row, config, seen)]
+            kept = [row for row in chunk if _is_new(row, seen)]
             num_repeated += len(chunk) - len(kept)
             chunk = kept
         for row, prompt in _tokenize(chunk, config, name, template):
@@ -95,17 +98,20 @@ def drop_held_out(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> tupl
     return tuple(prompt for prompt in prompts if prompt.token_ids not in known)
 
 
-def _is_new(row: Row, config: DatasetConfig, seen: set[bytes]) -> bool:
-    """Whether no earlier row has this one's conversation and ground truth; remembers it."""
-    reward_model = row.fields.get("reward_model")
-    parts = [row.fields.get(config.prompt_field), row.fields.get("reward"), reward_model]
-    if config.ground_truth_field is not None:
-        parts.append(row.fields.get(config.ground_truth_field))
-    key = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=repr).encode(), digest_size=16).digest()
+def _is_new(row: Row, seen: set[bytes]) -> bool:
+    """Whether no earlier row says what this one does; remembers it. A reward may judge by any field but identifiers."""
+    said = json.dumps(_without_identifiers(row.fields), sort_keys=True, default=repr)
+    key = hashlib.blake2b(said.encode(), digest_size=16).digest()
     if key in seen:
         return False
     seen.add(key)
     return True
+
+
+def _without_identifiers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_identifiers(v) for k, v in value.items() if not _IDENTIFIER.fullmatch(str(k).lower())}
+    return [_without_identifiers(item) for item in value] if isinstance(value, list) else value
 
 
 def _tokenize(
@@ -141,13 +147,15 @@ def _prompt(row: Row, messages: list[Message], ids: list[int], config: DatasetCo
 
 
 def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[str, Any]]:
-    """The ground truth from its own field, else from verl's `reward_model.ground_truth`; and every field not used."""
+    """The ground truth from its own field, else from verl's `reward_model.ground_truth`; and every other field."""
     used = {"prompt", "data_source", "reward"}  # a prompt of another name is a column that a reward may ask for
     extra = {key: value for key, value in row.fields.items() if key not in used}
     field = config.ground_truth_field
     if field is None:
         return None, extra
-    ground_truth = extra.pop(field, None)
+    ground_truth = extra.get(field)
+    if field == "ground_truth":  # one of another name is a column that a reward may ask for
+        extra.pop(field, None)
     reward_model = extra.get("reward_model")
     if ground_truth is None and isinstance(reward_model, Mapping):
         ground_truth = reward_model.get("ground_truth")

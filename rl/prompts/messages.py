@@ -69,7 +69,7 @@ def optional_text(row: Row, field: str) -> str | None:
 def _parse_message(message: Any, location: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{location} must be an object with role and content, not {_kind(message)}")
-    # Columnar formats give every message every key that any message has; templates test for presence.
+    # A null says that the key is not there; templates test for presence.
     present = {key: value for key, value in message.items() if value is not None}
     calls = present.get("tool_calls") or []
     if not isinstance(calls, list) or not all(_is_tool_call(call) for call in calls):

@@ -17,9 +17,8 @@ from typing import Any
 from rl.config import DatasetConfig
 from rl.config.types import looks_local
 from rl.errors import DataError
+from rl.prompts.generated import REASONING_GYM, generated_rows, is_generated
 
-REASONING_GYM = "reasoning_gym:"
-_COMPOSITE = "composite"  # the task that mixes others
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
@@ -48,15 +47,11 @@ def read_rows(config: DatasetConfig) -> Iterator[Row]:
                 "part of a list; reasoning_gym:composite mixes tasks (docs/data.md)"
             )
         _refuse_settings(config, "a reasoning_gym task", ("split", "subset"))
-        return _read_reasoning_gym(config, config.paths[0])
+        made = generated_rows(config, config.paths[0])
+        return (Row(index, location, fields) for index, (location, fields) in enumerate(made))
     sources = [_read_source(config, path) for path in config.paths]
     rows = itertools.islice(itertools.chain.from_iterable(sources), config.size)
     return (replace(row, index=index) for index, row in enumerate(rows))
-
-
-def is_generated(config: DatasetConfig) -> bool:
-    """Whether it is made here: a reasoning_gym task."""
-    return any(path.startswith(REASONING_GYM) for path in config.paths)
 
 
 def _read_source(config: DatasetConfig, source: str) -> Iterator[Row]:
@@ -137,7 +132,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             index = 0
             for batch in file.iter_batches():
                 for fields in batch.to_pylist():
-                    yield Row(index, f"{path} row {index + 1}", fields)
+                    yield Row(index, f"{path} row {index + 1}", _without_filling(fields))
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
@@ -190,65 +185,22 @@ def _pick_split(loaded: Any, config: DatasetConfig, path: Path) -> Any:
 
 def _rows_of(dataset: Any, name: str) -> Iterator[Row]:
     for index, fields in enumerate(dataset):
-        yield Row(index, f"{name} row {index + 1}", fields)
+        yield Row(index, f"{name} row {index + 1}", _without_filling(fields))
 
 
-def _read_reasoning_gym(config: DatasetConfig, path: str) -> Iterator[Row]:
-    """Rows with what the task's own scorer needs: `score_answer(answer, entry)` of a task made with extra.options takes
-    entry = {"question": extra.question, "answer": ground_truth, "metadata": extra.metadata}.
+def _without_filling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Columnar formats give every object of a column all keys that any of them has, and fill in nulls. Conversations
+    lose them: a template would write them into the arguments of tool calls."""
 
-    A row of `composite` is one of the task that it was drawn from.
-    """
-    task = path.removeprefix(REASONING_GYM)
-    dataset = _create_task(task, config, path)
-    for index in range(len(dataset)):
-        location = f"{path} item {index + 1} (seed {config.seed})"
-        try:
-            entry = dataset[index]
-            drawn = entry["metadata"]["source_dataset"] if task == _COMPOSITE else task
-        except Exception as error:  # a task's generator may raise anything for its own settings
-            raise DataError(f"{location}: the task failed to make it: {error!r}; change options or seed") from error
-        fields = {
-            config.prompt_field: entry["question"],
-            "data_source": f"{REASONING_GYM}{drawn}",
-            "question": entry["question"],
-            "metadata": entry["metadata"],
-            "options": _own_options(config.options, drawn) if task == _COMPOSITE else config.options,
-        }
-        if config.ground_truth_field is not None:
-            fields[config.ground_truth_field] = entry["answer"]
-        yield Row(index, location, fields)
+    def cleared(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleared(item) for key, item in value.items() if item is not None}
+        return [cleared(item) for item in value] if isinstance(value, list) else value
 
+    def is_conversation(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(item, Mapping) and "role" in item for item in value)
 
-def _own_options(options: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """What `composite` was told of one of its tasks, without seed and size, which are no matter of scoring."""
-    own = next(spec for spec in options["datasets"] if spec["name"] == task).get("config", {})
-    return {key: value for key, value in own.items() if key not in ("seed", "size")}
-
-
-def _create_task(task: str, config: DatasetConfig, path: str) -> Any:
-    import reasoning_gym
-    from reasoning_gym.composite import DatasetSpec
-    from reasoning_gym.factory import DATASETS
-
-    if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see the reasoning-gym gallery for names"
-        raise DataError(f"dataset {path}: reasoning_gym has no task {task!r}; {hint}")
-    known = [name for name in DATASETS[task][1].__dataclass_fields__ if name not in ("seed", "size")]
-    unknown = [name for name in config.options if name not in known]
-    if unknown:
-        remedy = "; use the dataset's own size and seed" if set(unknown) & {"seed", "size"} else ""
-        raise DataError(f"dataset {path}: options has no {', '.join(unknown)}{remedy}; {task} takes {', '.join(known)}")
-    size = {} if config.size is None else {"size": config.size}
-    try:
-        options = dict(config.options)
-        if task == _COMPOSITE:
-            specs = options.get("datasets", ())
-            options["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | spec) for spec in specs]
-        return reasoning_gym.create_dataset(task, seed=config.seed, **size, **options)
-    except Exception as error:  # tasks check their settings with assert, ValueError and TypeError
-        raise DataError(f"dataset {path}: the task refuses options {config.options}: {error}") from error
+    return {name: cleared(value) if is_conversation(value) else value for name, value in fields.items()}
 
 
 def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ...]) -> None:

@@ -20,6 +20,8 @@ from rl.prompts.rows import Row, dataset_name, missing_field, read_rows
 from rl.prompts.template import ChatTemplate, Message
 
 _ROWS_PER_BATCH = 1024
+_THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that templates read
+_END_OF_THINKING = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,11 @@ def _completion(prompt: str, full: str, response: Message, location: str) -> _Tu
     Otherwise (templates that cut the thinking out of the turn, or open <think> in the generation prompt only) the
     response's content as it stands; a <think> tag that the prompt has opened already is not repeated.
     """
-    parts = [response["content"], *(response[key] for key in ("reasoning_content", "thinking") if key in response)]
+    parts = [response["content"], *(response[key] for key in _THINKING if key in response)]
     tools = [call.get("function", call)["name"] for call in response.get("tool_calls") or ()]
     completion = full.removeprefix(prompt)
     if full.startswith(prompt) and all(_words(part) in _words(completion) for part in parts + tools):
+        _check_thinking(prompt, completion, response["content"], location)
         return _Turn(prompt, completion, verbatim=False)
     if tools:
         raise DataError(f"{location}: the chat template does not write the response's tool calls; take the row out")
@@ -114,7 +117,20 @@ def _completion(prompt: str, full: str, response: Message, location: str) -> _Tu
                 f"{location}: the chat template opens <think> in the prompt, but the response has no </think>"
             )
         content = content.lstrip().removeprefix("<think>").lstrip("\n")
+    _check_thinking(prompt, content, response["content"], location)
     return _Turn(prompt, content, verbatim=True)
+
+
+def _check_thinking(prompt: str, completion: str, content: str, location: str) -> None:
+    """Raise DataError where thinking in the text would be learned as part of the answer: behind a block that the
+    template has closed, or within harmony's final channel."""
+    closed = int(prompt.rstrip().endswith(_END_OF_THINKING)) + completion.count(_END_OF_THINKING)
+    if _END_OF_THINKING in content and (closed > content.count(_END_OF_THINKING) or "<|channel|>" in completion):
+        raise DataError(
+            f"{location}: the response's text has {_END_OF_THINKING}, but the chat template does not take its thinking "
+            "out of the text, and writes a block of its own; put it into the key that the template reads "
+            f"({' or '.join(_THINKING)}), and do not turn thinking off"
+        )
 
 
 def _words(text: str) -> str:

@@ -65,9 +65,10 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         source = tokenizer.get_chat_template()
         options = dict(options)
-        date = _date(options.pop("current_date", DEFAULT_DATE))
-        for name in options:
-            if not re.search(rf"\b{re.escape(name)}\b", source):
+        read_as = {name: "strftime_now" if name == "current_date" else name for name in options}
+        date = _date(options.pop("current_date", None) or DEFAULT_DATE)
+        for name, word in read_as.items():
+            if not re.search(rf"\b{re.escape(word)}\b", source):
                 raise ConfigError(
                     f"model.chat_template_options.{name}: the model's chat template never reads {name}, so it would "
                     "change nothing; remove it or check its spelling in the template"

@@ -147,6 +147,18 @@ def test_a_run_directory_that_cannot_be(fledge, tmp_path, config):
         assert (exit_code, "cannot be written" in said) == (2, True)
 
 
+def test_a_report_shows_samples_of_the_last_step_that_is_on_record(fledge, tmp_path):
+    """A killed run may have written samples of steps that its resumption has not come to."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "reward/mean": 0.5}) + "\n" for s in (1, 2)))
+    for step in (1, 2, 3):
+        row = {"prompt": "p", "response": f"said in step {step}", "reward": 1.0}
+        (tmp_path / "samples" / f"step_{step:06d}.jsonl").write_text(json.dumps(row) + "\n")
+    assert fledge("report", tmp_path)[0] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "said in step 2" in page and "said in step 3" not in page
+
+
 def test_export_and_report_of_something_else(fledge, tmp_path):
     assert "no run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
     assert "is it a run directory?" in fledge("report", tmp_path)[1]

@@ -53,6 +53,13 @@ def test_score_writes_the_same_rows_with_reward_breakdown_and_error(tmp_path: Pa
     assert verl["reward"] == 1.0
 
 
+def test_options_are_taken_as_they_are_typed(tmp_path: Path) -> None:
+    """As on the command line of a run: YAML would read a comment."""
+    rows = [{"response": "so it is\n#### 42", "ground_truth": "42"}]
+    assert score(tmp_path, rows, "exact", "pattern=#### (.*)")[0]["reward"] == 1.0
+    assert score(tmp_path, rows, "exact", r"pattern=\n#### (\d+)")[0]["reward"] == 1.0
+
+
 def test_score_by_file_with_tests_and_the_rows_other_fields(tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(

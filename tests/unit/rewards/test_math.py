@@ -147,6 +147,21 @@ def test_formulas_that_nothing_joins_to_the_last_one_are_no_part_of_the_answer(r
     assert score(reward, "2, 3, 5", "The final answer is $2$, $3$ and $5$.") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("truth", "answers", "spelled"),
+    [
+        ("1/2", [r"\frac{1}{2}", "1/2", "0.5", "50%"], {"1/2"}),
+        (["x=3", "-3"], ["3", "-3", "-3.0"], {"x=3", "-3"}),
+        ("7", ["1,000", "1000", "1000.00", "10^3"], {"1000"}),
+        ("7", ["2^{10^9}", "9^{9999}"], {"2^{10^9}", "9^{9999}"}),  # too long to spell out
+    ],
+)
+def test_equal_answers_have_one_spelling(reward, truth, answers, spelled):
+    """A majority is counted by it."""
+    samples = [RewardInput("", rf"\boxed{{{answer}}}", rf"\boxed{{{answer}}}", truth) for answer in answers]
+    assert {reward(sample).extracted for sample in samples} == spelled
+
+
 def test_any_ground_truth_of_a_list_will_do(reward):
     assert score(reward, ["2", "two pairs"], r"\boxed{\text{two pairs}}") == 1.0
     assert score(reward, ["2", "two pairs"], r"\boxed{3}") == 0.0

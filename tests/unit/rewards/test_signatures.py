@@ -145,6 +145,14 @@ def test_trl_missing_columns_are_named() -> None:
 
     with pytest.raises(KeyError, match="needs the column level, topic; the rows have subject, ground_truth"):
         values(two, [sample(extra={"subject": "algebra"})])
+    with pytest.raises(KeyError, match="needs the column topic; the rows have level, toppic, ground_truth"):
+        values(two, [sample(extra={"level": 1, "toppic": "algebra"})])  # not the ground truth in its place
+
+    def own_and_truth(completions: Any, ground_truth: Any, level: Any) -> list[float]:
+        return []
+
+    with pytest.raises(KeyError, match="needs the column level"):
+        values(own_and_truth, [sample()])
 
 
 def test_trl_none_abstains_and_ours_may_not() -> None:

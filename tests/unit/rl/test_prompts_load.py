@@ -1,7 +1,10 @@
 """Every source and row format, and what each broken row says."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,23 @@ def test_columns_that_only_some_messages_have_do_not_reach_the_template(tmp_path
     assert rendered(load(path, tokenizer).prompts[0], tokenizer) == "user-assistant+user-"
 
 
+def test_arguments_that_only_some_calls_have_do_not_reach_the_template(tmp_path, tokenizer):
+    """A Parquet column has one type: the arguments of all calls, merged, with nulls where a call has none."""
+
+    def row(arguments):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        messages = [{"role": "user", "content": "?"}, call, {"role": "tool", "content": "2"}]
+        return {"prompt": messages, "ground_truth": "2", "tests": arguments}
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([row({"city": "Paris"}), row({"expression": "1+1"})]), path)
+    tokenizer = build_tokenizer("qwen3")
+    tokenizer.chat_template = "{% for c in messages[1].tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
+    prompts = load(path, tokenizer).prompts
+    assert [rendered(p, tokenizer) for p in prompts] == ['{"city": "Paris"}', '{"expression": "1+1"}']
+    assert prompts[0].extra["tests"] == {"city": "Paris", "expression": None}, "other columns are as they are"
+
+
 def test_a_turn_that_only_calls_a_tool_needs_no_text(tmp_path, tokenizer):
     prompt = [
         {"role": "user", "content": "1+1?"},
@@ -192,10 +212,14 @@ def test_repeated_rows_are_dropped_where_that_is_asked_for(tmp_path, tokenizer):
     once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert [p.prompt_id for p in once.prompts] == ["verl:0", "verl:2"]
     assert (once.num_repeated, once.num_dropped_too_long) == (2, 0)
-    path = write_jsonl(tmp_path / "own.jsonl", GOOD, GOOD | {"ground_truth": "10"}, GOOD | {"level": 3})
+    path = write_jsonl(tmp_path / "own.jsonl", GOOD, GOOD | {"ground_truth": "10"}, GOOD | {"row_id": 3})
     config = DatasetConfig(path=str(path))
     once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert [p.ground_truth for p in once.prompts] == ["2", "10"]
+    tests = [{"prompt": "f(x)?", "tests": [{"input": i, "id": i}]} for i in (1, 2, 1)]
+    config = DatasetConfig(path=str(write_jsonl(tmp_path / "tests.jsonl", *tests)), ground_truth_field=None)
+    once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
+    assert [p.prompt_id for p in once.prompts] == ["tests:0", "tests:1"], "a reward judges by the row's tests"
     sums = DatasetConfig(path="reasoning_gym:basic_arithmetic", size=300, options={"max_terms": 2, "max_digits": 1})
     made = load_prompts(sums, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert len(made.prompts) == 300 > len({p.token_ids for p in made.prompts})
@@ -342,9 +366,10 @@ def test_settings_that_do_not_apply_are_errors(tmp_path, tokenizer):
 def test_other_field_names_and_no_ground_truth(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "2"})
     (prompt,) = load(path, tokenizer, prompt_field="question", ground_truth_field="answer").prompts
-    assert (prompt.text, prompt.ground_truth, dict(prompt.extra)) == ("1+1?", "2", {"question": "1+1?"})
+    columns = {"question": "1+1?", "answer": "2"}  # which a TRL reward may ask for by their names
+    assert (prompt.text, prompt.ground_truth, dict(prompt.extra)) == ("1+1?", "2", columns)
     (prompt,) = load(path, tokenizer, prompt_field="question", ground_truth_field=None).prompts
-    assert (prompt.ground_truth, dict(prompt.extra)) == (None, {"question": "1+1?", "answer": "2"})
+    assert (prompt.ground_truth, dict(prompt.extra)) == (None, columns)
 
 
 def test_validate_refuses_a_ground_truth_with_its_line(tmp_path, tokenizer):
@@ -406,6 +431,26 @@ def test_a_mixture_of_reasoning_gym_tasks_holds_rows_of_each(tokenizer):
     for prompt in result.prompts:
         assert prompt.extra["options"] == ({"max_terms": 3} if prompt.data_source.endswith("sum") else {})
         reward.validate_ground_truth(prompt.ground_truth, {**prompt.extra, "data_source": prompt.data_source})
+
+
+def test_reasoning_gym_rows_do_not_depend_on_the_hash_seed():
+    """word_ladder and others go through sets of words: a resumed run must find the problems that it had."""
+    code = (
+        "from rl.config import DatasetConfig; from rl.prompts.rows import read_rows; import sys\n"
+        "rows = read_rows(DatasetConfig(path='reasoning_gym:ransom_note', size=3, seed=1))\n"
+        "sys.stdout.write(repr([row.fields for row in rows]))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
 
 
 def test_reasoning_gym_tasks_without_an_answer_are_scored_by_metadata(tokenizer):

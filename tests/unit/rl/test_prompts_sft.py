@@ -124,6 +124,24 @@ def test_thinking_that_the_template_ignores_is_an_error(tmp_path):
         load(tmp_path, build_tokenizer("qwen3"), {"messages": [*MESSAGES, turn]})
 
 
+@pytest.mark.parametrize(
+    ("family", "template", "options"),
+    [("qwen3", "qwen3_8", {}), ("gpt_oss", "gptoss", {}), ("qwen3", "qwen3", {"enable_thinking": False})],
+)
+def test_thinking_in_the_text_is_not_learned_as_the_answer(tmp_path, family, template, options):
+    """qwen3_8 writes an empty block before the text, harmony puts all of it into the final channel, and a prompt whose
+    thinking is turned off has closed its block."""
+    row = {"prompt": "1+1?", "response": "<think>easy</think>2"}
+    with pytest.raises(DataError, match=r"examples\.jsonl:1: the response's text has </think>, but the chat template"):
+        load(tmp_path, released(family, template), row, options=options)
+
+
+def test_thinking_under_a_key_that_the_template_does_not_read_is_an_error(tmp_path):
+    row = {"prompt": "1+1?", "response": [{"role": "assistant", "content": "2", "reasoning": "easy"}]}
+    with pytest.raises(DataError, match="does not write the response's thinking"):
+        load(tmp_path, released("qwen3", "qwen3"), row)
+
+
 def test_a_template_without_an_end_of_turn_gets_one(tmp_path):
     tokenizer = build_tokenizer("qwen3")
     tokenizer.chat_template = (

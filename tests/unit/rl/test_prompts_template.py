@@ -89,6 +89,8 @@ def test_gpt_oss_takes_reasoning_effort_and_a_date_that_does_not_move():
         prompt(reasoning_effort="hihg")
     with pytest.raises(ConfigError, match="current_date is 'today'"):
         prompt(current_date="today")
+    with pytest.raises(ConfigError, match="chat template never reads current_date"):
+        ChatTemplate(build_tokenizer("qwen3"), {"current_date": "2025-08-05"})
 
 
 @pytest.mark.parametrize(
