@@ -197,11 +197,11 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        if (run_dir / METRICS_FILE).exists() and not resume:
+        store = checkpoint_store(config, run_dir)
+        if not resume and ((run_dir / METRICS_FILE).exists() or store.latest() is not None):
             raise ConfigError(
                 f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
             )
-        store = checkpoint_store(config, run_dir)
         if resume:
             store.resume()
         try:

@@ -193,7 +193,7 @@ def _check_exact(config: RunConfig, checkpoint: Any, device: str, layout: Layout
         layout = layout or resolve_layout(
             config.learner.layout, attention=attention, device=device, windows_in_masks=windows
         )
-        refuse_inexact_layout(layout, model_type=checkpoint.model_type, attention=attention, windows_in_masks=windows)
+        refuse_inexact_layout(layout, config=checkpoint, attention=attention, windows_in_masks=windows)
     except LearnerError as error:
         raise ConfigError(str(error)) from error
     return layout

@@ -93,15 +93,16 @@ def _cost_together(sequences: Sequence[TokenSequence]) -> float:
 
 
 def collect(
-    parts: Sequence[tuple[FloatArray, ...] | None], places: Sequence[Sequence[int]], count: int
+    parts: Sequence[tuple[FloatArray, ...] | None], places: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> tuple[FloatArray, ...] | None:
-    """Put the ranks' results back in the order of the samples; None if a rank has none."""
+    """Put the ranks' results back in the order of the samples, of these lengths, with zeros for a sample that no rank
+    had; None if a rank has no results."""
     whole: dict[int, FloatArray] = {}
     for part, part_places in zip(parts, places, strict=True):
         if part is None:
             return None
         whole.update(zip(part_places, part, strict=True))
-    return tuple(whole[place] for place in range(count))
+    return tuple(whole.get(i, np.zeros(length, dtype=np.float32)) for i, length in enumerate(lengths))
 
 
 def plan_update(

@@ -83,7 +83,8 @@ class CheckpointStore:
             self._discard(final)
         temporary.rename(final)
         _fsync_directory(self.directory)
-        for old in self._complete()[: -self.keep]:
+        older = [path for path in self._complete() if path != final]
+        for old in older[: max(len(older) - self.keep + 1, 0)]:
             self._discard(old)
         for leftover in self.directory.glob(f"{_DISCARDED}*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -66,9 +66,16 @@ def resolve_layout(
     return layout
 
 
-def refuse_inexact_layout(layout: str, *, model_type: str, attention: str, windows_in_masks: bool = False) -> None:
+def refuse_inexact_layout(layout: str, *, config: Any, attention: str, windows_in_masks: bool = False) -> None:
     """Raise LearnerError where sequences that are packed would see each other (`rl.learner_checks` measures), or
-    prompts that are shared more than their own layer lets them (`rl.shared_prefix.windows_in_masks`)."""
+    prompts that are shared more than their own layer lets them (`rl.shared_prefix.windows_in_masks`). `config` is the
+    model's in transformers."""
+    model_type, chunks = config.model_type, getattr(config, "attention_chunk_size", None) is not None
+    if layout == "packed" and chunks:
+        raise LearnerError(
+            f"{model_type} attends in chunks, which would be cut where the packed row's positions are, not each "
+            "sequence's; set learner.layout to bucketed"
+        )
     if layout == "packed" and model_type in _NEEDS_EXPLICIT_MASKS and attention not in (*FLASH_ATTENTIONS, "eager"):
         raise LearnerError(
             f"{model_type} with {attention} attention cannot run packed sequences exactly; set learner.layout to "
@@ -168,7 +175,7 @@ def _packed_mask(
     """None: from positions that restart, transformers builds block-diagonal attention (and only without a mask and a
     cache). Explicit masks for the models that do not look at them."""
     attention = model_config._attn_implementation
-    refuse_inexact_layout("packed", model_type=model_config.model_type, attention=attention)
+    refuse_inexact_layout("packed", config=model_config, attention=attention)
     if model_config.model_type not in _NEEDS_EXPLICIT_MASKS or attention in FLASH_ATTENTIONS:
         return None
     sequence = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)

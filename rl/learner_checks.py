@@ -20,6 +20,7 @@ from rl.batching import Layout
 from rl.errors import LearnerError
 from rl.layouts import MicroBatch, collate
 from rl.logprobs import LogprobHead
+from rl.shared_prefix import own_attention
 
 # Mean |difference|, in nats or of states of unit size. A leak between sequences moves log-probabilities by 0.1 to 4.
 # Rounding moves those of small models by 1e-6 or 0.003; where another number of rows is another kernel, those of a deep
@@ -90,8 +91,9 @@ def _compare(
 
     engine.eval()
     together = batch(sequences, layout)
-    alone = [first(batch([sequence], "bucketed")) for sequence in sequences]
-    rounding = worst(alone, [first(batch([sequence] * _COPIES, "bucketed")) for sequence in sequences])
+    with own_attention(model):
+        alone = [first(batch([sequence], "bucketed")) for sequence in sequences]
+        rounding = worst(alone, [first(batch([sequence] * _COPIES, "bucketed")) for sequence in sequences])
     allowed = min(max(_TOLERANCE[dtype], _ROUNDINGS * rounding), _MOST_TOLERANCE[dtype])
     difference = worst(together.split(found(together)), alone)
     if not difference <= allowed:

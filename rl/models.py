@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -180,11 +181,25 @@ def _load(
         ) from error
     finally:
         del zero3
-    loaded.config.use_cache = False
+    _refuse_kept_in_float32(loaded, model, path or model.path)
     _turn_off_dropout(loaded)
     if device == "cpu" and model.dtype == "float32":
         use_onednn(loaded)
     return loaded, set(report["missing_keys"])
+
+
+def _refuse_kept_in_float32(loaded: nn.Module, model: ModelConfig, path: str) -> None:
+    """Raise LearnerError where a model needs parameters in float32 beside others in bfloat16: partitions have one
+    dtype."""
+    patterns = getattr(loaded, "_keep_in_fp32_modules_strict", None) or ()
+    if model.dtype == "float32" or not patterns:
+        return
+    kept, *_ = build_glob_alternation(sorted(patterns))  # as transformers finds them
+    if names := [name for name, _ in loaded.named_parameters() if kept.search(name)]:
+        raise LearnerError(
+            f"{path!r} keeps {names[0]} (of {len(names)} parameters) in float32, which would be rounded to "
+            f"{model.dtype}; set model.dtype to float32"
+        )
 
 
 def _turn_off_dropout(model: nn.Module) -> None:

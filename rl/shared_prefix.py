@@ -18,7 +18,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,8 @@ def attention(  # noqa: PLR0913 - transformers' interface
         query: [B, H, L, D].
         key: [B, K, L, D].
         value: [B, K, L, D].
-        attention_mask: None; transformers makes none for an attention that it does not know.
+        attention_mask: None; transformers makes none for an attention that it does not know. A model that brings one
+            says more by it than causality (which tokens it chose to look at, say).
         scaling: of the scores.
         dropout: of the attention weights.
         sliding_window: a token sees itself and the window - 1 tokens before it.
@@ -109,8 +111,9 @@ def attention(  # noqa: PLR0913 - transformers' interface
     Raises:
         LearnerError: the model wants scores of another form.
     """
-    del module, attention_mask
     unknown = [name for name in ("s_aux", "softcap") if others.get(name) is not None]
+    unknown += ["a mask of its own"] if attention_mask is not None else []
+    unknown += [] if getattr(module, "is_causal", True) else ["a view of later tokens"]
     if unknown:
         raise LearnerError(f"attention with {unknown[0]} cannot share prompts; set learner.layout to bucketed")
     groups = query.shape[1] // key.shape[1]
@@ -160,6 +163,19 @@ def use_shared_prefixes(model: Any) -> None:
     )
     AttentionInterface.register(ATTENTION, attention)
     model.set_attn_implementation(ATTENTION)
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """Within: a model that shares prompts attends by itself, with sdpa."""
+    if model.config._attn_implementation != ATTENTION:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION)
 
 
 def refuse_unshareable(model_type: str, attention: str, *, windows_in_masks: bool = False) -> None:

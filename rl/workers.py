@@ -293,18 +293,23 @@ class LearnerGroup:
         )
 
     def annotate(self, scored: ScoredBatch) -> Annotations:
-        """See `rl.controller.Learners`; does no work when the algorithm needs nothing."""
+        """See `rl.controller.Learners`; does no work when the algorithm needs nothing.
+
+        Samples that are not valid get zeros: an engine that gave a request up has recorded no experts for it.
+        """
         algorithm = self.spec.algorithm
         needs_reference = algorithm is not None and algorithm.kl.placement != "none"
         if not (self.needs_old_logprobs or needs_reference or self.spec.critic):
             return Annotations()
+        rollouts = scored.batch.rollouts
+        valid = [i for i, is_valid in enumerate(scored.valid) if is_valid]
         sequences = [
             TokenSequence(
-                np.asarray(scored.batch.prompt_of(rollout).token_ids, dtype=np.int32),
-                rollout.token_ids,
-                rollout.routed_experts,
+                np.asarray(scored.batch.prompt_of(rollouts[i]).token_ids, dtype=np.int32),
+                rollouts[i].token_ids,
+                rollouts[i].routed_experts,
             )
-            for rollout in scored.batch.rollouts
+            for i in valid
         ]
         shares = balance(sequences, len(self.workers), share_prefixes=self.share_prefixes)
         parts = self._wait(
@@ -314,10 +319,15 @@ class LearnerGroup:
             ],
             "annotate",
         )
+        places = [[valid[i] for i in share] for share in shares]
+
+        def whole(results: Sequence[tuple[FloatArray, ...] | None]) -> tuple[FloatArray, ...] | None:
+            return collect(results, places, [r.length for r in rollouts])
+
         return Annotations(
-            old_logprobs=collect([p.old_logprobs for p in parts], shares, len(sequences)),
-            ref_logprobs=collect([p.ref_logprobs for p in parts], shares, len(sequences)),
-            values=collect([p.values for p in parts], shares, len(sequences)),
+            old_logprobs=whole([p.old_logprobs for p in parts]),
+            ref_logprobs=whole([p.ref_logprobs for p in parts]),
+            values=whole([p.values for p in parts]),
             kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
         )
 

@@ -306,6 +306,8 @@ def test_the_export_and_the_offline_export_load_with_from_pretrained(family: Fam
         assert_equal(checkpoint_weights(family.model(path)), family.results["saved"]["weights"])
         for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
             assert (path / name).is_file(), name
+        settings = [json.loads((folder / "config.json").read_text()) for folder in (path, family.checkpoint)]
+        assert settings[0].get("use_cache") == settings[1].get("use_cache")
         assert (path / "generation_config.json").read_text() == (
             family.checkpoint / "generation_config.json"
         ).read_text()

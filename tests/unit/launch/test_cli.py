@@ -127,6 +127,11 @@ def test_a_run_directory_is_not_overwritten(fledge, tmp_path, config):
     exit_code, said = fledge("train", save(tmp_path, config))
     assert (exit_code, "already holds a run; add --resume" in said) == (2, True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == row
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000100"
+    checkpoint.mkdir(parents=True)  # newer than any that this run would write
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert (exit_code, "already holds a run; add --resume" in said) == (2, True)
 
 
 def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tmp_path, config):

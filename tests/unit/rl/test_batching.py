@@ -190,10 +190,17 @@ def test_what_is_dealt_is_collected_in_order(lengths: list[int], ranks: int) -> 
     samples = [sample(n) for n in lengths]
     shares = balance([s.tokens for s in samples], ranks)
     results = [tuple(samples[i].rollout_logprobs + len(samples[i].response_ids) for i in share) for share in shares]
-    collected = collect(results, shares, len(samples))
+    sizes = [len(s.response_ids) for s in samples]
+    collected = collect(results, shares, sizes)
     assert collected is not None
     assert [row.tolist() for row in collected] == [[n - 1.0] * (n - 1) for n in lengths]
-    assert collect([None] * ranks, shares, len(samples)) is None
+    assert collect([None] * ranks, shares, sizes) is None
+    for place, share in enumerate(shares):  # a sample that no rank had
+        share[:], results[place] = share[1:], results[place][1:]
+    dealt = {i for share in shares for i in share}
+    partly = collect(results, shares, sizes)
+    assert partly is not None
+    assert [row.tolist() for row in partly] == [[(n - 1.0) * (i in dealt)] * (n - 1) for i, n in enumerate(lengths)]
 
 
 def test_mini_batches_differ_by_one_sample_at_most_and_leave_out_what_teaches_nothing() -> None:

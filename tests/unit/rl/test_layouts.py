@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, BertConfig, DeepseekV3Config, GlmMoeDsaConfig, Llama4TextConfig
 
 from launch.tiny_models import FAMILIES, Family, build_tiny_model
 from rl.batch import TokenSequence
@@ -393,7 +393,59 @@ def test_prompts_are_shared_with_sdpa_only(load: Any) -> None:
     with pytest.raises(LearnerError, match="attention with s_aux cannot share prompts"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(LearnerError, match="gpt_oss runs with eager; set learner.layout to bucketed or packed"):
-        refuse_inexact_layout("shared_prefix", model_type="gpt_oss", attention="eager")
+        refuse_inexact_layout("shared_prefix", config=model.config, attention="eager")
+
+
+def test_prompts_are_not_shared_where_a_model_says_more_than_causality() -> None:
+    """GLM-5's attention looks at the tokens that it chose, by a mask of its own; an encoder looks at later ones."""
+    sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    latent: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "mlp_layer_types": ["dense"],
+    }
+    for config, what in (
+        (GlmMoeDsaConfig(**sizes, **latent, intermediate_size=32), "a mask of its own"),
+        (BertConfig(**sizes, intermediate_size=32, is_decoder=False), "a view of later tokens"),
+    ):
+        config._attn_implementation = "sdpa"
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        use_shared_prefixes(model)
+        micro = collate(sequences(siblings=True), "shared_prefix", model_config=model.config, device="cpu")
+        with pytest.raises(LearnerError, match=f"attention with {what} cannot share prompts; set learner.layout"):
+            model(**micro.model_inputs)
+
+
+def test_the_leak_test_compares_shared_prompts_with_the_models_own_attention(load: Any) -> None:
+    """Where the two differ, in every sequence alike, comparing sharing with itself would find nothing."""
+    model = load("qwen3", "sdpa")
+    use_shared_prefixes(model)
+    own = model.model.layers[0].self_attn.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        output, weights = own(*arguments, **options)
+        return (output if model.config._attn_implementation == "sdpa" else 2 * output), weights
+
+    model.model.layers[0].self_attn.forward = forward
+    with pytest.raises(LearnerError, match="the shared_prefix layout is not exact for Qwen3ForCausalLM"):
+        check_layout(
+            _Engine(model), LogprobHead(model, 16), "shared_prefix", device=torch.device("cpu"), dtype=torch.float32
+        )
+    assert model.config._attn_implementation == ATTENTION
+
+
+def test_chunks_are_not_packed() -> None:
+    """transformers would cut them where the row's positions are: sequences behind the first see less or more."""
+    config = Llama4TextConfig(attention_chunk_size=64)
+    refuse_inexact_layout("bucketed", config=config, attention="sdpa")
+    with pytest.raises(LearnerError, match="llama4_text attends in chunks, which would be cut .* bucketed"):
+        refuse_inexact_layout("packed", config=config, attention="sdpa")
 
 
 def test_sequences_without_prompt_or_response_are_refused() -> None:

@@ -9,8 +9,18 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rl import actors
 from rl.actors import Crew
-from rl.batch import TrainBatch, TrainSample
-from rl.config import LearnerConfig, ModelConfig
+from rl.batch import (
+    Annotations,
+    FinishReason,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    Score,
+    ScoredBatch,
+    TrainBatch,
+    TrainSample,
+)
+from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rl.errors import LearnerError, RolloutError, WeightSyncError
 from rl.workers import LearnerGroup, LearnerSpec, RayWeightSyncClient
 
@@ -36,6 +46,43 @@ def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
         group._count_empty(batch(masked))
     with pytest.raises(LearnerError, match="none of the 1 samples has a token to learn from .* in 3 steps in a row"):
         group._count_empty(batch(masked=True))
+
+
+class Worker:
+    """Says of each sequence how long its response is."""
+
+    def __init__(self):
+        self.annotate = self
+        self.seen = []
+
+    def remote(self, sequences, *, old_logprobs):
+        assert old_logprobs
+        self.seen += sequences
+        rows = tuple(np.full(len(s.response_ids), len(s.response_ids), np.float32) for s in sequences)
+        return Annotations(old_logprobs=rows)
+
+
+def test_samples_that_are_not_valid_are_not_scored_and_get_zeros(monkeypatch):
+    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, what: calls)
+    spec = LearnerSpec(
+        LearnerConfig(mini_batches=2),
+        ModelConfig(path="unused"),
+        AlgorithmConfig(),
+        seed=0,
+        deterministic=False,
+        device="cpu",
+        total_optimizer_steps=1,
+    )
+    reasons = [FinishReason.STOP, FinishReason.ABORT, FinishReason.STOP, FinishReason.LENGTH]
+    rollouts = tuple(
+        Rollout(0, 0, i, np.arange(i + 1, dtype=np.int32), np.zeros(i + 1, np.float32), reason, 0, "", "")
+        for i, reason in enumerate(reasons)
+    )
+    scored = ScoredBatch(RolloutBatch((Prompt("p", (1, 2), "q"),), rollouts), tuple(Score(1.0) for _ in rollouts))
+    workers = [Worker(), Worker()]
+    found = LearnerGroup(spec, workers).annotate(scored).old_logprobs
+    assert [row.tolist() for row in found] == [[1.0], [0.0, 0.0], [3.0] * 3, [4.0] * 4]
+    assert sorted(len(s.response_ids) for worker in workers for s in worker.seen) == [1, 3, 4]
 
 
 CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))

@@ -336,6 +336,17 @@ def test_rows_after_the_checkpoint_are_replaced_when_resuming(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_the_newest_checkpoints_stay_and_what_was_just_written_always_does(tmp_path):
+    def save(step, keep):
+        CheckpointStore(tmp_path, keep=keep).save(step, {}, lambda folder: (folder / "w").touch())
+        return sorted(int(path.name[5:]) for path in tmp_path.glob("step_*"))
+
+    assert [save(step, keep=5) for step in (1, 2, 3, 4)][-1] == [1, 2, 3, 4]
+    assert save(5, keep=2) == [4, 5]
+    assert save(2, keep=2) == [2, 5]
+    assert save(3, keep=1) == [3]
+
+
 def test_a_resumed_run_says_what_changed_and_refuses_what_must_not(tmp_path):
     def store(**changes):
         settings = {"seed": 0, "critic": None, "lr": 0.1, "data": {"train": {"path": "a", "options": {}}, "eval": []}}
