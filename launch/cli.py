@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,8 +15,13 @@ from launch.environment import installed_version, keep_worker_priority, quiet_fr
 from launch.reward_commands import reward_app
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config.loading import load_config
-from rl.errors import FledgeError
+from rl.errors import ConfigError, FledgeError
 
+# What a file system says, and no fault of ours: rights, kinds of files, room.
+_OF_THE_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+)
 Config = TypeVar("Config", bound=RunConfig)
 
 app = typer.Typer(
@@ -127,6 +134,18 @@ def main() -> None:
             _say(note)
         _say(f"error: {error}")
         sys.exit(error.exit_code)
+    except SystemExit as error:  # nothing of ours raises it within the app
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        _say(
+            f"error: {frame.filename}, line {frame.lineno}, ended the process with {error.code!r}; code of a reward or "
+            "a plugin must not call exit, and what a script does goes under `if __name__ == '__main__':`"
+        )
+        sys.exit(ConfigError.exit_code)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or error.filename is None:
+            raise
+        _say(f"error: {error.filename}: {error.strerror}")
+        sys.exit(ConfigError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             if message := error.format_message():  # without arguments the help has been shown, and there is none

@@ -55,7 +55,9 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         _init(address, options)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # ValueError: not an address
+        if address is None:
+            raise
         raise ConfigError(
             f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
             f"{error}; start one with `ray start --head`, or unset it to run on this machine alone. A cluster that "

@@ -5,16 +5,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import typer
 
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
 from launch.display import ProgressDisplay
-from launch.preflight import check_checkpoint, check_layout, check_logging, refuse_moving_positions
+from launch.preflight import (
+    check_checkpoint,
+    check_layout,
+    check_logging,
+    refuse_moving_positions,
+    refuse_unknown_tokens,
+)
 from rl.checkpoint import LEARNER, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
@@ -71,6 +79,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         examples = load_sft_examples(
             config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
         )
+        refuse_unknown_tokens(config.model, (ids for e in examples.examples for ids in (e.prompt_ids, e.response_ids)))
         total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
         display = stack.enter_context(ProgressDisplay(config.name, total_steps))
         if resume and _is_finished(config, total_steps, (MODEL,)):
@@ -187,7 +196,7 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
     """
     run_dir = Path(config.run_dir)
     _make_run_dir(run_dir)
-    with (run_dir / ".lock").open("w") as lock:
+    with _opened_lock(run_dir) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError as error:
@@ -225,9 +234,19 @@ def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
         )
 
 
-def _make_run_dir(run_dir: Path) -> None:
+def _opened_lock(run_dir: Path) -> TextIO:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "samples").mkdir(exist_ok=True)  # fails now where a directory that is there cannot be written to
+        return (run_dir / ".lock").open("w")
+    except OSError as error:  # another user's, say
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    """Create it, and fail now where it is there and cannot be written to."""
+    try:
+        for folder in (run_dir, run_dir / "samples"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error

@@ -6,6 +6,7 @@ Left out: the command line (`launch.cli`), and what the parts do.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_checkpoint, check_engine_options, check_length, check_training
+from launch.preflight import check_checkpoint, check_engine_options, check_length, check_training, refuse_unknown_tokens
 from rewards.combine import CombinedReward
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
@@ -314,6 +315,8 @@ def _load_data(
         if any(loaded.name == other.name for other in eval_sets):
             raise ConfigError(f"data.eval has two datasets named {loaded.name}; give one of them another name")
         eval_sets.append(EvalSet(loaded.name, loaded.prompts))
+    everything = itertools.chain(prompts, *(held_out.prompts for held_out in eval_sets))
+    refuse_unknown_tokens(config.model, (prompt.token_ids for prompt in everything))
     if not config.data.keep_held_out:
         prompts = _held_out_dropped(prompts, eval_sets, display)
     return prompts, eval_sets

@@ -6,18 +6,22 @@ Left out: the configuration's own consistency (`rl.config`) and the machine's he
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from launch.environment import cluster_address
 from rl.advantages import advantage_spec
 from rl.advantages.contract import check_estimator
+from rl.batch import IntArray
 from rl.batching import Layout
 from rl.config import ModelConfig, RunConfig, TrainConfig
 from rl.config.types import looks_local
@@ -72,6 +76,12 @@ def check_algorithm(config: TrainConfig) -> None:
             f"critic is set, but algorithm.advantage {algorithm.advantage} does not look at a critic's values; set "
             "algorithm.advantage to gae, or leave the critic out"
         )
+    if estimator.needs_groups and (config.rollout.temperature == 0 or config.rollout.top_k == 1):
+        raise ConfigError(
+            f"algorithm.advantage {algorithm.advantage} compares the samples of a group, but rollout.temperature "
+            f"{config.rollout.temperature:g} with rollout.top_k {config.rollout.top_k} makes all of them alike; set "
+            "the temperature over 0, and top_k to 0 or more than 1"
+        )
     check_estimator(estimator, algorithm.advantage_options, group_size=config.rollout.group_size)
     check_policy_loss(
         policy_loss_spec(algorithm.loss),
@@ -95,6 +105,26 @@ def check_checkpoint(path: str, key: str) -> None:
         raise ConfigError(f"{key} {path} has no config.json, so it is no Hugging Face checkpoint{_of_a_run(folder)}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ConfigError(f"{key} {path} holds no weights (*.safetensors or *.bin)")
+    _refuse_cut_weights(folder, key)
+
+
+def _refuse_cut_weights(folder: Path, key: str) -> None:
+    """Raise ConfigError where a download was cut short, or Git LFS has left its pointers: by the headers of the files,
+    and by their index."""
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{key}: {index} cannot be read: {error!r}; download the checkpoint again") from error
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{key}: {file} cannot be read: {error}; download the checkpoint again (a clone needs `git lfs pull`)"
+            ) from error
 
 
 def _of_a_run(folder: Path) -> str:
@@ -108,9 +138,18 @@ def _of_a_run(folder: Path) -> str:
 
 
 def check_length(config: TrainConfig) -> None:
-    """Raise ConfigError where responses may be longer than the model's positions reach. Positions that are stretched
-    (YaRN and its like) are left to the engine to judge, and so is what rollout.engine_options says of them."""
+    """Raise ConfigError where the engines cannot divide the model, or responses may be longer than its positions reach.
+
+    Positions that are stretched (YaRN and its like) are left to the engine to judge, and so is what
+    rollout.engine_options says of them.
+    """
     limit, kinds = _positions(config.model)
+    heads = getattr(load_config(config.model).get_text_config(), "num_attention_heads", None)
+    if heads is not None and heads % config.rollout.tensor_parallel_size:
+        raise ConfigError(
+            f"the {heads} attention heads of model.path {config.model.path} do not divide among "
+            f"rollout.tensor_parallel_size {config.rollout.tensor_parallel_size}; choose a divisor"
+        )
     key = "data.max_prompt_tokens + rollout.max_response_tokens"
     refuse_moving_positions(config.model, config.data.max_prompt_tokens + config.rollout.max_response_tokens, key)
     stretched = any(kind.get("rope_type", "default") != "default" for kind in kinds)
@@ -126,6 +165,17 @@ def check_length(config: TrainConfig) -> None:
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {section}.max_response_tokens {tokens} = "
                 f"{longest} is over the {limit} positions of model.path {config.model.path}; lower one of them"
             )
+
+
+def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] | IntArray]) -> None:
+    """Raise ConfigError where a text has tokens that the model has no embedding of."""
+    largest = max((int(max(ids)) for ids in sequences if len(ids)), default=0)
+    vocabulary = load_config(model).get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer of model.path {model.path} makes token {largest}, and the model's vocab_size is "
+            f"{vocabulary}: they do not belong together"
+        )
 
 
 def refuse_moving_positions(model: ModelConfig, longest: int, key: str) -> None:
@@ -246,6 +296,13 @@ def check_engine_options(config: TrainConfig) -> None:
     if asked.returncode:
         raise ConfigError(f"vLLM cannot be imported:\n{asked.stderr.strip()}")
     known = asked.stdout.splitlines()[-1].split()
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    limit = config.rollout.engine_options.get("max_model_len")
+    if isinstance(limit, int) and limit < longest:
+        raise ConfigError(
+            f"rollout.engine_options.max_model_len {limit} is under data.max_prompt_tokens + "
+            f"rollout.max_response_tokens, {longest}; leave it out, or raise it"
+        )
     for name in config.rollout.engine_options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -255,7 +312,10 @@ def check_engine_options(config: TrainConfig) -> None:
 
 def check_logging(config: RunConfig) -> None:
     """Raise ConfigError where W&B is asked for and would only say when every engine has started that it has no key."""
-    if config.logging.wandb_project is None or config.logging.wandb_mode == "offline":
+    project = config.logging.wandb_project
+    if project is not None and (wrong := set(project) & set("/\\#?%:")):
+        raise ConfigError(f"logging.wandb_project is {project!r}, but W&B takes no {' '.join(sorted(wrong))} in names")
+    if project is None or config.logging.wandb_mode == "offline":
         return
     import wandb
 

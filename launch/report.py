@@ -58,7 +58,10 @@ def write_report(run_dir: Path) -> Path:
         final=sorted((k, v) for k, v in rows[-1].items() if isinstance(v, float) and k != "time"),
     )
     path = run_dir / REPORT_FILE
-    path.write_text(page)
+    try:
+        path.write_text(page)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
     return path
 
 

@@ -48,7 +48,7 @@ def score(
     input_path: Annotated[Path, typer.Option("--input", help="JSONL rows with response and ground_truth, or tests")],
     output_path: Annotated[Path, typer.Option("--output", help="the same rows with reward, breakdown and error")],
     workers: Annotated[int, typer.Option(min=1, help="processes that score")] = 2,
-    timeout: Annotated[float, typer.Option(min=0.001, help="deadline of one sample, seconds")] = 30.0,
+    timeout: Annotated[float, typer.Option(min=0.001, max=1e9, help="deadline of one sample, seconds")] = 30.0,
 ) -> None:
     """Score the responses of a JSONL file.
 

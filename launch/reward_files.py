@@ -47,7 +47,7 @@ def score_file(input_path: Path, output_path: Path, config: RewardConfig) -> tup
     total = 0.0
     with LocalScorer(config) as scorer:
         try:
-            output = output_path.open("w", encoding="utf-8")
+            output = output_path.open("w", encoding="utf-8", errors="backslashreplace")  # half surrogate pairs
         except OSError as error:
             raise ConfigError(f"--output {output_path} cannot be written: {error.strerror}") from error
         with output:
@@ -95,7 +95,7 @@ def _read(path: Path) -> Iterator[tuple[Row, RewardInput]]:
             location = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:  # broken JSON or broken UTF-8
+            except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
                 raise DataError(f"{location}: the line is no JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{location}: the row is a {type(row).__name__}, but must be an object with a response")

@@ -17,7 +17,7 @@ from rewards.loading import describe_error, load_reward
 from rewards.signatures import Reward, iterate_results
 from rl.batch import Prompt, RewardStatus, Score
 from rl.config import RewardFunctionConfig
-from rl.errors import ConfigError, RewardError
+from rl.errors import ConfigError, FledgeError, RewardError
 
 SHARED_DONE = "shared done"  # yielded once by `stream`: what follows is work on one sample at a time
 _END = object()
@@ -90,8 +90,17 @@ class CombinedReward:
                 "responses; list at least one reward"
             )
         for part in parts:
-            if part.reward.validate_ground_truth is not None:
+            if part.reward.validate_ground_truth is None:
+                continue
+            try:
                 part.reward.validate_ground_truth(ground_truth, extra or {})
+            except FledgeError:
+                raise
+            except Exception as error:
+                raise RewardError(
+                    f"validate_ground_truth(ground_truth, extra) of the reward {part.label} failed, and should raise "
+                    f"GroundTruthError for what it refuses: {describe_error(error)}"
+                ) from error
 
     def validate_prompt(self, prompt: Prompt) -> None:
         """`validate_ground_truth` of a loaded row; the parts see its data_source among its fields."""

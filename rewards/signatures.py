@@ -60,6 +60,11 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
         ConfigError: an option that the function does not take, of the wrong type, or missing.
     """
     mode, function = _entry(name, target)
+    if inspect.isasyncgenfunction(_code_of(function)):
+        raise RewardError(f"reward {name!r} is an asynchronous generator; return the results in place of yielding them")
+    max_concurrent = getattr(target, "max_concurrent", None)
+    if max_concurrent is not None and (not isinstance(max_concurrent, int) or max_concurrent < 1):
+        raise RewardError(f"reward {name!r} has max_concurrent {max_concurrent!r}; it must be a whole number over 0")
     parameters = _parameters(name, function)
     names = {p.name for p in parameters}
     is_async = inspect.iscoroutinefunction(_code_of(function))
@@ -87,7 +92,7 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
         is_async=is_async,
         call=call,
         shaping=bool(getattr(target, "shaping", False)),
-        max_concurrent=getattr(target, "max_concurrent", None),
+        max_concurrent=max_concurrent,
         may_abstain="completions" in names,
         validate_ground_truth=getattr(target, "validate_ground_truth", None),
         close=getattr(target, "close", None),

@@ -48,6 +48,8 @@ def attention_of(model: ModelConfig, config: Any, device: str) -> str:
     attention = choose_attention(model.attention, model_class(config), device, model.dtype)
     if attention.startswith("flash") and device == "cpu":
         raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager for a CPU")
+    if attention == "flex_attention" and device == "cpu":
+        raise LearnerError("model.attention flex_attention has no backward pass on CPUs; set it to auto, sdpa or eager")
     if attention.startswith("flash") and model.dtype == "float32":
         raise LearnerError(
             f"model.attention {attention} has no float32; set model.dtype to bfloat16 or attention to auto"
@@ -62,7 +64,7 @@ def load_config(model: ModelConfig, path: str | None = None, key: str = "model.p
         return AutoConfig.from_pretrained(
             path or model.path, revision=None if path else model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers' classes check their values by errors of many types
         raise LearnerError(
             f"cannot load a model configuration from {path or model.path!r}: {error}; "
             f"give a folder or hub name of a Hugging Face checkpoint as {key}"

@@ -96,7 +96,9 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         # `GPUModelRunner._bookkeeping_sync`). Whole prompts need no taking back.
         options |= {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, length or model_length),
+            "max_num_batched_tokens": max(
+                _CPU_BATCHED_TOKENS, length or model_length, rollout.max_concurrent_sequences
+            ),
             "block_size": _CPU_BLOCK_TOKENS,
         }
     options |= _other_checkpoint(spec, checkpoint)

@@ -26,7 +26,7 @@ def check_estimator(spec: AdvantageSpec, options: Mapping[str, Any], *, group_si
     inputs = _probe_batch(group_size)
     try:
         result = spec.function(inputs, **options)
-        rows = result.advantages
+        rows = [torch.as_tensor(row) for row in result.advantages]
     except ConfigError:
         raise
     except Exception as error:  # a plugin's own code, or an option of the wrong type

@@ -9,6 +9,7 @@ import torch
 
 from rl.advantages.api import AdvantageInputs, Advantages, register_advantage, spread
 from rl.advantages.groups import group_statistics
+from rl.errors import ConfigError
 
 
 @register_advantage("grpo")
@@ -19,6 +20,8 @@ def grpo(inputs: AdvantageInputs, *, epsilon: float = 1e-6) -> Advantages:
     get 0: they say nothing about which response is better (verl gives a group of one its raw reward). That holds with
     the KL in the reward too: divided by its own spread it would get the size of a right answer's advantage.
     """
+    if not epsilon >= 0.0:
+        raise ConfigError(f"grpo: epsilon is {epsilon}; it is added to the standard deviation, and must be at least 0")
     group = group_statistics(inputs)
     advantages = (group.rewards - group.mean) / (group.std + epsilon)
     signal = group.has_signal & group.has_task_signal

@@ -127,7 +127,7 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"config file {path} does not exist (looked in {Path.cwd()})")
     try:
         loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping at its top level, not a {type(loaded).__name__}")

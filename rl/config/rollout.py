@@ -43,13 +43,13 @@ class RolloutConfig(Section):
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs of an engine (on CPUs: processes)")
     threads_per_worker: PositiveInt | None = Field(None, description="CPU threads; null: an even share of the cores")
     prompts_per_step: PositiveInt = Field(32, description="groups a training step")
-    group_size: PositiveInt = Field(8, description="responses a prompt")
+    group_size: Annotated[Int, Field(ge=1, le=1 << 16)] = Field(8, description="responses a prompt")
     max_response_tokens: PositiveInt = Field(1024, description="longer responses are cut, and say so")
     temperature: Temperature = Field(1.0, description="of the samples to learn from")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
     top_k: NonNegativeInt = Field(0, description="0: every token")
     min_p: Fraction = Field(0.0, description="0: every token")
-    stop: tuple[str, ...] = Field(
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="strings that end a response, and stay in it, beside the end of the turn"
     )
     reject_degenerate: RejectDegenerateConfig | None = Field(

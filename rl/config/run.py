@@ -11,7 +11,7 @@ from rl.config.algorithm import AlgorithmConfig
 from rl.config.data import DataConfig, ModelConfig, SftDataConfig
 from rl.config.learner import CriticConfig, LearnerConfig
 from rl.config.rollout import EvaluationConfig, RewardConfig, RolloutConfig
-from rl.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Seed
+from rl.config.types import Folder, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Seed
 
 
 class SyncConfig(Section):
@@ -52,6 +52,9 @@ class LoggingConfig(Section):
     samples_per_step: PositiveInt = Field(64, description="in a sample file")
 
 
+_RAYS_OWN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
+
+
 class RayConfig(Section):
     """The cluster. RAY_ADDRESS in the environment joins a running one."""
 
@@ -64,12 +67,22 @@ class RayConfig(Section):
         default_factory=dict, description="custom resources a learner worker"
     )
 
+    @model_validator(mode="after")
+    def _custom(self) -> RayConfig:
+        for key in ("rollout_resources", "learner_resources"):
+            if own := sorted(_RAYS_OWN_RESOURCES & getattr(self, key).keys()):
+                raise ValueError(
+                    f"{key} holds {', '.join(own)}, which placement decides; it is for resources that nodes were "
+                    "started with, as `ray start --resources '{\"learner\": 1}'`"
+                )
+        return self
+
 
 class RunConfig(Section):
     """What training and supervised warm start have in common."""
 
     name: str = Field("run", description="of the run, in displays and loggers")
-    run_dir: str = Field("runs/default", description="everything the run writes")
+    run_dir: Folder = Field("runs/default", description="everything the run writes")
     seed: Seed = Field(0, description="of everything random")
     deterministic: bool = Field(False, description="two runs of the same config write the same weights, bit for bit")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -80,6 +93,15 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="run state on disk")
     logging: LoggingConfig = Field(LoggingConfig(), description="where metrics go")
     ray: RayConfig = Field(RayConfig(), description="the cluster")
+
+    @model_validator(mode="after")
+    def _deterministic_can_work(self) -> RunConfig:
+        if self.deterministic and self.device == "cuda":
+            raise ValueError(
+                "deterministic promises the same weights bit for bit, which GPUs do not keep, and device is cuda; set "
+                "deterministic to false, or device to cpu"
+            )
+        return self
 
 
 class TrainConfig(RunConfig):

@@ -55,6 +55,7 @@ OneOrSeveral = Annotated[
     Annotated[str, Tag("[one]")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("[several]")],
     Discriminator(lambda value: "[several]" if isinstance(value, list | tuple) else "[one]"),
 ]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(lambda path: str(Path(path).expanduser()))]
 PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if name.endswith(".py") else name)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.errors import ConfigError
+from rl.errors import ConfigError, FledgeError
 from rl.losses.aggregation import aggregate
 from rl.losses.api import Aggregation, LossInputs, PolicyLossOutput, PolicyLossSpec
 from rl.plugins import check_options
@@ -109,14 +109,22 @@ def _value(
         inputs = dataclasses.replace(part, logprobs=part.logprobs.clone().requires_grad_())
         with torch.random.fork_rng(devices=[]):  # a loss that draws at random must draw the same each time
             torch.manual_seed(0)
-            output = spec.function(inputs, **options)
-        if not isinstance(output, PolicyLossOutput) or output.loss.shape != inputs.logprobs.shape:
-            shape = tuple(output.loss.shape) if isinstance(output, PolicyLossOutput) else type(output).__name__
+            try:
+                output = spec.function(inputs, **options)
+            except FledgeError:
+                raise
+            except Exception as error:  # a plugin's own code, or an option of the wrong type
+                raise ConfigError(
+                    f"algorithm.loss {spec.name} with options {dict(options)} fails on a small batch: {error!r}"
+                ) from error
+        loss = output.loss if isinstance(output, PolicyLossOutput) else None
+        if not isinstance(loss, Tensor) or loss.shape != inputs.logprobs.shape:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(output).__name__
             raise ConfigError(
                 f"algorithm.loss {spec.name} must return PolicyLossOutput with one loss a token, shape "
                 f"{tuple(inputs.logprobs.shape)}; it returned {shape}"
             )
-        loss = aggregate(output.loss, inputs, mode, num_loss_tokens=9, num_sequences=len(_LENGTHS), fixed_length=8)
+        loss = aggregate(loss, inputs, mode, num_loss_tokens=9, num_sequences=len(_LENGTHS), fixed_length=8)
         if not loss.requires_grad:
             raise ConfigError(f"algorithm.loss {spec.name} has no gradient for the log-probabilities")
         loss.backward()

@@ -44,7 +44,7 @@ def ppo_clip(
 
 def check_clip_range(name: str, low: float, high: float, *, low_limit: float = 1.0) -> None:
     """Raise ConfigError unless 0 <= low <= low_limit and high >= 0."""
-    if not 0.0 <= low <= low_limit or high < 0.0:
+    if not 0.0 <= low <= low_limit or not high >= 0.0:  # NaN too
         raise ConfigError(
             f"{name}: clip_low is {low} and clip_high is {high}; they are distances from ratio 1, "
             f"clip_low from 0 to {low_limit:g} and clip_high at least 0"

@@ -100,7 +100,10 @@ def drop_held_out(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> tupl
 
 def _is_new(row: Row, seen: set[bytes]) -> bool:
     """Whether no earlier row says what this one does; remembers it. A reward may judge by any field but identifiers."""
-    said = json.dumps(_without_identifiers(row.fields), sort_keys=True, default=repr)
+    try:
+        said = json.dumps(_without_identifiers(row.fields), sort_keys=True, default=repr)
+    except RecursionError as error:
+        raise DataError(f"{row.location}: the row is nested too deeply") from error
     key = hashlib.blake2b(said.encode(), digest_size=16).digest()
     if key in seen:
         return False

@@ -221,5 +221,7 @@ def _looks_like_path(path: str) -> bool:
 def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
+    if path.is_symlink():
+        return f"; it is a link to {path.readlink()}, which is not there"
     near = difflib.get_close_matches(path.name, (p.name for p in path.parent.iterdir()), n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""

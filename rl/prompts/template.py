@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from rl.config import ModelConfig
 from rl.config.types import looks_local
 from rl.errors import ConfigError, DataError
@@ -52,6 +50,15 @@ def load_tokenizer(model: ModelConfig) -> Any:
             f"model.path {model.path}: the tokenizer has no chat template (a base model?); use an instruct checkpoint, "
             "or set model.chat_template to a file with a Jinja chat template"
         )
+    if not re.search(r"\bmessages\b", tokenizer.get_chat_template()):
+        raise ConfigError(
+            f"{model.chat_template or model.path}: the chat template never reads messages, so every prompt would be "
+            "the same; it must be a Jinja template over `messages`"
+        )
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ConfigError(
+            f"model.path {model.path}: the tokenizer makes no tokens of a text; is tokenizer.json missing?"
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path {model.path}: the tokenizer has no EOS token, so no response could end")
     return tokenizer
@@ -89,7 +96,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # templates are programs
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise DataError(
                 f"{location}: the chat template refuses these messages ({roles}): {_first_line(error)}"

@@ -1,5 +1,6 @@
 """Bad input from the command line: one clear message, the right exit code, no traceback, nothing started or lost."""
 
+import errno
 import json
 import os
 import re
@@ -143,6 +144,29 @@ def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tm
     refused = "another configuration: seed 0 -> 7, rollout.group_size 8 -> 4, critic None -> a section; set back"
     assert (exit_code, refused in " ".join(said.split())) == (CheckpointError.exit_code, True), said
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
+
+
+@pytest.mark.parametrize("where", ["import", "call"])
+def test_code_of_a_user_cannot_end_the_command_in_silence(fledge, tmp_path, config, where):
+    """A script without an `if __name__` guard: its exit(0) looked like a finished run."""
+    plugin = tmp_path / "mine.py"
+    code = "import sys\ndef score(sample):\n    return 1.0\n"
+    code += "sys.exit(0)\n" if where == "import" else "class S:\n    def __init__(self):\n        sys.exit(0)\n"
+    plugin.write_text(code)
+    name = f"{plugin}:{'score' if where == 'import' else 'S'}"
+    config["reward"] = {"functions": [{"name": name}]}
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert exit_code == 2
+    assert f"{plugin}, line {4 if where == 'import' else 6}, ended the process with 0" in said
+
+
+def test_a_file_that_cannot_be_read_is_a_sentence(fledge, tmp_path, config, monkeypatch):
+    def refused(path, *arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("rl.prompts.rows._read_jsonl", refused)
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert (exit_code, f"error: {tmp_path / 'rows.jsonl'}: Permission denied" in said) == (2, True)
 
 
 def test_a_run_directory_that_cannot_be(fledge, tmp_path, config):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch.compose import checkpoint_store, load_data, shape_data
-from launch.tiny_models import build_tokenizer
+from launch.tiny_models import build_tiny_model
 from rl.batch import Prompt
 from rl.config import TrainConfig
 from rl.errors import CheckpointError, ConfigError
@@ -78,7 +78,7 @@ def test_prompts_of_the_evaluation_are_not_trained_on(tmp_path):
         path.write_text("".join(json.dumps({"prompt": f"{i}+1", "ground_truth": str(i + 1)}) + "\n" for i in numbers))
         return str(path)
 
-    build_tokenizer("qwen3").save_pretrained(tmp_path)
+    build_tiny_model("qwen3", tmp_path)
     model = {"path": str(tmp_path)}
     data = {"train": {"path": rows("train.jsonl", range(8))}, "eval": [{"path": rows("test.jsonl", [3, 5, 9])}]}
     said = Messages()

@@ -4,7 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     DeepseekV2Config,
@@ -17,7 +20,15 @@ from transformers import (
 )
 
 from launch.commands import sft
-from launch.preflight import check_engine_options, check_layout, check_length, check_logging, check_training
+from launch.preflight import (
+    check_checkpoint,
+    check_engine_options,
+    check_layout,
+    check_length,
+    check_logging,
+    check_training,
+    refuse_unknown_tokens,
+)
 from launch.tiny_models import build_tiny_model
 from rl.config import (
     LearnerConfig,
@@ -74,6 +85,8 @@ def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
     for device in ("cpu", "auto"):
         with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2 runs on GPUs only"):
             check_layout(run_config(models["qwen3"], attention="flash_attention_2", device=device))
+    with pytest.raises(ConfigError, match="flex_attention has no backward pass on CPUs"):
+        check_layout(run_config(models["qwen3"], attention="flex_attention", device="cpu"))
 
 
 def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
@@ -91,7 +104,7 @@ def test_models_that_the_learner_cannot_train_are_refused(tmp_path, models, conf
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message):
         check_layout(run_config(str(tmp_path), device="auto", address="auto"))
-    (tmp_path / "model.safetensors").touch()
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     critic = TrainConfig(
         model={"path": models["qwen3"]},
         data={"train": {"path": "d"}},
@@ -123,6 +136,47 @@ def test_settings_of_experts_are_refused_where_there_are_none(models, setting):
     config = run_config(models["qwen3"]).model_copy(update={"learner": LearnerConfig(moe=setting)})
     with pytest.raises(ConfigError, match=rf"learner.moe.{next(iter(setting))} is set, but .* is a qwen3, and only"):
         check_layout(config)
+
+
+def test_weights_that_were_cut_short_are_refused(models, tmp_path):
+    """An interrupted download, and a clone without Git LFS."""
+    folder = Path(shutil.copytree(models["qwen3"], tmp_path / "model"))
+    check_checkpoint(str(folder), "model.path")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[: len(whole) // 2], b"version https://git-lfs.github.com/spec/v1\n", b""):
+        weights.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"model\.path: .*model\.safetensors cannot be read: .*`git lfs pull`"):
+            check_checkpoint(str(folder), "model.path")
+    weights.write_bytes(whole)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"model-2\.safetensors cannot be read"):
+        check_checkpoint(str(folder), "model.path")
+    index.write_text("{}")
+    with pytest.raises(ConfigError, match=r"index\.json cannot be read"):
+        check_checkpoint(str(folder), "model.path")
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "the 4 attention heads of .* do not divide among .*tensor_parallel_size 3"),
+        ({"temperature": 0}, "compares the samples of a group, but rollout.temperature 0"),
+        ({"top_k": 1}, "with rollout.top_k 1 makes all of them alike"),
+        ({"engine_options": {"max_model_len": 10}}, "engine_options.max_model_len 10 is under .*, 2048"),
+    ],
+)
+def test_what_no_engine_or_no_group_can_work_with_is_refused(models, rollout, message):
+    config = TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, rollout=rollout, device="cpu")
+    with pytest.raises(ConfigError, match=message):
+        check_training(config)
+
+
+def test_a_tokenizer_that_the_model_does_not_know_is_refused(models):
+    refuse_unknown_tokens(ModelConfig(path=models["qwen3"]), [(1, 2), (), np.array([3], dtype=np.int32)])
+    with pytest.raises(ConfigError, match="makes token 999999, and the model's vocab_size is "):
+        refuse_unknown_tokens(ModelConfig(path=models["qwen3"]), [(1, 2), (999999,)])
 
 
 def test_an_unknown_engine_option_is_refused_with_the_nearest_name():
@@ -224,6 +278,12 @@ def test_prompts_are_shared_where_attention_is_told_of_its_window(tmp_path, conf
     else:
         with pytest.raises(ConfigError, match="cannot be shared with the attention windows of phimoe"):
             check_layout(sharing)
+
+
+def test_names_that_wandb_does_not_take_are_refused(models):
+    logging = LoggingConfig(wandb_project="x/y", wandb_mode="offline")
+    with pytest.raises(ConfigError, match="wandb_project is 'x/y', but W&B takes no / in names"):
+        check_logging(run_config(models["qwen3"]).model_copy(update={"logging": logging}))
 
 
 def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):

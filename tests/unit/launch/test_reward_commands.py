@@ -53,6 +53,13 @@ def test_score_writes_the_same_rows_with_reward_breakdown_and_error(tmp_path: Pa
     assert verl["reward"] == 1.0
 
 
+def test_half_a_surrogate_pair_is_written_as_it_is_spelled(tmp_path: Path) -> None:
+    rows = (
+        '{"response": "four", "ground_truth": "four", "id": "\\ud800"}\n{"response": "five", "ground_truth": "four"}\n'
+    )
+    assert [row["reward"] for row in score(tmp_path, rows, "exact")] == [1.0, 0.0]
+
+
 def test_options_are_taken_as_they_are_typed(tmp_path: Path) -> None:
     """As on the command line of a run: YAML would read a comment."""
     rows = [{"response": "so it is\n#### 42", "ground_truth": "42"}]

@@ -182,6 +182,18 @@ def test_wrong_options_are_refused(function: Any, options: dict[str, Any], messa
         adapt("x", function, options)
 
 
+def test_what_could_not_score_one_sample_is_refused() -> None:
+    async def yielding(sample: RewardInput) -> Any:
+        yield 1.0
+
+    with pytest.raises(RewardError, match="is an asynchronous generator; return the results"):
+        adapt("x", yielding, {})
+    wrong = AsyncCallable()
+    wrong.max_concurrent = "many"  # type: ignore[attr-defined]
+    with pytest.raises(RewardError, match="max_concurrent 'many'; it must be a whole number"):
+        adapt("x", wrong, {})
+
+
 def test_a_missing_option_is_named() -> None:
     def needs(sample: RewardInput, threshold: float) -> float:
         return threshold

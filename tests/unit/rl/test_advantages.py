@@ -249,7 +249,13 @@ def test_group_smaller_than_k_is_counted() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gae", {"gamma": 1.5}), ("gae", {"lam": -0.1}), ("reinforce_plus_plus", {"gamma": 2.0}), ("pass_at_k", {"k": 1})],
+    [
+        ("grpo", {"epsilon": -1}),
+        ("gae", {"gamma": 1.5}),
+        ("gae", {"lam": -0.1}),
+        ("reinforce_plus_plus", {"gamma": 2.0}),
+        ("pass_at_k", {"k": 1}),
+    ],
 )
 def test_options_out_of_range_are_refused(name, options) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -413,6 +413,9 @@ def test_aggregation_that_contradicts_the_loss_is_refused() -> None:
     assert resolve_aggregation(policy_loss_spec("gspo"), None) == "sequence_mean_token_mean"
     with pytest.raises(ConfigError, match="does not take clip_lo; it takes clip_low"):
         check_policy_loss(policy_loss_spec("ppo_clip"), {"clip_lo": 0.1}, None, accumulates=True)
+    for value in ("abc", math.nan):
+        with pytest.raises(ConfigError, match="clip_low"):
+            check_policy_loss(policy_loss_spec("ppo_clip"), {"clip_low": value}, None, accumulates=True)
 
 
 def scaled_by_batch(inputs: LossInputs) -> PolicyLossOutput:
@@ -437,6 +440,14 @@ def scalar(inputs: LossInputs) -> PolicyLossOutput:
     return PolicyLossOutput((-inputs.advantages * inputs.logprobs).mean())
 
 
+def raising(inputs: LossInputs) -> PolicyLossOutput:
+    raise ZeroDivisionError("oh")
+
+
+def empty(inputs: LossInputs) -> PolicyLossOutput:
+    return PolicyLossOutput(None)  # type: ignore[arg-type]
+
+
 def bare(inputs: LossInputs) -> Tensor:
     return inputs.weighted(-inputs.advantages * inputs.logprobs)
 
@@ -449,6 +460,8 @@ def bare(inputs: LossInputs) -> Tensor:
         (without_mask, "outside loss_mask"),
         (without_gradient, "no gradient"),
         (scalar, "one loss a token"),
+        (raising, r"with options \{\} fails on a small batch: ZeroDivisionError"),
+        (empty, "must return PolicyLossOutput .*; it returned PolicyLossOutput"),
         (bare, "must return PolicyLossOutput .*; it returned Tensor"),
     ],
 )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.tiny_models import build_tokenizer
+from launch.tiny_models import build_tiny_model, build_tokenizer
 from rl.config import ModelConfig
-from rl.errors import ConfigError
+from rl.errors import ConfigError, DataError
 from rl.prompts import ChatTemplate, load_tokenizer
 
 QUESTION = [{"role": "user", "content": "1+1?"}]
@@ -91,6 +91,22 @@ def test_gpt_oss_takes_reasoning_effort_and_a_date_that_does_not_move():
         prompt(current_date="today")
     with pytest.raises(ConfigError, match="chat template never reads current_date"):
         ChatTemplate(build_tokenizer("qwen3"), {"current_date": "2025-08-05"})
+
+
+def test_what_is_no_template_and_what_is_no_tokenizer_are_refused(tmp_path):
+    folder = build_tiny_model("qwen3", tmp_path / "model")
+    text = tmp_path / "text.jinja"
+    text.write_text("hello")
+    with pytest.raises(ConfigError, match=r"text\.jinja: the chat template never reads messages"):
+        load_tokenizer(ModelConfig(path=str(folder), chat_template=str(text)))
+    text.write_text("{% for m in messages %}{{ 1 / 0 }}{% endfor %}")
+    template = ChatTemplate(load_tokenizer(ModelConfig(path=str(folder), chat_template=str(text))), {})
+    with pytest.raises(DataError, match=r"x:1: the chat template refuses these messages \(user\): division by zero"):
+        template.render(QUESTION, "x:1", add_generation_prompt=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ConfigError, match="the tokenizer makes no tokens of a text; is tokenizer.json missing"):
+        load_tokenizer(ModelConfig(path=str(folder)))
 
 
 @pytest.mark.parametrize(
