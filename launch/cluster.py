@@ -44,6 +44,11 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         yield
         return
     address = cluster_address(config.address)
+    if address is None and (asked := {**config.rollout_resources, **config.learner_resources}):
+        raise ConfigError(
+            f"ray.rollout_resources or ray.learner_resources asks for {', '.join(asked)}, which a cluster on this "
+            "machine alone has not; leave it out, or join a cluster whose nodes were started with it"
+        )
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "fledge"}
     if address is None:

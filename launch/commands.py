@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ from rl.supervised import SupervisedRun, steps_per_epoch
 from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
+_CONFIG = "config.yaml"
 CRITIC = "critic"  # and of the exported critic, where there is one
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems on which nobody can claim a folder
 _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
@@ -143,7 +145,7 @@ def export(run_dir: Path, out_dir: Path) -> Path:
     """`fledge export`: the newest checkpoint of a run as a Hugging Face folder, without starting any worker."""
     from rl.learner_checkpoint import export_checkpoint
 
-    config_file = run_dir / "config.yaml"
+    config_file = run_dir / _CONFIG
     if not config_file.is_file():
         raise CheckpointError(f"{run_dir} has no config.yaml, so it is no run directory")
     config = load_config(config_file, (), TrainConfig if _is_train_config(config_file) else SftConfig)
@@ -195,8 +197,7 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
         CheckpointError: what is to be resumed belongs to another configuration.
     """
     run_dir = Path(config.run_dir)
-    _make_run_dir(run_dir)
-    with _opened_lock(run_dir) as lock:
+    with _opened_lock(run_dir, is_new=_make_run_dir(run_dir)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError as error:
@@ -223,7 +224,7 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
 
 
 def _write_config(run_dir: Path, config: TrainConfig | SftConfig) -> None:
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / _CONFIG).write_text(to_yaml(config))
 
 
 def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
@@ -234,15 +235,24 @@ def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
         )
 
 
-def _opened_lock(run_dir: Path) -> TextIO:
+@contextmanager
+def _opened_lock(run_dir: Path, *, is_new: bool) -> Iterator[TextIO]:
+    """The file that claims a run directory. One that is new goes again where its configuration was refused."""
     try:
-        return (run_dir / ".lock").open("w")
+        lock = (run_dir / ".lock").open("w")
     except OSError as error:  # another user's, say
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error
+    with lock:
+        try:
+            yield lock
+        finally:
+            if is_new and not (run_dir / _CONFIG).exists():
+                shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _make_run_dir(run_dir: Path) -> None:
-    """Create it, and fail now where it is there and cannot be written to."""
+def _make_run_dir(run_dir: Path) -> bool:
+    """Create it, and fail now where it is there and cannot be written to. Returns whether it is new."""
+    is_new = not run_dir.exists()
     try:
         for folder in (run_dir, run_dir / "samples"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -250,3 +260,4 @@ def _make_run_dir(run_dir: Path) -> None:
                 pass
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error
+    return is_new

@@ -255,7 +255,10 @@ def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | 
     check_checkpoint(path, key)
     checkpoint = _check_trainable(config.model, path, key)
     if (device := _device(config)) is not None:
-        _check_exact(config, checkpoint, device, layout)
+        try:
+            _check_exact(config, checkpoint, device, layout)
+        except ConfigError as error:
+            raise ConfigError(f"{key} {path}: {error}") from error
     tokenizer = load_tokenizer(config.model)
     try:
         own = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)

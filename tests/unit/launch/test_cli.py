@@ -158,6 +158,7 @@ def test_code_of_a_user_cannot_end_the_command_in_silence(fledge, tmp_path, conf
     exit_code, said = fledge("train", save(tmp_path, config))
     assert exit_code == 2
     assert f"{plugin}, line {4 if where == 'import' else 6}, ended the process with 0" in said
+    assert not (tmp_path / "run").exists(), "nothing is left of a run that was refused"
 
 
 def test_a_file_that_cannot_be_read_is_a_sentence(fledge, tmp_path, config, monkeypatch):

@@ -104,3 +104,18 @@ def test_a_cluster_that_does_not_answer_is_named_with_the_setting_it_comes_from(
     ):
         pass
     assert asked == [address or "192.0.2.2:6379"]
+
+
+def test_what_no_local_cluster_has_is_not_waited_for(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(ConfigError, match="asks for fast, which a cluster on this machine alone has not"),
+        ray_cluster(RayConfig(rollout_resources={"fast": 1})),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="no Ray cluster answers at nonsense"),
+        ray_cluster(RayConfig(address="nonsense")),
+    ):
+        pass
