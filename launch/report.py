@@ -107,7 +107,8 @@ def _draw(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
 
 def _last_samples(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
     files = sorted((run_dir / "samples").glob("step_*.jsonl"))
-    files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]  # a resumed run's are newer
+    # Later ones are of a life that was killed, and its resumption has not come to them.
+    files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]
     if not files:
         return []
     with files[-1].open() as lines:  # not `splitlines`, which also splits at U+2028 and its like within a response

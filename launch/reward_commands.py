@@ -110,4 +110,4 @@ def _parse_options(options: list[str]) -> dict[str, object]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"the options {' '.join(options)} cannot be read: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in plain.items() if value is not None}  # null: the default

@@ -101,5 +101,6 @@ def _accepted(ground_truth: Any) -> list[str]:
         raise GroundTruthError(
             f"exact: the ground truth must be a string, a number or a list of them, not {ground_truth!r}"
         )
-    # A column of integers with gaps comes as floats, and 42.0 is no answer's spelling.
-    return [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
+    # A column of integers with gaps comes as floats.
+    whole = [str(int(value)) for value in values if isinstance(value, float) and value.is_integer()]
+    return [*map(str, values), *whole]

@@ -146,7 +146,7 @@ class Learner:
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]
         if isinstance(self._objective, PolicyObjective):
-            self._objective.kl.load_state_dict(state["kl"])
+            self._objective.kl.load_state_dict(state.get("kl", {}))
 
     def export_hf(self, directory: str | Path) -> None:
         """Write a Hugging Face checkpoint: safetensors in checkpoint names, configuration, tokenizer."""

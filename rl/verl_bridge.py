@@ -75,8 +75,8 @@ _CONFIG_OPTIONS: dict[str, tuple[str, ...]] = {
     "grpo_passk": ("norm_adv_by_std_in_grpo",),
     "gdpo": ("gdpo_reward_keys", "gdpo_reward_weights"),
 }
-# It weighs rewards by the lengths of responses, which it counts in the mask.
-_COUNTS_LENGTHS = frozenset({"opo"})
+# They whiten over the mask. Others form scores or lengths with it, and a response out of the loss counts in its group.
+_WHITENS = frozenset({"gae", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"})
 _UNUSED_OPTIONS: dict[str, frozenset[str]] = {
     "gpg": frozenset({"alpha", "epsilon"}),
     **dict.fromkeys(("rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline"), frozenset({"epsilon"})),
@@ -284,7 +284,7 @@ def _advantages(
 ) -> Advantages:
     """Call verl on the padded samples that have a signal; the others get 0.
 
-    Its response_mask is that of the loss, so whitening counts no token that `mask_truncated` takes out.
+    Where it whitens, its response_mask is that of the loss, so that no token counts which `mask_truncated` takes out.
     verl gives the only sample of a group its raw reward as advantage. Where estimators look at groups, such samples are
     left out here, as our own estimators do.
     """
@@ -296,7 +296,7 @@ def _advantages(
         _, group, count = torch.unique(inputs.group_ids[use], return_inverse=True, return_counts=True)
         use[use.clone()] = count[group] > 1
     kept = torch.nonzero(use).flatten().tolist()
-    mask_of = inputs.valid if name in _COUNTS_LENGTHS else inputs.in_loss
+    mask_of = inputs.in_loss if name in _WHITENS else inputs.valid
     if int((inputs.lengths * mask_of)[use].sum()) < 2:  # verl's whitening raises
         return Advantages(spread_zero(inputs), inputs.values if "values" in parameters else None)
     rewards = inputs.reward_to_tokens()

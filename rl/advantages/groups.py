@@ -42,14 +42,14 @@ def group_statistics(inputs: AdvantageInputs) -> GroupStatistics:
         count[index],
         mean[index],
         std[index],
-        has_signal=_differ(rewards, inputs.valid, index),
-        has_task_signal=_differ(inputs.rewards, inputs.valid, index),
+        has_signal=_differ(rewards, inputs.valid, index, len(unique)),
+        has_task_signal=_differ(inputs.rewards, inputs.valid, index, len(unique)),
     )
 
 
-def _differ(rewards: Tensor, valid: Tensor, index: Tensor) -> Tensor:
-    """[N] bool: valid, and the valid rewards of its group, groups numbered by `index`, are not all equal."""
-    infinity, zeros = torch.full_like(rewards, torch.inf), rewards.new_zeros(int(index.max()) + 1)
+def _differ(rewards: Tensor, valid: Tensor, index: Tensor, count: int) -> Tensor:
+    """[N] bool: valid, and the valid rewards of its group, one of `count` numbered by `index`, are not all equal."""
+    infinity, zeros = torch.full_like(rewards, torch.inf), rewards.new_zeros(count)
     high = zeros.scatter_reduce(0, index, torch.where(valid, rewards, -infinity), "amax", include_self=False)
     low = zeros.scatter_reduce(0, index, torch.where(valid, rewards, infinity), "amin", include_self=False)
     return valid & (high - low > EQUAL_REWARDS)[index]

@@ -1,8 +1,9 @@
 """Rows of reasoning-gym's tasks, made in a process of their own.
 
 Some tasks go through sets of texts (word_ladder, ransom_note and others), so what they make depends on Python's hash
-seed, which is another one in every process: a resumed run would learn from other problems, and two evaluations would
-measure different things. The process that makes them has a fixed hash seed.
+seed, which is another one in every process; list_functions draws from Python's global generator. A resumed run would
+learn from other problems, and two evaluations would measure different things. The process that makes them has both
+seeds fixed.
 
 Left out: the other sources (`rl.prompts.rows`).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import difflib
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -121,10 +123,11 @@ def _entries(task: str, settings: dict[str, Any]) -> _Made:
     import reasoning_gym
     from reasoning_gym.composite import DatasetSpec
 
+    random.seed(settings["seed"])  # list_functions draws from it, whatever its own seed
     try:
         if task == _COMPOSITE:
             specs = settings.get("datasets", ())
-            settings["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | spec) for spec in specs]
+            settings["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}, **spec}) for spec in specs]
         dataset = reasoning_gym.create_dataset(task, **settings)
     except Exception as error:  # noqa: BLE001  tasks check their settings with assert, ValueError and TypeError
         return _Made([], refused=str(error) or repr(error))

@@ -71,7 +71,7 @@ def load_prompts(
     while chunk := list(islice(rows, _ROWS_PER_BATCH)):
         num_rows += len(chunk)
         if drop_repeated and not is_generated(config):
-            kept = [row for row in chunk if _is_new(row, seen)]
+            kept = [row for row in chunk if _is_new(row, config, seen)]
             num_repeated += len(chunk) - len(kept)
             chunk = kept
         for row, prompt in _tokenize(chunk, config, name, template):
@@ -98,10 +98,12 @@ def drop_held_out(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> tupl
     return tuple(prompt for prompt in prompts if prompt.token_ids not in known)
 
 
-def _is_new(row: Row, seen: set[bytes]) -> bool:
-    """Whether no earlier row says what this one does; remembers it. A reward may judge by any field but identifiers."""
+def _is_new(row: Row, config: DatasetConfig, seen: set[bytes]) -> bool:
+    """Whether no earlier row says what this one does; remembers it. A reward may judge by any field but identifiers,
+    and the ground truth is none."""
+    truth = [row.fields.get(name) for name in (config.ground_truth_field, "reward_model") if name]
     try:
-        said = json.dumps(_without_identifiers(row.fields), sort_keys=True, default=repr)
+        said = json.dumps([_without_identifiers(row.fields), truth], sort_keys=True, default=repr)
     except RecursionError as error:
         raise DataError(f"{row.location}: the row is nested too deeply") from error
     key = hashlib.blake2b(said.encode(), digest_size=16).digest()

@@ -21,6 +21,7 @@ from rl.prompts.generated import REASONING_GYM, generated_rows, is_generated
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
+_MOST_NAMES = 3  # of sources, in the name of a dataset, which becomes part of file names
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
@@ -70,8 +71,11 @@ def _read_source(config: DatasetConfig, source: str) -> Iterator[Row]:
 
 def dataset_name(config: DatasetConfig) -> str:
     """`config.name`, else the file's stem, the folder's or hub dataset's last part, or the reasoning_gym task; of
-    several sources their different names, joined by +."""
-    return config.name if config.name is not None else "+".join(dict.fromkeys(map(_source_name, config.paths)))
+    several sources their different names, joined by +, or of many the first and how many more."""
+    if config.name is not None:
+        return config.name
+    names = list(dict.fromkeys(map(_source_name, config.paths)))
+    return "+".join(names if len(names) <= _MOST_NAMES else [names[0], str(len(names) - 1)])
 
 
 def _source_name(source: str) -> str:

@@ -5,6 +5,7 @@ Left out: batching and the loss.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from rl.prompts.template import ChatTemplate, Message
 _ROWS_PER_BATCH = 1024
 _THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that templates read
 _END_OF_THINKING = "</think>"
+_EMPTY_BLOCK = re.compile(r"^\s*<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,50 +89,64 @@ class _Turn:
 def _turn(row: Row, config: SftDataConfig, template: ChatTemplate) -> _Turn:
     messages, response = _split(row, config)
     prompt = template.render(messages, row.location, add_generation_prompt=True)
+    if prompt.rstrip().endswith(_END_OF_THINKING):  # an empty block, which the prompt has already
+        response = {**response, "content": _EMPTY_BLOCK.sub("", response["content"])}
     full = template.render([*messages, response], row.location, add_generation_prompt=False)
-    return _completion(prompt, full, response, row.location)
+    return _completion(prompt, full, response, template.keys_read(_THINKING), row.location)
 
 
-def _completion(prompt: str, full: str, response: Message, location: str) -> _Turn:
+def _completion(prompt: str, full: str, response: Message, keys: Sequence[str], location: str) -> _Turn:
     """What follows the prompt: the template's own text where it continues the prompt and keeps the response's words.
 
     Otherwise (templates that cut the thinking out of the turn, or open <think> in the generation prompt only) the
-    response's content as it stands; a <think> tag that the prompt has opened already is not repeated.
+    response's content as it stands; a <think> tag that the prompt has opened already is not repeated. `keys` are those
+    under which the template reads thinking.
     """
-    parts = [response["content"], *(response[key] for key in _THINKING if key in response)]
+    content = response["content"]
+    given = [key for key in _THINKING if isinstance(response.get(key), str)]
+    parts = [content, *(response[key] for key in given)]
     tools = [call.get("function", call)["name"] for call in response.get("tool_calls") or ()]
     completion = full.removeprefix(prompt)
+    remedy = _where_thinking_goes(prompt, [key for key in keys if key not in given])
     if full.startswith(prompt) and all(_words(part) in _words(completion) for part in parts + tools):
-        _check_thinking(prompt, completion, response["content"], location)
+        if not given or "<think>" in content:
+            _check_thinking(prompt, completion, content, remedy, location)
         return _Turn(prompt, completion, verbatim=False)
     if tools:
         raise DataError(f"{location}: the chat template does not write the response's tool calls; take the row out")
-    if len(parts) > 1:
+    if given:
         raise DataError(
             f"{location}: the chat template does not write the response's thinking after its own generation prompt; "
-            "put the thinking into content, as text between <think> tags"
+            f"{remedy}"
         )
-    content = response["content"]
+    text = content
     if prompt.rstrip().endswith("<think>"):
-        if "</think>" not in content:
+        if _END_OF_THINKING not in content:
             raise DataError(
                 f"{location}: the chat template opens <think> in the prompt, but the response has no </think>"
             )
-        content = content.lstrip().removeprefix("<think>").lstrip("\n")
-    _check_thinking(prompt, content, response["content"], location)
-    return _Turn(prompt, content, verbatim=True)
+        text = content.lstrip().removeprefix("<think>").lstrip("\n")
+    _check_thinking(prompt, text, content, remedy, location)
+    return _Turn(prompt, text, verbatim=True)
 
 
-def _check_thinking(prompt: str, completion: str, content: str, location: str) -> None:
+def _check_thinking(prompt: str, completion: str, content: str, remedy: str, location: str) -> None:
     """Raise DataError where thinking in the text would be learned as part of the answer: behind a block that the
     template has closed, or within harmony's final channel."""
     closed = int(prompt.rstrip().endswith(_END_OF_THINKING)) + completion.count(_END_OF_THINKING)
     if _END_OF_THINKING in content and (closed > content.count(_END_OF_THINKING) or "<|channel|>" in completion):
         raise DataError(
             f"{location}: the response's text has {_END_OF_THINKING}, but the chat template does not take its thinking "
-            "out of the text, and writes a block of its own; put it into the key that the template reads "
-            f"({' or '.join(_THINKING)}), and do not turn thinking off"
+            f"out of the text, and it would be learned as part of the answer; {remedy}"
         )
+
+
+def _where_thinking_goes(prompt: str, keys: Sequence[str]) -> str:
+    if prompt.rstrip().endswith(_END_OF_THINKING):
+        return "the prompt has turned thinking off, so turn it on, or leave the thinking out"
+    if keys:
+        return f"put the thinking into the key that the template reads ({' or '.join(keys)})"
+    return "put the thinking into content, as text between <think> tags"
 
 
 def _words(text: str) -> str:

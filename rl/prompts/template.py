@@ -50,7 +50,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
             f"model.path {model.path}: the tokenizer has no chat template (a base model?); use an instruct checkpoint, "
             "or set model.chat_template to a file with a Jinja chat template"
         )
-    if not re.search(r"\bmessages\b", tokenizer.get_chat_template()):
+    if not _reads(tokenizer.get_chat_template(), "messages"):
         raise ConfigError(
             f"{model.chat_template or model.path}: the chat template never reads messages, so every prompt would be "
             "the same; it must be a Jinja template over `messages`"
@@ -71,24 +71,27 @@ class ChatTemplate:
         """Raises ConfigError for an option that the template never reads."""
         self.tokenizer = tokenizer
         source = tokenizer.get_chat_template()
-        options = dict(options)
-        read_as = {name: "strftime_now" if name == "current_date" else name for name in options}
-        date = _date(options.pop("current_date", None) or DEFAULT_DATE)
-        for name, word in read_as.items():
-            if not re.search(rf"\b{re.escape(word)}\b", source):
+        # None unsets what an extended file has set, and a template may ask only whether an option is there.
+        options = {name: value for name, value in options.items() if value is not None}
+        for name in options:
+            if not _reads(source, "strftime_now" if name == "current_date" else name):
                 raise ConfigError(
                     f"model.chat_template_options.{name}: the model's chat template never reads {name}, so it would "
                     "change nothing; remove it or check its spelling in the template"
                 )
+        date = _date(options.pop("current_date", DEFAULT_DATE))
         effort = options.get("reasoning_effort")
         if effort is not None and "<|channel|>" in source and effort not in _REASONING_EFFORTS:
             raise ConfigError(
                 f"model.chat_template_options.reasoning_effort is {effort!r}; harmony models know "
                 f"{', '.join(_REASONING_EFFORTS)}"
             )
-        # None unsets what an extended file has set, and a template may ask only whether an option is there.
-        given = {name: value for name, value in options.items() if value is not None}
-        self._options = {**given, "strftime_now": date.strftime}
+        self._options = {**options, "strftime_now": date.strftime}
+
+    def keys_read(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that the template reads of a message, as `.name` or "name"."""
+        source = self.tokenizer.get_chat_template()
+        return [name for name in names if re.search(rf"\.{name}\b|['\"]{name}['\"]", source)]
 
     def render(self, messages: Sequence[Message], location: str, *, add_generation_prompt: bool) -> str:
         """The conversation as text. Raises DataError, naming `location`, where the template refuses the messages."""
@@ -126,6 +129,10 @@ class ChatTemplate:
         if first is None or self.tokenizer.decode(ids[:first]).strip():
             return self.tokenizer.eos_token_id
         return ids[first]
+
+
+def _reads(source: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _check_local_path(path: str) -> None:

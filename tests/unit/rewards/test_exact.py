@@ -23,6 +23,7 @@ def reward(answer: str, ground_truth: Any, **options: Any) -> float:
         ("「東京」。", "東京"),
         ("A1", "a1"),
         ("42", 42),
+        ("42.0", 42.0),
         ("42", 42.0),  # of a column of integers with gaps
         ("colour", ["color", "colour"]),
         ("...", "..."),

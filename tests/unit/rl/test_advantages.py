@@ -237,6 +237,14 @@ def test_invalid_sample_gets_zero_and_changes_nobody_else(name) -> None:
         assert (found.advantages[i] - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("name", GROUP_BASED)
+def test_an_empty_batch_has_no_advantages(name) -> None:
+    none = torch.zeros(0, dtype=torch.float64)
+    empty, flags = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+    inputs = AdvantageInputs(rewards=none, group_ids=empty, lengths=empty, valid=flags, in_loss=flags)
+    assert run(name, inputs).advantages == ()
+
+
 def test_k_over_every_group_is_refused() -> None:
     with pytest.raises(ConfigError, match="k is 6, but groups have at most 5 samples"):
         run("pass_at_k", advantage_batch(0, groups=(2, 5)), k=6)

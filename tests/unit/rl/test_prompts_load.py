@@ -20,6 +20,7 @@ from rl.batch import Prompt
 from rl.config import DatasetConfig
 from rl.errors import ConfigError, DataError
 from rl.prompts import PromptSet, load_prompts
+from rl.prompts.rows import dataset_name
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,8 @@ def test_several_sources_are_one_dataset_in_their_order(tmp_path, tokenizer):
     assert [p.prompt_id for p in result.prompts] == [f"train+more:{i}" for i in range(6)]
     assert [p.data_source for p in result.prompts] == ["", "", "", "openai/gsm8k", "math", ""]
     assert [p.prompt_id for p in load([first, second], tokenizer, size=4, name="x").prompts][-1] == "x:3"
+    shards = [f"train-{i:05d}-of-00020.parquet" for i in range(20)]
+    assert dataset_name(DatasetConfig(path=shards)) == "train-00000-of-00020+19", "it becomes part of file names"
     config = DatasetConfig(path=[str(first), str(third)])
     once = load_prompts(config, tokenizer, max_prompt_tokens=99, chat_template_options={}, drop_repeated=True)
     assert (len(once.prompts), once.num_repeated) == (3, 1)
@@ -220,6 +223,10 @@ def test_repeated_rows_are_dropped_where_that_is_asked_for(tmp_path, tokenizer):
     config = DatasetConfig(path=str(write_jsonl(tmp_path / "tests.jsonl", *tests)), ground_truth_field=None)
     once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert [p.prompt_id for p in once.prompts] == ["tests:0", "tests:1"], "a reward judges by the row's tests"
+    choices = [{"prompt": "A or B?", "answer_idx": i} for i in "ABA"]
+    config = DatasetConfig(path=str(write_jsonl(tmp_path / "c.jsonl", *choices)), ground_truth_field="answer_idx")
+    once = load_prompts(config, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
+    assert [p.ground_truth for p in once.prompts] == ["A", "B"], "the ground truth is no identifier"
     sums = DatasetConfig(path="reasoning_gym:basic_arithmetic", size=300, options={"max_terms": 2, "max_digits": 1})
     made = load_prompts(sums, tokenizer, max_prompt_tokens=500, chat_template_options={}, drop_repeated=True)
     assert len(made.prompts) == 300 > len({p.token_ids for p in made.prompts})
@@ -433,11 +440,13 @@ def test_a_mixture_of_reasoning_gym_tasks_holds_rows_of_each(tokenizer):
         reward.validate_ground_truth(prompt.ground_truth, {**prompt.extra, "data_source": prompt.data_source})
 
 
-def test_reasoning_gym_rows_do_not_depend_on_the_hash_seed():
-    """word_ladder and others go through sets of words: a resumed run must find the problems that it had."""
+@pytest.mark.parametrize("task", ["ransom_note", "list_functions"])
+def test_reasoning_gym_rows_are_the_same_in_every_process(task):
+    """Sets of words have an order that depends on the hash seed, and one task draws from the global generator: a
+    resumed run must find the problems that it had."""
     code = (
         "from rl.config import DatasetConfig; from rl.prompts.rows import read_rows; import sys\n"
-        "rows = read_rows(DatasetConfig(path='reasoning_gym:ransom_note', size=3, seed=1))\n"
+        f"rows = read_rows(DatasetConfig(path='reasoning_gym:{task}', size=12, seed=1))\n"
         "sys.stdout.write(repr([row.fields for row in rows]))"
     )
     said = {
@@ -467,6 +476,7 @@ def test_reasoning_gym_tasks_without_an_answer_are_scored_by_metadata(tokenizer)
         ("reasoning_gym:chain_sum", {"size": 2}, "options has no size; use the dataset's own size and seed"),
         ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 3}, "the task refuses options .*max_terms"),
         ("reasoning_gym:composite", {"datasets": [{"task": "chain_sum"}]}, "the task refuses options .*'task'"),
+        ("reasoning_gym:composite", {"datasets": ["chain_sum"]}, "the task refuses options .*mapping"),
         ("reasoning_gym:composite", {}, "the task refuses options .*at least one dataset"),
         (["reasoning_gym:chain_sum", "a.jsonl"], {}, "no part of a list; reasoning_gym:composite mixes tasks"),
     ],

@@ -125,21 +125,44 @@ def test_thinking_that_the_template_ignores_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "template", "options"),
-    [("qwen3", "qwen3_8", {}), ("gpt_oss", "gptoss", {}), ("qwen3", "qwen3", {"enable_thinking": False})],
+    ("family", "template", "options", "remedy"),
+    [
+        ("qwen3", "qwen3_8", {}, r"into the key that the template reads \(reasoning_content\)"),
+        ("gpt_oss", "gptoss", {}, r"into the key that the template reads \(thinking\)"),
+        ("qwen3", "qwen3", {"enable_thinking": False}, "has turned thinking off, so turn it on"),
+    ],
 )
-def test_thinking_in_the_text_is_not_learned_as_the_answer(tmp_path, family, template, options):
+def test_thinking_in_the_text_is_not_learned_as_the_answer(tmp_path, family, template, options, remedy):
     """qwen3_8 writes an empty block before the text, harmony puts all of it into the final channel, and a prompt whose
     thinking is turned off has closed its block."""
     row = {"prompt": "1+1?", "response": "<think>easy</think>2"}
-    with pytest.raises(DataError, match=r"examples\.jsonl:1: the response's text has </think>, but the chat template"):
+    with pytest.raises(DataError, match=rf"examples\.jsonl:1: the response's text has </think>, but the .*{remedy}"):
         load(tmp_path, released(family, template), row, options=options)
 
 
-def test_thinking_under_a_key_that_the_template_does_not_read_is_an_error(tmp_path):
-    row = {"prompt": "1+1?", "response": [{"role": "assistant", "content": "2", "reasoning": "easy"}]}
-    with pytest.raises(DataError, match="does not write the response's thinking"):
-        load(tmp_path, released("qwen3", "qwen3"), row)
+def test_an_answer_may_speak_of_the_tag_and_an_empty_block_is_not_repeated(tmp_path):
+    tokenizer = released("qwen3", "qwen3")
+    said = {"role": "assistant", "content": "It is </think>.", "reasoning_content": "easy"}
+    result = load(tmp_path, tokenizer, {"prompt": "Which tag?", "response": [said]})
+    assert texts(result, tokenizer)[0][1] == "<think>\neasy\n</think>\n\nIt is </think>.<|im_end|>"
+    row = {"prompt": "1+1?", "response": "<think>\n\n</think>\n\n2"}
+    result = load(tmp_path, tokenizer, row, options={"enable_thinking": False})
+    assert texts(result, tokenizer)[0][1] == "2<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "remedy"),
+    [
+        ("qwen3", "reasoning", r"put the thinking into the key that the template reads \(reasoning_content\)"),
+        ("deepseek_r1_distill", "reasoning", "put the thinking into content, as text between <think> tags"),
+    ],
+)
+def test_thinking_under_a_key_that_the_template_does_not_read_is_an_error(tmp_path, template, key, remedy):
+    row = {"prompt": "1+1?", "response": [{"role": "assistant", "content": "2", key: "easy"}]}
+    with pytest.raises(DataError, match=f"does not write the response's thinking .*{remedy}"):
+        load(tmp_path, released("qwen3", template), row)
+    row["response"][0][key] = {"effort": "low"}  # no thinking
+    assert load(tmp_path, released("qwen3", "qwen3"), row).num_verbatim == 0
 
 
 def test_a_template_without_an_end_of_turn_gets_one(tmp_path):

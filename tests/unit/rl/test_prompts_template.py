@@ -91,6 +91,7 @@ def test_gpt_oss_takes_reasoning_effort_and_a_date_that_does_not_move():
         prompt(current_date="today")
     with pytest.raises(ConfigError, match="chat template never reads current_date"):
         ChatTemplate(build_tokenizer("qwen3"), {"current_date": "2025-08-05"})
+    ChatTemplate(build_tokenizer("qwen3"), {"current_date": None, "reasoning_effort": None})  # what unsets them
 
 
 def test_what_is_no_template_and_what_is_no_tokenizer_are_refused(tmp_path):
