@@ -135,6 +135,8 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except SystemExit as error:  # nothing of ours raises it within the app
+        if isinstance(error.__context__, BrokenPipeError):  # rich, where a pager has gone
+            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         _say(
             f"error: {frame.filename}, line {frame.lineno}, ended the process with {error.code!r}; code of a reward or "

@@ -161,6 +161,17 @@ def test_code_of_a_user_cannot_end_the_command_in_silence(fledge, tmp_path, conf
     assert not (tmp_path / "run").exists(), "nothing is left of a run that was refused"
 
 
+def test_a_pager_that_has_gone_is_no_fault_of_a_plugin(fledge, monkeypatch):
+    def app(**_):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  as rich does
+
+    monkeypatch.setattr(cli, "app", app)
+    assert fledge("--help") == (1, "")
+
+
 def test_a_file_that_cannot_be_read_is_a_sentence(fledge, tmp_path, config, monkeypatch):
     def refused(path, *arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
