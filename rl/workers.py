@@ -161,8 +161,9 @@ class LearnerWorker:
 
     def _leave_room(self) -> None:
         """An engine on the same GPU cannot have what torch only caches here; vLLM counts on finding it free, one that
-        is started anew too."""
-        if self._spec.sync is not None and self._spec.sync.transport == "ipc":
+        is started anew too. (Over NCCL each has GPUs of its own.)"""
+        sync = self._spec.sync
+        if self._spec.device == "cuda" and sync is not None and sync.transport != "nccl":
             import torch
 
             torch.cuda.empty_cache()

@@ -24,6 +24,7 @@ from rl.weight_sync.transports import SendReport
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
 
 T = TypeVar("T")
 
@@ -48,6 +49,10 @@ class DigestingSource:
             self._digests[name] = digest_tensor(tensor)
             self._num_bytes += tensor.numel() * tensor.element_size()
             self.last_name = name
+            if tensor.is_cuda:
+                # vLLM packs on two streams in turns. A tensor that was gathered on the other one is free for that one's
+                # next allocation as soon as it is dropped, though this stream's copy may still be waiting.
+                tensor.record_stream(torch.cuda.current_stream())
             yield name, tensor
 
     def report(self, received: list[dict[str, int]]) -> SendReport:
@@ -126,18 +131,14 @@ class GpuTransport:
     def _init_info(self) -> TrainerInitInfo:
         raise NotImplementedError
 
-    def connect(self) -> None:
-        """Meet the engines, on every rank. Once: a group with a lost member is of no more use."""
+    def _trainer(self) -> TrainerWeightTransferEngine[Any]:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        self._engine = self._run(
-            lambda: WeightTransferTrainerFactory.trainer_init(
-                self._init_info(),
-                client=self._client,
-                source=self._source,
-            ),
-            "connecting to the engines",
-        )
+        return WeightTransferTrainerFactory.trainer_init(self._init_info(), client=self._client, source=self._source)
+
+    def connect(self) -> None:
+        """Meet the engines, on every rank. Once: a group with a lost member is of no more use."""
+        self._engine = self._run(self._trainer, "connecting to the engines")
 
     def send(self, policy_version: int) -> SendReport:
         """Broadcast everything; the deadline holds for the whole of it."""
@@ -208,7 +209,25 @@ class NcclTransport(GpuTransport):
 
 
 class IpcTransport(GpuTransport):
-    """One packed buffer on each learner's GPU, mapped by the engine worker on the same GPU."""
+    """One packed buffer on the GPU of each learner that has an engine beside it, which maps it."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        client: WeightSyncClient,
+        rank: int,
+        bucket_bytes: int,
+        timeout_s: float,
+        *,
+        has_engine: bool,
+    ) -> None:
+        super().__init__(source, client, rank, bucket_bytes, timeout_s)
+        self._has_engine = has_engine
+
+    def _trainer(self) -> TrainerWeightTransferEngine[Any]:
+        if self._has_engine:
+            return super()._trainer()
+        return _bystander().trainer_init(self._init_info(), client=self._client, source=self._source)
 
     def _init_info(self) -> TrainerInitInfo:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -217,3 +236,28 @@ class IpcTransport(GpuTransport):
         return IPCTrainerInitInfo(
             rank=self._rank, packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest)
         )
+
+
+def _bystander() -> type[IPCTrainerWeightTransferEngine]:
+    """The trainer of a rank without an engine on its GPU. vLLM's exports a buffer on every rank, and torch keeps what
+    was exported until somebody has mapped it: nobody would, so each sync would cost such a rank a buffer for good."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
+
+    class Bystander(IPCTrainerWeightTransferEngine):
+        def _send_packed(self, source: Any) -> None:
+            """Takes part in the gathers of each chunk, which ends where `packed_ipc_producer` ends it."""
+            total = 0
+            for _, tensor in source:
+                size = tensor.numel() * tensor.element_size()
+                if total and total + size > self.packed_buffer_size_bytes:
+                    self._pass()
+                    total = 0
+                total += size
+            if total:
+                self._pass()
+
+        def _pass(self) -> None:
+            self._all_gather_and_merge_handles([{}])
+            self._post_send_sync()
+
+    return Bystander

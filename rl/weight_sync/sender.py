@@ -71,7 +71,9 @@ class WeightSender:
             group_size = 1 + num_engines * tensor_parallel_size
             self._transport = NcclTransport(source, client, rank, bucket_bytes, timeout_s, group_size, offsets, address)
         else:
-            self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s)
+            # Engine i is on the GPU of learner i (`launch.cluster`).
+            has_engine = rank < num_engines
+            self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s, has_engine=has_engine)
 
     def close(self) -> None:
         """Leave the engines, for good: after one was replaced, another sender meets those that there are then. Not a

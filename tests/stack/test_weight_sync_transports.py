@@ -6,6 +6,7 @@ The GPU transports run over host memory (`cuda_on_host`). One engine start a cas
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cuda_on_host
@@ -16,6 +17,7 @@ import torch
 from engine_rig import PROMPT, EngineRig, LoopClient
 
 from rl.errors import WeightSyncError
+from rl.weight_sync import gpu_transports
 from rl.weight_sync.sender import WeightSender
 from rollout.engine import GenerationRequest, SamplingParameters
 
@@ -70,6 +72,29 @@ def test_an_engine_that_cannot_connect_is_reported_though_the_sender_waits_for_i
     rig.perturb("")
     rig.sync()
     assert rig.difference() < EXACT
+
+
+def test_a_rank_without_an_engine_joins_every_gather_and_exports_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch keeps an exported buffer until somebody has mapped it, and nobody would map this rank's."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
+
+    cuda_on_host.install(monkeypatch.setattr)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    source = [(f"w{i}", torch.zeros(n)) for i, n in enumerate((3, 5, 1, 8, 2, 2, 2, 2, 7, 1))]
+    gathered: list[list[dict[str, Any]]] = []
+    for kind in (IPCTrainerWeightTransferEngine, gpu_transports._bystander()):
+        handles: list[dict[str, Any]] = []
+        passes: list[int] = []
+        engine: Any = kind(client=None, source=source, is_sender=False, packed=True, packed_buffer_size_bytes=32)  # type: ignore[arg-type]
+        engine._all_gather_and_merge_handles = lambda own, seen=handles: seen.extend(own) or own
+        engine._post_send_sync = lambda seen=passes: seen.append(1)
+        engine._send_packed(source)
+        assert len(passes) == len(handles)
+        gathered.append(handles)
+    assert len(gathered[0]) == len(gathered[1]) == 5
+    assert all(gathered[0]) and not any(gathered[1])
 
 
 def test_no_worker_outlives_a_killed_engine_core(rig: EngineRig) -> None:

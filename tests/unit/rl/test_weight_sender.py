@@ -312,13 +312,17 @@ def test_every_gpu_of_every_engine_has_a_place_in_the_group(monkeypatch: pytest.
     made: list[tuple[Any, ...]] = []
     for name in ("NcclTransport", "IpcTransport"):
         monkeypatch.setattr(
-            f"rl.weight_sync.gpu_transports.{name}", lambda *given, n=name: made.append((n, *given[5:]))
+            f"rl.weight_sync.gpu_transports.{name}",
+            lambda *given, n=name, **named: made.append((n, *given[5:], *named.values())),
         )
     for transport in ("nccl", "ipc"):
         WeightSender(
             ListSource({}), transport, FakeEngines(), num_engines=3, tensor_parallel_size=2, address="10.0.0.7"
         )
-    assert made == [("NcclTransport", 7, [1, 3, 5], "10.0.0.7"), ("IpcTransport",)]
+    for rank in (2, 3):  # engine i is beside learner i
+        WeightSender(ListSource({}), "ipc", FakeEngines(), rank=rank, world_size=5, num_engines=3)
+    ipc = [("IpcTransport", has_engine) for has_engine in (True, True, False)]
+    assert made == [("NcclTransport", 7, [1, 3, 5], "10.0.0.7"), *ipc]
 
 
 @pytest.mark.parametrize("broken", ["start_weight_update", "update_weights", "finish_weight_update"])
