@@ -106,7 +106,7 @@ def _draw(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
 
 
 def _last_samples(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
-    files = sorted((run_dir / "samples").glob("step_*.jsonl"))
+    files = sorted((run_dir / "samples").glob("step_[0-9]*.jsonl"))
     # Later ones are of a life that was killed, and its resumption has not come to them.
     files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]
     if not files:

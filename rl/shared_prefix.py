@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,11 +111,7 @@ def attention(  # noqa: PLR0913 - transformers' interface
     Raises:
         LearnerError: the model wants scores of another form.
     """
-    unknown = [name for name in ("s_aux", "softcap") if others.get(name) is not None]
-    unknown += ["a mask of its own"] if attention_mask is not None else []
-    unknown += [] if getattr(module, "is_causal", True) else ["a view of later tokens"]
-    if unknown:
-        raise LearnerError(f"attention with {unknown[0]} cannot share prompts; set learner.layout to bucketed")
+    _refuse_more_than_causality(module, attention_mask, others)
     groups = query.shape[1] // key.shape[1]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -138,6 +134,16 @@ def attention(  # noqa: PLR0913 - transformers' interface
     ]
     chosen = torch.cat(results).index_select(0, shared_prefixes.results)  # [L, H D]
     return chosen.view(1, len(chosen), query.shape[1], value.shape[3]), None
+
+
+def _refuse_more_than_causality(module: nn.Module, attention_mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    unknown = [name for name in ("s_aux", "softcap") if others.get(name) is not None]
+    if attention_mask is not None:
+        unknown.append("a mask of its own")
+    if not getattr(module, "is_causal", True):
+        unknown.append("a view of later tokens")
+    if unknown:
+        raise LearnerError(f"attention with {unknown[0]} cannot share prompts; set learner.layout to bucketed")
 
 
 def windows_in_masks(config: Any, model_class: type) -> bool:
