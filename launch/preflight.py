@@ -143,8 +143,9 @@ def check_length(config: TrainConfig) -> None:
     Positions that are stretched (YaRN and its like) are left to the engine to judge, and so is what
     rollout.engine_options says of them.
     """
-    limit, kinds = _positions(config.model)
-    heads = getattr(load_config(config.model).get_text_config(), "num_attention_heads", None)
+    text = _text_config(config.model)
+    limit, kinds = _positions(text)
+    heads = getattr(text, "num_attention_heads", None)
     if heads is not None and heads % config.rollout.tensor_parallel_size:
         raise ConfigError(
             f"the {heads} attention heads of model.path {config.model.path} do not divide among "
@@ -170,7 +171,7 @@ def check_length(config: TrainConfig) -> None:
 def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] | IntArray]) -> None:
     """Raise ConfigError where a text has tokens that the model has no embedding of."""
     largest = max((int(max(ids)) for ids in sequences if len(ids)), default=0)
-    vocabulary = load_config(model).get_text_config().vocab_size
+    vocabulary = _text_config(model).vocab_size
     if largest >= vocabulary:
         raise ConfigError(
             f"the tokenizer of model.path {model.path} makes token {largest}, and the model's vocab_size is "
@@ -181,7 +182,7 @@ def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] 
 def refuse_moving_positions(model: ModelConfig, longest: int, key: str) -> None:
     """Raise ConfigError where sequences of `longest` tokens, the value of `key`, are longer than positions reach that
     then depend on the company."""
-    limit, kinds = _positions(model)
+    limit, kinds = _positions(_text_config(model))
     for kind in (kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")):
         original = kind.get("original_max_position_embeddings") or limit
         if original is not None and longest > original:
@@ -192,12 +193,16 @@ def refuse_moving_positions(model: ModelConfig, longest: int, key: str) -> None:
             )
 
 
-def _positions(model: ModelConfig) -> tuple[int | None, list[dict[str, Any]]]:
-    """(the longest sequence, how positions are turned: some models have one way a kind of layer)."""
+def _text_config(model: ModelConfig) -> Any:
+    """transformers' configuration of the language model."""
     try:
-        text: Any = load_config(model).get_text_config()
+        return load_config(model).get_text_config()
     except LearnerError as error:
         raise ConfigError(str(error)) from error
+
+
+def _positions(text: Any) -> tuple[int | None, list[dict[str, Any]]]:
+    """(the longest sequence, how positions are turned: some models have one way a kind of layer)."""
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     return getattr(text, "max_position_embeddings", None), kinds

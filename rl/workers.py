@@ -320,15 +320,11 @@ class LearnerGroup:
             ],
             "annotate",
         )
-        places = [[valid[i] for i in share] for share in shares]
-
-        def whole(results: Sequence[tuple[FloatArray, ...] | None]) -> tuple[FloatArray, ...] | None:
-            return collect(results, places, [r.length for r in rollouts])
-
+        places, lengths = [[valid[i] for i in share] for share in shares], [r.length for r in rollouts]
         return Annotations(
-            old_logprobs=whole([p.old_logprobs for p in parts]),
-            ref_logprobs=whole([p.ref_logprobs for p in parts]),
-            values=whole([p.values for p in parts]),
+            old_logprobs=collect([p.old_logprobs for p in parts], places, lengths),
+            ref_logprobs=collect([p.ref_logprobs for p in parts], places, lengths),
+            values=collect([p.values for p in parts], places, lengths),
             kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
         )
 
