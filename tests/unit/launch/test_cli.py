@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from unittest import mock
 
 import pytest
 import ray
@@ -53,7 +54,8 @@ def fledge(tmp_path, monkeypatch, capfd):
         assert "Traceback" not in output.err
         return caught.value.code, output.out + output.err
 
-    return run
+    with mock.patch.dict(os.environ):  # the command gives Ray a token, which the clusters of other tests do not know
+        yield run
 
 
 def save(tmp_path, config):
