@@ -21,6 +21,7 @@ from launch.preflight import (
     check_checkpoint,
     check_layout,
     check_logging,
+    refuse_long_example,
     refuse_moving_positions,
     refuse_unknown_tokens,
 )
@@ -82,6 +83,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
         )
         refuse_unknown_tokens(config.model, (ids for e in examples.examples for ids in (e.prompt_ids, e.response_ids)))
+        refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples.examples))
         total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
         display = stack.enter_context(ProgressDisplay(config.name, total_steps))
         if resume and _is_finished(config, total_steps, (MODEL,)):

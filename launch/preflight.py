@@ -153,8 +153,7 @@ def check_length(config: TrainConfig) -> None:
         )
     key = "data.max_prompt_tokens + rollout.max_response_tokens"
     refuse_moving_positions(config.model, config.data.max_prompt_tokens + config.rollout.max_response_tokens, key)
-    stretched = any(kind.get("rope_type", "default") != "default" for kind in kinds)
-    if limit is None or stretched or {"max_model_len", "hf_overrides"} & config.rollout.engine_options.keys():
+    if limit is None or _stretched(kinds) or {"max_model_len", "hf_overrides"} & config.rollout.engine_options.keys():
         return
     for section, tokens in (
         ("rollout", config.rollout.max_response_tokens),
@@ -166,6 +165,16 @@ def check_length(config: TrainConfig) -> None:
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {section}.max_response_tokens {tokens} = "
                 f"{longest} is over the {limit} positions of model.path {config.model.path}; lower one of them"
             )
+
+
+def refuse_long_example(model: ModelConfig, longest: int) -> None:
+    """Raise ConfigError where a worked example of `longest` tokens is longer than the model's positions reach."""
+    limit, kinds = _positions(_text_config(model))
+    if limit is not None and longest > limit and not _stretched(kinds):
+        raise ConfigError(
+            f"an example of data.train has {longest} tokens, over the {limit} positions of model.path {model.path}; "
+            f"set data.max_tokens to {limit} at most, and longer examples are left out"
+        )
 
 
 def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] | IntArray]) -> None:
@@ -206,6 +215,10 @@ def _positions(text: Any) -> tuple[int | None, list[dict[str, Any]]]:
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     return getattr(text, "max_position_embeddings", None), kinds
+
+
+def _stretched(kinds: list[dict[str, Any]]) -> bool:
+    return any(kind.get("rope_type", "default") != "default" for kind in kinds)
 
 
 def check_layout(config: RunConfig) -> Layout | None:

@@ -112,4 +112,7 @@ def _last_samples(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
     if not files:
         return []
     with files[-1].open() as lines:  # not `splitlines`, which also splits at U+2028 and its like within a response
-        return [json.loads(line) for line in itertools.islice(lines, _MOST_SAMPLES)]
+        try:
+            return [json.loads(line) for line in itertools.islice(lines, _MOST_SAMPLES)]
+        except ValueError as error:
+            raise DataError(f"{files[-1]} is damaged: {error}; remove it") from error

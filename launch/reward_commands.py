@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import string
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -74,10 +76,12 @@ def new(name: Annotated[str, typer.Argument(help="of the package and of the rewa
         raise ConfigError(f"reward name {name!r} must be lower-case words joined by hyphens, for example my-reward")
     if name in BUILTIN_REWARDS:
         raise ConfigError(f"{name!r} is the name of a built-in reward; choose another")
+    package = name.replace("-", "_")
+    if package in sys.stdlib_module_names or keyword.iskeyword(package):
+        raise ConfigError(f"{name!r} is a name of Python's own, which a package cannot have; choose another")
     folder = Path(name)
     if folder.exists():
         raise ConfigError(f"{folder} exists already in {Path.cwd()}; choose another name")
-    package = name.replace("-", "_")
     class_name = "".join(word.capitalize() for word in name.split("-"))
     class_name += "" if class_name.endswith("Reward") else "Reward"
     files = {

@@ -69,9 +69,11 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
     names = {p.name for p in parameters}
     is_async = inspect.iscoroutinefunction(_code_of(function))
     call: Callable[..., Any]
+    validate = getattr(target, "validate_ground_truth", None)
     if "completions" in names:
         trl = TrlFunction(function, checked_options(name, function, options, supplied_columns(function, options)))
         mode, call = "batch", trl.call_async if is_async else trl.call
+        validate = validate or trl.check_row
     elif "solution_str" in names or "solution_strs" in names:
         mode = "sample" if "solution_str" in names else "batch"
         supplied = _VERL_SAMPLE if mode == "sample" else _VERL_BATCH
@@ -94,7 +96,7 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
         shaping=bool(getattr(target, "shaping", False)),
         max_concurrent=max_concurrent,
         may_abstain="completions" in names,
-        validate_ground_truth=getattr(target, "validate_ground_truth", None),
+        validate_ground_truth=validate,
         close=getattr(target, "close", None),
     )
 

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.api import RewardInput, RewardOutput
+from rewards.api import GroundTruthError, RewardInput, RewardOutput
 
 _ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_source", "log_extra", "log_metric")
 
@@ -32,6 +32,20 @@ class TrlFunction:
         self._parameters = inspect.signature(function).parameters
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
         self._messages = reads_messages(function)
+        self._required = [
+            p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        ]
+        own = [name for name in self._required if name not in _ALWAYS and name not in self._options]
+        self._columns = own if len(own) != 1 or "ground_truth" in self._required else []
+        self._truth = own[0] if own and not self._columns else None  # the column that the ground truth can stand for
+
+    def check_row(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
+        """Raise GroundTruthError where the row lacks a column that the function needs."""
+        if missing := [name for name in self._columns if name not in extra]:
+            raise GroundTruthError(
+                f"the function needs the column {', '.join(missing)}; the row has {', '.join(extra)}. Where it does "
+                "not apply to a row, set it to null"
+            )
 
     def call(self, samples: Sequence[RewardInput]) -> list[Any]:
         logged: list[dict[str, float]] = [{} for _ in samples]
@@ -66,14 +80,10 @@ class TrlFunction:
         }
         arguments = columns if self._takes_all else {k: v for k, v in columns.items() if k in self._parameters}
         arguments = {**arguments, **self._options}
-        required = [p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-        missing = [name for name in required if name not in arguments]
-        own = [name for name in required if name not in _ALWAYS and name not in self._options]
-        if len(own) == 1 and "ground_truth" not in required:
+        if self._truth is not None:
             # Row by row, so that a sample's reward does not depend on the others.
-            values = [s.extra.get(own[0], s.ground_truth) for s in samples]
-            return {**arguments, own[0]: values}
-        if missing:
+            return {**arguments, self._truth: [s.extra.get(self._truth, s.ground_truth) for s in samples]}
+        if missing := [name for name in self._required if name not in arguments]:
             raise KeyError(f"the function needs the column {', '.join(missing)}; the rows have {', '.join(columns)}")
         return arguments
 

@@ -62,7 +62,9 @@ PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if nam
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), ser_json_inf_nan="constants"
+    )
 
     def sets(self, key: str) -> bool:
         """Whether the key has another value than its default."""

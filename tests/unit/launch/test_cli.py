@@ -216,6 +216,9 @@ def test_a_report_shows_what_models_say(fledge, tmp_path):
     (tmp_path / "samples" / "step_000001.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
     assert fledge("report", tmp_path)[0] == 0
     assert "one\u2028line &lt;b&gt;" in (tmp_path / "report.html").read_text()
+    (tmp_path / "samples" / "step_000001.jsonl").write_text('{"prompt": "cut')
+    exit_code, said = fledge("report", tmp_path)
+    assert (exit_code, "step_000001.jsonl is damaged" in " ".join(said.split())) == (2, True), said
 
 
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["int", "term", "hup"])
@@ -310,6 +313,15 @@ def test_responses_that_are_longer_than_the_model_reaches(fledge, tmp_path, conf
         exit_code, said = fledge(command, path, *lengths)
         expected = f"100 + {section}.max_response_tokens {most + 1} = {limit + 1} is over the {limit} positions of"
         assert (exit_code, expected in " ".join(said.split())) == (2, True), said
+
+
+def test_worked_examples_that_are_longer_than_the_model_reaches(fledge, tmp_path, config, model):
+    limit = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    rows = tmp_path / "examples.jsonl"
+    rows.write_text(json.dumps({"prompt": "Count.", "response": "1 " * limit}) + "\n")
+    path = save(tmp_path, config | {"data": {"train": {"path": str(rows)}}})
+    exit_code, said = fledge("sft", path, "data.max_tokens=99999", "learner.max_tokens_per_microbatch=99999")
+    assert (exit_code, f"set data.max_tokens to {limit} at most" in " ".join(said.split())) == (2, True), said
 
 
 def test_a_run_in_the_place_of_its_model(fledge, tmp_path, config, model):

@@ -150,6 +150,8 @@ def test_new_makes_a_package_whose_own_tests_pass(tmp_path: Path, monkeypatch: p
         ("My Reward", "must be lower-case words joined by hyphens"),
         ("math", "is the name of a built-in reward"),
         ("taken", "exists already"),
+        ("json", "is a name of Python's own"),
+        ("class", "is a name of Python's own"),
     ],
 )
 def test_new_refuses_names_that_cannot_be(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rewards.api import RewardInput, RewardOutput
+from rewards.api import GroundTruthError, RewardInput, RewardOutput
 from rewards.signatures import adapt
 from rewards.trl_columns import reads_messages
 from rl.errors import ConfigError, RewardError
@@ -153,6 +153,28 @@ def test_trl_missing_columns_are_named() -> None:
 
     with pytest.raises(KeyError, match="needs the column level"):
         values(own_and_truth, [sample()])
+
+
+def test_trl_rows_must_hold_every_column_when_they_load() -> None:
+    """In a batch the others' columns would be there, or not, as the draw has it."""
+
+    def two(completions: Any, level: Any, topic: Any, note: Any = None) -> list[float]:
+        return []
+
+    def one(completions: Any, solution: Any) -> list[float]:
+        return []
+
+    check = adapt("x", two, {}).validate_ground_truth
+    assert check is not None
+    check("42", {"level": None, "topic": "algebra"})
+    with pytest.raises(GroundTruthError, match="needs the column topic; the row has level, data_source"):
+        check("42", {"level": 1, "data_source": ""})
+    check = adapt("x", two, {"topic": "algebra"}).validate_ground_truth
+    assert check is not None
+    check("42", {})  # one column, for which the ground truth stands
+    check = adapt("x", one, {}).validate_ground_truth
+    assert check is not None
+    check("42", {})
 
 
 def test_trl_none_abstains_and_ours_may_not() -> None:

@@ -1,5 +1,6 @@
 """Composition and validation: every error names the key, the value and the remedy."""
 
+import math
 import re
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
     copy.write_text(to_yaml(config))
     assert load_config(copy, [], TrainConfig) == config
     assert config.rollout.stop == ("a", "b")
+
+
+def test_numbers_without_end_come_back_from_the_resolved_config(config_file, tmp_path):
+    config = load_config(config_file, ["reward.clip=[-.inf,1]", "rollout.engine_options.x=.inf"], TrainConfig)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    again = load_config(copy, [], TrainConfig)
+    assert (again.reward.clip, again.rollout.engine_options["x"]) == ((-math.inf, 1.0), math.inf)
 
 
 @given(text=st.text(alphabet="$\\{}a:.'# \n\x85\u2028\ufeff", max_size=8) | st.text(max_size=8))
