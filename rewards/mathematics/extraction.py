@@ -32,7 +32,7 @@ _ANCHOR = re.compile(
     r"(?:\s*[】）)\]]\s*[:：]?|\s*(?:は|：|:|＝|=)\s*、?|\s+(?=[-−\d$\\(（]))"
     r"|(?:最终)?(?:答案|答)(?:\s*(?:是|为|為|：|:))"
     r"|(?:정답|답)\s*(?:은|는|:|：)"
-    r"|^[^\S\n]*\#{4}"
+    r"|(?<!\#)\#{4}(?!\#)"
     r")\s*",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -50,6 +50,7 @@ _DISPLAYS = [
     (re.compile(opening), closing)
     for opening, closing in ((r"\$\$", "$$"), (r"(?<!\\)\\\[", r"\]"), (r"(?<!\\)\\\(", r"\)"))
 ]
+_NUMBERED = re.compile(r"[\s*]*\d+(?:\.\d+)*[.):]\s+[^\W\d]")  # a heading: 2. Add the rest
 _OF_A_PART = re.compile(r"\b(?:part|parts|step|case|first|previous)\b|\(\w{1,3}\)", re.IGNORECASE)
 _VALUE_FIRST = re.compile(r"[\s*_`]*[-+−－±(\[{|√\s]*(?:[$€£¥￥\\]|\.?\d|[^\W\d_]{1,3}(?:_\{?\w+\}?)?\s*=)")
 _NO_VALUE = re.compile(  # what a number is not, or only bounds, in one clause with the number
@@ -187,13 +188,25 @@ def _anchored(text: str, start: int) -> str | None:
     Behind a box (`start` > 0) most such statements are remarks, "the answer is unique", so only one that begins with a
     value counts.
     """
-    for match in reversed(list(_ANCHOR.finditer(text, start))[-6:]):
+    anchors = [match for match in _ANCHOR.finditer(text, start) if not _is_heading(text, match)]
+    for match in reversed(anchors[-6:]):
         content = _first_statement(text[match.end() : match.end() + MAX_ANSWER_CHARS])
         if start == 0 or (_VALUE_FIRST.match(content) and not _OF_A_PART.search(match.group())):
             answer = _answer_in_statement(content)
             if answer:
                 return answer
     return None
+
+
+def _is_heading(text: str, anchor: re.Match[str]) -> bool:
+    """Whether a `####` is Markdown's, and not GSM8K's, which any value may follow and, in the last line, any words."""
+    if not anchor.group().startswith("#"):
+        return False
+    before = text[max(anchor.start() - MAX_ANSWER_CHARS, 0) : anchor.start()].rpartition("\n")[2]
+    line, goes_on, _ = text[anchor.end() : anchor.end() + MAX_ANSWER_CHARS].partition("\n")
+    if not goes_on and not before.strip():
+        return False
+    return not _VALUE_FIRST.match(line) or _NUMBERED.match(line) is not None
 
 
 def _first_statement(text: str) -> str:
