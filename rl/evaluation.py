@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rl.batch import FinishReason, Prompt, RolloutBatch, Score, ScoredBatch
+from rl.batch import FinishReason, Prompt, Rollout, RolloutBatch, Score, ScoredBatch
 from rl.controller import RewardPool
 from rl.samples import write_samples
 
@@ -50,38 +50,46 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict[str, float]:
-    """`eval/NAME/...`: avg@n, pass@k, maj@n, length, truncation and failures, all of the reward before shaping.
+    """`eval/NAME/...`: avg@n, pass@k, maj@n, length, truncation and failures, all of the reward before shaping; where
+    the rows name several data sources, `eval/NAME/SOURCE/...` too.
 
     A sample passes when it has full marks in every task part that has a weight, and no gate is closed. maj@n is the
     reward of the commonest extracted answer (of ties the first), and absent where no reward extracts answers; samples
     without one do not vote. A sample whose reward is unknown is left out of its prompt's n; a prompt with fewer than k
     samples left counts only in the metrics that it can.
     """
+    samples = list(zip(scored.batch.rollouts, scored.scores, strict=True))
+    metrics = _summary(f"eval/{name}", samples, pass_at)
+    sources = [prompt.data_source for prompt in scored.batch.prompts]
+    for source in sorted(set(sources)) if len(set(sources)) > 1 else ():
+        own = [(rollout, score) for rollout, score in samples if sources[rollout.prompt_index] == source]
+        metrics |= _summary(f"eval/{name}/{source or 'none'}", own, pass_at)
+    return metrics
+
+
+def _summary(prefix: str, samples: Sequence[tuple[Rollout, Score]], pass_at: Sequence[int]) -> dict[str, float]:
     groups: dict[int, list[Score]] = {}
-    for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
+    for rollout, score in samples:
         group = groups.setdefault(rollout.prompt_index, [])
         if score.ok:
             group.append(score)
     scored_groups = [g for g in groups.values() if g]
-    samples = max(Counter(r.prompt_index for r in scored.batch.rollouts).values(), default=0)
-    prefix = f"eval/{name}"
+    n = max(Counter(rollout.prompt_index for rollout, _ in samples).values(), default=0)
     metrics = {
         f"{prefix}/prompts": float(len(groups)),
-        f"{prefix}/unscored_count": float(sum(1 for s in scored.scores if not s.ok)),
-        f"{prefix}/length_mean": float(np.mean([r.length for r in scored.batch.rollouts])),
-        f"{prefix}/truncated_frac": float(
-            np.mean([r.finish_reason is FinishReason.LENGTH for r in scored.batch.rollouts])
-        ),
+        f"{prefix}/unscored_count": float(sum(1 for _, score in samples if not score.ok)),
+        f"{prefix}/length_mean": float(np.mean([rollout.length for rollout, _ in samples])),
+        f"{prefix}/truncated_frac": float(np.mean([r.finish_reason is FinishReason.LENGTH for r, _ in samples])),
     }
     if not scored_groups:
         return metrics
-    metrics[f"{prefix}/avg@{samples}"] = float(np.mean([np.mean([s.task_reward for s in g]) for g in scored_groups]))
+    metrics[f"{prefix}/avg@{n}"] = float(np.mean([np.mean([s.task_reward for s in g]) for g in scored_groups]))
     for k in pass_at:
         values = [pass_at_k(len(g), sum(s.solved for s in g), k) for g in scored_groups if len(g) >= k]
         if values:
             metrics[f"{prefix}/pass@{k}"] = float(np.mean(values))
-    if samples > 1 and any(s.extracted is not None for g in scored_groups for s in g):
-        metrics[f"{prefix}/maj@{samples}"] = float(np.mean([_majority_reward(g) for g in scored_groups]))
+    if n > 1 and any(s.extracted is not None for g in scored_groups for s in g):
+        metrics[f"{prefix}/maj@{n}"] = float(np.mean([_majority_reward(g) for g in scored_groups]))
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from fakes import PROMPTS, rollout
@@ -54,6 +55,19 @@ def test_an_unscored_sample_is_counted_and_left_out():
     assert metrics["eval/set/unscored_count"] == 1.0
     assert metrics["eval/set/pass@1"] == pytest.approx(0.5)
     assert metrics["eval/set/pass@2"] == pytest.approx(0.0)  # only the second prompt has two samples left
+
+
+def test_each_data_source_has_metrics_of_its_own_where_there_are_several():
+    batch = scored([[(1.0, "4"), (0.0, "5")], [(0.0, "a"), (0.0, "b")], [(1.0, "c"), (1.0, "c")]])
+    assert not [name for name in eval_metrics("set", batch, (1,)) if name.count("/") > 2]
+    sources = ("openai/gsm8k", "", "openai/gsm8k")
+    prompts = tuple(replace(p, data_source=s) for p, s in zip(batch.batch.prompts, sources, strict=True))
+    metrics = eval_metrics("set", replace(batch, batch=replace(batch.batch, prompts=prompts)), (1, 2))
+    assert metrics["eval/set/avg@2"] == pytest.approx(0.5)
+    assert metrics["eval/set/openai/gsm8k/avg@2"] == pytest.approx(0.75)
+    assert metrics["eval/set/openai/gsm8k/pass@2"] == 1.0
+    assert metrics["eval/set/openai/gsm8k/prompts"] == 2.0
+    assert metrics["eval/set/none/avg@2"] == 0.0
 
 
 def test_nothing_scored_gives_no_score():
