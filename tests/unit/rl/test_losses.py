@@ -94,6 +94,7 @@ CASES: list[tuple[str, dict[str, float], Callable[[LossInputs], Tensor], bool]] 
     ("grpo", {}, ppo_eq7, False),
     ("dr_grpo", {}, ppo_eq7, False),
     ("dapo", {}, lambda s: ppo_eq7(s, 0.2, 0.28), False),
+    *((name, {"clip_high": 0.2, "dual_clip": 1.5}, dual_clip, False) for name in ("grpo", "dr_grpo", "dapo")),
     ("gspo", {"clip_low": 0.05, "clip_high": 0.08}, gspo_eq5, True),
     ("cispo", {"clip_low": 0.3, "clip_high": 0.25}, cispo_eq4, False),
     ("gmpo", {"clip_low": 0.3, "clip_high": 0.2}, gmpo_objective, True),
