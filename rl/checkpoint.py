@@ -43,13 +43,13 @@ class CheckpointStore:
 
     Args:
         directory: created when the first checkpoint is saved.
-        keep: how many of the newest checkpoints stay on disk.
+        keep: how many of the newest checkpoints stay on disk; None: all.
         settings: the run's configuration, in plain nested dicts; it goes into every checkpoint.
         fixed: dotted keys of the settings and sections that a run must share with the checkpoint it goes on from.
     """
 
     def __init__(
-        self, directory: Path, *, keep: int, settings: Mapping[str, Any] | None = None, fixed: Sequence[str] = ()
+        self, directory: Path, *, keep: int | None, settings: Mapping[str, Any] | None = None, fixed: Sequence[str] = ()
     ) -> None:
         self.directory = directory
         self.keep = keep
@@ -83,8 +83,8 @@ class CheckpointStore:
             self._discard(final)
         temporary.rename(final)
         _fsync_directory(self.directory)
-        older = [path for path in self._complete() if path != final]
-        for old in older[: max(len(older) - self.keep + 1, 0)]:
+        older = [path for path in self.complete().values() if path != final]
+        for old in older[: max(len(older) - self.keep + 1, 0)] if self.keep is not None else ():
             self._discard(old)
         for leftover in self.directory.glob(f"{_DISCARDED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -98,8 +98,7 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None. Changes nothing: the run may be alive, and writing the next one."""
-        complete = self._complete()
-        return complete[-1] if complete else None
+        return next(reversed(self.complete().values()), None)
 
     def resume(self) -> Resumable | None:
         """The newest complete checkpoint, for the run that goes on from it; None when there is none.
@@ -127,11 +126,12 @@ class CheckpointStore:
         # A section that is None on one side differs as a whole, so what is fixed may also be inside the key.
         return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in self._fixed)
 
-    def _complete(self) -> list[Path]:
+    def complete(self) -> dict[int, Path]:
+        """The complete checkpoints by step, the oldest first."""
         if not self.directory.is_dir():
-            return []
+            return {}
         found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -345,6 +345,7 @@ def test_the_newest_checkpoints_stay_and_what_was_just_written_always_does(tmp_p
     assert save(5, keep=2) == [4, 5]
     assert save(2, keep=2) == [2, 5]
     assert save(3, keep=1) == [3]
+    assert [save(step, keep=None) for step in (4, 5, 6, 7)][-1] == [3, 4, 5, 6, 7]
 
 
 def test_a_resumed_run_says_what_changed_and_refuses_what_must_not(tmp_path):
