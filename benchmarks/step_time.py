@@ -38,6 +38,7 @@ def questions() -> list[str]:
 
 def fledge_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, Any]:
     from launch.compose import training_run
+    from launch.data import checked_training
     from rl.config import TrainConfig
 
     rows = folder / "rows.jsonl"
@@ -69,7 +70,7 @@ def fledge_side(model: Path, folder: Path, steps: int, dtype: str) -> dict[str, 
         def message(self, text: str) -> None: ...
         def step(self, step: int, metrics: Any) -> None: ...
 
-    with training_run(config, Quiet()) as run:
+    with training_run(checked_training(config, Quiet()), Quiet()) as run:
         run.controller.sync_weights()
         results = [run.controller.step(step) for step in range(steps + 1)][1:]
     lengths = [r.length for result in results for r in result.scored.batch.rollouts]

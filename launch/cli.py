@@ -39,6 +39,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, for example rollout.group_size=16", metavar="[KEY=VALUE]...")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in run_dir")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check everything, show what the run would do, and start nothing")
+]
 
 INTERRUPTED = 130
 
@@ -60,27 +63,42 @@ def options(
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = False) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Train a model with reinforcement learning."""
     loaded = _load(config, overrides, TrainConfig)
+    if dry_run:
+        from launch.dry_run import describe_training
+
+        describe_training(loaded)
+        return
     from launch.commands import train as run
 
     _print_metrics(run(loaded, resume=resume), ("reward/mean", "eval/"))
 
 
 @app.command()
-def sft(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = False) -> None:
+def sft(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Warm a model up on worked examples."""
     loaded = _load(config, overrides, SftConfig)
+    if dry_run:
+        from launch.dry_run import describe_sft
+
+        describe_sft(loaded)
+        return
     from launch.commands import sft as run
 
     _print_metrics(run(loaded, resume=resume), ("learner/loss",))
 
 
 @app.command(name="eval")
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+def evaluate(config: ConfigPath, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
     """Evaluate a model on the config's evaluation data: avg@k, pass@k, maj@k."""
     loaded = _load(config, overrides, TrainConfig)
+    if dry_run:
+        from launch.dry_run import describe_evaluation
+
+        describe_evaluation(loaded)
+        return
     from launch.commands import evaluate as run
 
     _print_metrics(run(loaded), ("eval/",))
@@ -90,11 +108,13 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 def export(
     run_dir: Annotated[Path, typer.Argument(help="run directory")],
     out_dir: Annotated[Path, typer.Argument(help="folder for the Hugging Face checkpoint")],
+    *,
+    step: Annotated[int | None, typer.Option(min=1, help="of the checkpoint; the newest where it is left out")] = None,
 ) -> None:
-    """Turn a run's newest checkpoint into a Hugging Face checkpoint."""
+    """Turn a run's checkpoint into a Hugging Face checkpoint."""
     from launch.commands import export as run
 
-    checkpoint = run(run_dir, out_dir)
+    checkpoint = run(run_dir, out_dir, step=step)
     typer.echo(f"{checkpoint} -> {out_dir}")
 
 

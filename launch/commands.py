@@ -16,24 +16,16 @@ import typer
 
 from launch.cluster import place_learners, ray_cluster, resolve_device
 from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
+from launch.data import CheckedRun, checked_evaluation, checked_sft, checked_training
 from launch.display import ProgressDisplay
-from launch.preflight import (
-    check_checkpoint,
-    check_layout,
-    check_logging,
-    refuse_long_example,
-    refuse_moving_positions,
-    refuse_unknown_tokens,
-)
 from rl.checkpoint import LEARNER, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
 from rl.learner_checkpoint import LAST_WRITTEN
 from rl.metrics import METRICS_FILE
-from rl.prompts import load_sft_examples, load_tokenizer
 from rl.run import row_is_whole
-from rl.supervised import SupervisedRun, steps_per_epoch
+from rl.supervised import SupervisedRun
 from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
@@ -45,28 +37,28 @@ _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 
 def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
     """`fledge train`: run to the end, export the model, return the last step's metrics."""
-    with (
-        _claimed_run_dir(config, resume=resume) as run_dir,
-        ProgressDisplay(config.name, config.total_steps) as display,
-    ):
+    with _claimed_run_dir(config, resume=resume) as run_dir, ProgressDisplay(config.name) as display:
+        checked = checked_training(config, display)
+        display.expect(checked.config.total_steps)
         exported = (MODEL, CRITIC) if config.critic is not None else (MODEL,)
-        if resume and _is_finished(config, config.total_steps, exported):
-            display.message(_nothing_to_do(run_dir, "total_steps"))
+        if resume and _is_finished(checked.config, checked.config.total_steps, exported):
+            display.message(_nothing_to_do(run_dir, "total_steps or total_epochs"))
             return {}
-        return _train(config, run_dir, display, resume=resume)
+        return _train(checked, run_dir, display, resume=resume)
 
 
-def _train(config: TrainConfig, run_dir: Path, display: ProgressDisplay, *, resume: bool) -> dict[str, float]:
-    with training_run(config, display) as run:
+def _train(checked: CheckedRun, run_dir: Path, display: ProgressDisplay, *, resume: bool) -> dict[str, float]:
+    config = checked.config
+    with training_run(checked, display) as run:
         _warn_of_a_lost_run_dir(run_dir, display)
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))
         _write_config(run_dir, config)
         metrics = run.execute()
-        run.controller.learners.export_hf(run_dir / MODEL)  # type: ignore[attr-defined]
+        run.controller.learners.export_hf(run_dir / MODEL)
         display.message(f"model {run_dir / MODEL}")
         if config.critic is not None:
-            run.controller.learners.export_critic(run_dir / CRITIC)  # type: ignore[attr-defined]
+            run.controller.learners.export_critic(run_dir / CRITIC)
             display.message(f"critic {run_dir / CRITIC}")
         return metrics
 
@@ -75,23 +67,12 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
     """`fledge sft`: run to the end, export the model, return the last step's metrics."""
     with ExitStack() as stack:
         run_dir = stack.enter_context(_claimed_run_dir(config, resume=resume))
-        check_checkpoint(config.model.path, "model.path")
-        check_layout(config)
-        refuse_moving_positions(config.model, config.data.max_tokens, "data.max_tokens")
-        check_logging(config)
-        examples = load_sft_examples(
-            config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
-        )
-        refuse_unknown_tokens(config.model, (ids for e in examples.examples for ids in (e.prompt_ids, e.response_ids)))
-        refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples.examples))
-        total_steps = config.epochs * steps_per_epoch(len(examples.examples), config.batch_size)
-        display = stack.enter_context(ProgressDisplay(config.name, total_steps))
-        if resume and _is_finished(config, total_steps, (MODEL,)):
+        display = stack.enter_context(ProgressDisplay(config.name))
+        checked = checked_sft(config, display)
+        display.expect(checked.total_steps)
+        if resume and _is_finished(config, checked.total_steps, (MODEL,)):
             display.message(_nothing_to_do(run_dir, "epochs"))
             return {}
-        dropped = f", {examples.num_dropped_too_long} too long and dropped" if examples.num_dropped_too_long else ""
-        verbatim = f", {examples.num_verbatim} encoded as they stand (docs/data.md)" if examples.num_verbatim else ""
-        display.message(f"worked examples {examples.name}: {len(examples.examples)}{dropped}{verbatim}")
         _warn_of_a_lost_run_dir(run_dir, display)
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config)
@@ -104,12 +85,12 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             seed=config.seed,
             deterministic=config.deterministic,
             device=device,
-            total_optimizer_steps=total_steps,
+            total_optimizer_steps=checked.total_steps,
         )
         learners = start_learners(spec, actor_options=placement.learners)
         stack.callback(learners.shutdown)
         run = SupervisedRun(
-            examples.examples,
+            checked.examples,
             learners,
             epochs=config.epochs,
             batch_size=config.batch_size,
@@ -136,32 +117,36 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
         raise ConfigError(
             f"run_dir {run_dir} already holds an evaluation ({results.name}); choose another run_dir, or remove it"
         )
-    with ProgressDisplay(config.name, 1) as display, evaluator_of(config, display) as evaluator:
+    with ProgressDisplay(config.name) as display, evaluator_of(checked_evaluation(config, display)) as evaluator:
         metrics = evaluator.evaluate(run_dir / "samples", "final")
     (run_dir / "eval_config.yaml").write_text(to_yaml(config))
     results.write_text(json.dumps({"model": config.model.path, **metrics}, indent=1) + "\n")
     return metrics
 
 
-def export(run_dir: Path, out_dir: Path) -> Path:
-    """`fledge export`: the newest checkpoint of a run as a Hugging Face folder, without starting any worker."""
+def export(run_dir: Path, out_dir: Path, *, step: int | None = None) -> Path:
+    """`fledge export`: the checkpoint of a step, or a run's newest, as a Hugging Face folder, without any worker."""
     from rl.learner_checkpoint import export_checkpoint
 
     config_file = run_dir / _CONFIG
     if not config_file.is_file():
         raise CheckpointError(f"{run_dir} has no config.yaml, so it is no run directory")
     config = load_config(config_file, (), TrainConfig if _is_train_config(config_file) else SftConfig)
-    checkpoint = checkpoint_store(config, run_dir).latest()
-    if checkpoint is None:
+    checkpoints = checkpoint_store(config, run_dir).complete()
+    if not checkpoints:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
+    step = step or max(checkpoints)
+    if step not in checkpoints:
+        there = ", ".join(map(str, checkpoints))
+        raise CheckpointError(f"{run_dir / 'checkpoints'} holds no checkpoint of step {step}; there are {there}")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if next(out_dir.iterdir(), None) is not None:
             raise ConfigError(f"{out_dir} holds files already; choose another folder, or remove it")
     except OSError as error:
         raise ConfigError(f"{out_dir} cannot be written: {error}; choose another folder") from error
-    export_checkpoint(checkpoint / LEARNER, config.model, out_dir)
-    return checkpoint
+    export_checkpoint(checkpoints[step] / LEARNER, config.model, out_dir)
+    return checkpoints[step]
 
 
 def _is_train_config(path: Path) -> bool:

@@ -6,9 +6,8 @@ Left out: the command line (`launch.cli`), and what the parts do.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
-from launch.preflight import check_checkpoint, check_engine_options, check_length, check_training, refuse_unknown_tokens
-from rewards.combine import CombinedReward
+from launch.data import CheckedRun
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
@@ -25,12 +23,11 @@ from rl.checkpoint import CheckpointStore
 from rl.config import AlgorithmConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
-from rl.errors import ConfigError, DataError
-from rl.evaluation import EvalSet, Evaluator
+from rl.evaluation import Evaluator
 from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
 from rl.models import has_experts, load_config
 from rl.probe import AgreementBounds, WeightProbe
-from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, drop_held_out, load_prompts, load_tokenizer
+from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import Transport, resolve_transport
 from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
@@ -145,14 +142,9 @@ def shape_data(
 
 
 @contextmanager
-def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]:
-    """Everything that `fledge train` needs, checked and running; all of it ends with the block.
-
-    What can be wrong without a process (data, rewards, algorithm, model files) is checked first.
-    """
-    run_dir = Path(config.run_dir)
-    check_training(config)
-    train_prompts, eval_sets = load_data(config, display)
+def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]:
+    """Everything that `fledge train` needs, running; all of it ends with the block."""
+    config, run_dir, eval_sets = checked.config, Path(checked.config.run_dir), checked.eval_sets
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config)
@@ -174,7 +166,7 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
             receivers=lambda: rollouts.workers,
         )
         stack.callback(learners.shutdown)
-        source, new_groups = shape_data(config, train_prompts)
+        source, new_groups = shape_data(config, checked.prompts)
         controller = Controller(
             source,
             rollouts,
@@ -198,14 +190,9 @@ def training_run(config: TrainConfig, display: Display) -> Iterator[TrainingRun]
 
 
 @contextmanager
-def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
+def evaluator_of(checked: CheckedRun) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
-    check_checkpoint(config.model.path, "model.path")
-    check_length(config)
-    check_engine_options(config)
-    _, eval_sets = load_data(config, display, train=False)
-    if not eval_sets:
-        raise DataError("data.eval is empty; add at least one dataset to evaluate on")
+    config = checked.config
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config)
@@ -220,7 +207,7 @@ def evaluator_of(config: TrainConfig, display: Display) -> Iterator[Evaluator]:
             trained=False,
         )
         stack.callback(rollouts.shutdown)
-        yield Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)
+        yield Evaluator(checked.eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)
 
 
 def learner_spec(config: TrainConfig, device: str, transport: Transport) -> LearnerSpec:
@@ -282,63 +269,6 @@ def checkpoint_store(config: RunConfig, run_dir: Path) -> CheckpointStore:
         settings=config.model_dump(mode="json"),
         fixed=_TRAIN_FIXED if isinstance(config, TrainConfig) else _SFT_FIXED,
     )
-
-
-def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
-    """Training prompts and evaluation sets, every ground truth accepted by its reward. Starts no worker."""
-    with closing(CombinedReward(config.reward.functions, config.reward.clip)) as rewards:
-        return _load_data(config, rewards, display, train=train)
-
-
-def _load_data(
-    config: TrainConfig, rewards: CombinedReward, display: Display, *, train: bool
-) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
-    tokenizer = load_tokenizer(config.model)
-    load = functools.partial(
-        load_prompts,
-        tokenizer=tokenizer,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        chat_template_options=config.model.chat_template_options,
-        validate=rewards.validate_prompt,
-    )
-    prompts: tuple[Prompt, ...] = ()
-    if train:
-        if config.data.train is None:
-            raise ConfigError("data.train is required but not set; give the prompts to learn from")
-        loaded = load(config.data.train, drop_repeated=True)
-        prompts = loaded.prompts
-        display.message(_describe("training data", loaded))
-    eval_sets: list[EvalSet] = []
-    for dataset in config.data.eval:
-        loaded = load(dataset)
-        display.message(_describe("evaluation data", loaded))
-        if any(loaded.name == other.name for other in eval_sets):
-            raise ConfigError(f"data.eval has two datasets named {loaded.name}; give one of them another name")
-        eval_sets.append(EvalSet(loaded.name, loaded.prompts))
-    everything = itertools.chain(prompts, *(held_out.prompts for held_out in eval_sets))
-    refuse_unknown_tokens(config.model, (prompt.token_ids for prompt in everything))
-    if not config.data.keep_held_out:
-        prompts = _held_out_dropped(prompts, eval_sets, display)
-    return prompts, eval_sets
-
-
-def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], display: Display) -> tuple[Prompt, ...]:
-    """What is measured on must not have been trained on; saying so beats finding out."""
-    kept = drop_held_out(prompts, (prompt for held_out in eval_sets for prompt in held_out.prompts))
-    if prompts and not kept:
-        raise ConfigError(
-            f"all {len(prompts)} prompts of data.train are in data.eval too, so none is left to train on; use other "
-            "prompts for one of them, or set data.keep_held_out=true to train on them all the same"
-        )
-    if dropped := len(prompts) - len(kept):
-        display.message(f"training data: {dropped} prompts dropped that are in data.eval too (data.keep_held_out)")
-    return kept
-
-
-def _describe(what: str, loaded: Any) -> str:
-    dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
-    repeated = f", {loaded.num_repeated} repeated and dropped" if loaded.num_repeated else ""
-    return f"{what} {loaded.name}: {len(loaded.prompts)} prompts{dropped}{repeated}"
 
 
 def _comparable(rollout: RolloutConfig) -> bool:

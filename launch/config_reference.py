@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rl.config import RunConfig, SftConfig, TrainConfig
+from rl.config.peers import PEERS
 
 _HEAD = """# Every key of a configuration
 
@@ -31,7 +32,16 @@ def reference() -> str:
     shared = RunConfig.model_fields.keys()
     parts = [_HEAD, _chapter("All commands", RunConfig, RunConfig.model_fields.keys())]
     parts += [_chapter(f"`{name}`", kind, kind.model_fields.keys() - shared) for name, kind in kinds]
-    return "\n".join(parts)
+    return "\n".join([*parts, _peers()])
+
+
+def _peers() -> str:
+    rows = [
+        f"| {', '.join(f'`{name}`' for name in names.split())} | {f'`{key}`' if key else ''} | {note} |"
+        for key, note, names in PEERS
+    ]
+    head = "What differs in meaning is in [migrating.md](migrating.md). A key is listed by its last part.\n"
+    return "\n".join(["## Keys of verl, TRL and OpenRLHF\n", head, "| there | here | |", "|---|---|---|", *rows, ""])
 
 
 def _chapter(title: str, root: type[BaseModel], names: typing.AbstractSet[str]) -> str:

@@ -34,9 +34,9 @@ class _BarOverMetrics(Progress):
 class ProgressDisplay:
     """Implements `rl.run.Display`. Use it as a context manager."""
 
-    def __init__(self, title: str, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
-        self._total = total_steps
+        self._total: int | None = None
         self._console = console or Console(file=sys.stderr, soft_wrap=True)
         self._started = time.monotonic()
         self._first_step: int | None = None
@@ -55,12 +55,18 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, metrics=())
+            self._task = self._bar.add_task(self._title, total=None, metrics=())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def expect(self, total_steps: int) -> None:
+        """How many steps there will be."""
+        self._total = total_steps
+        if self._bar is not None:
+            self._bar.update(self._task, total=total_steps)
 
     def message(self, text: str) -> None:
         """One line, whatever the terminal."""
@@ -75,12 +81,13 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=shown)
         else:
-            line = "  ".join((f"{self._title} step {step}/{self._total}", *shown, f"left {self._time_left(step)}"))
-            self.message(line)
+            assert self._total is not None
+            left = self._time_left(step, self._total - step)
+            self.message("  ".join((f"{self._title} step {step}/{self._total}", *shown, f"left {left}")))
 
-    def _time_left(self, step: int) -> str:
+    def _time_left(self, step: int, steps_left: int) -> str:
         done = step - (self._first_step or 0)
-        left = (time.monotonic() - self._started) / max(done, 1) * (self._total - step)
+        left = (time.monotonic() - self._started) / max(done, 1) * steps_left
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}"

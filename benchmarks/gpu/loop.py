@@ -19,6 +19,7 @@ import torch
 from learner import SHAPES, build_shape
 
 from launch.compose import training_run
+from launch.data import checked_training
 from launch.tiny_models import build_tokenizer
 from rl.config import TrainConfig
 
@@ -94,7 +95,7 @@ def main() -> None:
         )
         config = configuration(options, folder)
         Path(config.run_dir).mkdir()
-        with training_run(config, Printed()) as run:
+        with training_run(checked_training(config, Printed()), Printed()) as run:
             run.controller.sync_weights()
             results = [run.controller.step(step) for step in range(options.steps + 1)][1:]
     for stage in results[0].seconds:

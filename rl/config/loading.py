@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from rl.config import RunConfig, SftConfig, TrainConfig
+from rl.config.peers import PEER_VALUES, peer_hint
 from rl.errors import ConfigError
 
 Root = TypeVar("Root", bound=RunConfig)
@@ -160,6 +161,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
         known = _fields_at(schema, location[:-1])
+        if hint := peer_hint(str(location[-1]), value):
+            return f"unknown key {key}; {hint}"
         near = _did_you_mean(str(location[-1]), location[:-1], known, schema)
         hint = f"did you mean {near}?" if near else f"known keys here: {', '.join(sorted(known))}"
         return f"unknown key {key}; {hint}"
@@ -174,7 +177,9 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key} is {value!r}: give at least {problem['ctx']['min_length']}"
     if kind == "model_type":
         return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
-    return f"{key} is {value!r}: {message[0].lower()}{message[1:]}"
+    peer = PEER_VALUES.get(str(value)) if kind == "literal_error" else None
+    hint = f"; what is {value} elsewhere is {peer} here" if peer else ""
+    return f"{key} is {value!r}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], schema: type[BaseModel]) -> str:

@@ -37,7 +37,7 @@ class CheckpointConfig(Section):
     """Run state on disk."""
 
     every: NonNegativeInt = Field(50, description="steps; 0: only at the end")
-    keep: PositiveInt = Field(2, description="newest checkpoints on disk")
+    keep: PositiveInt | None = Field(2, description="newest checkpoints on disk; null: all")
 
 
 class LoggingConfig(Section):
@@ -108,6 +108,9 @@ class TrainConfig(RunConfig):
     """`fledge train` and `fledge eval`."""
 
     total_steps: PositiveInt = Field(100, description="training steps")
+    total_epochs: PositiveFloat | None = Field(
+        None, description="in place of total_steps: how often every prompt is drawn; null: total_steps says"
+    )
     data: DataConfig = Field(description="prompts")
     rollout: RolloutConfig = Field(RolloutConfig(), description="sampling and engines")
     reward: RewardConfig = Field(RewardConfig(), description="how responses are scored")
@@ -118,6 +121,11 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if self.total_epochs is not None and "total_steps" in self.model_fields_set:
+            raise ValueError(
+                f"total_steps {self.total_steps} and total_epochs {self.total_epochs:g} both say how long the run is; "
+                "leave one of them out, or set it to null"
+            )
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         if samples % self.learner.mini_batches:
             raise ValueError(
@@ -144,7 +152,8 @@ class TrainConfig(RunConfig):
                 f"sequence, data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "
                 f"{self.rollout.max_response_tokens} = {longest}; raise it to at least {longest}"
             )
-        if self.critic is not None and self.critic.warmup_steps >= self.total_steps:
+        known = self.total_epochs is None
+        if self.critic is not None and known and self.critic.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"critic.warmup_steps {self.critic.warmup_steps} leaves no step of total_steps {self.total_steps} for "
                 "the policy; lower it"

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from launch.compose import training_run
+from launch.data import checked_training
 from launch.tiny_models import Family, build_tiny_model
 from rl.config import TrainConfig
 from rl.run import TrainingRun
@@ -79,13 +80,13 @@ def run_here(config: dict[str, Any]) -> Any:
     """A context manager with the running parts, in this process and its Ray cluster."""
     validated = TrainConfig.model_validate(config)
     Path(validated.run_dir).mkdir(parents=True, exist_ok=True)
-    return training_run(validated, Quiet())
+    return training_run(checked_training(validated, Quiet()), Quiet())
 
 
 def finish(run: TrainingRun, run_dir: Path) -> dict[str, Any]:
     """Execute the run; returns the tensors of the exported model."""
     run.execute()
-    run.controller.learners.export_hf(run_dir / "model")  # type: ignore[attr-defined]
+    run.controller.learners.export_hf(run_dir / "model")
     return load_file(run_dir / "model" / "model.safetensors")
 
 

@@ -202,8 +202,34 @@ def test_a_report_shows_samples_of_the_last_step_that_is_on_record(fledge, tmp_p
     assert "said in step 2" in page and "said in step 3" not in page
 
 
-def test_export_and_report_of_something_else(fledge, tmp_path):
+def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, config):
+    sections = {"reward": {"functions": [{"name": "exact"}]}, "total_epochs": 3, "rollout": {"prompts_per_step": 2}}
+    path = save(tmp_path, config | sections)
+    exit_code, said = fledge("train", path, "--dry-run")
+    assert exit_code == 0
+    assert "training data rows: 1 prompts\n2 steps of 2 prompts: 4 times the training data" in said
+    assert "2 prompts x 8 responses = 16 samples of at most 2,048 tokens, learned from in 1 optimizer steps" in said
+    assert "1 + 1 =<|im_end|>\n<|im_start|>assistant" in said and "its ground truth: 2" in said
+    assert fledge("train", path, "--dry-run", "model.path=no/such/model")[0] == 2
+    exit_code, said = fledge("eval", path, "--dry-run", f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}}}]")
+    assert (exit_code, "1 responses a prompt of at most 1,024 tokens, at temperature 0" in said) == (0, True)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"prompt": "1 + 1 =", "response": "2"}\n')
+    exit_code, said = fledge("sft", save(tmp_path, config | {"data": {"train": {"path": str(examples)}}}), "--dry-run")
+    assert (exit_code, "its response, 2 tokens, all learned:\n2<|im_end|>" in said) == (0, True), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_and_report_of_something_else(fledge, tmp_path, config):
     assert "no run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
+    for step in (2, 10):
+        checkpoint_store(TrainConfig.model_validate(config | {"checkpoint": {"keep": None}}), tmp_path).save(
+            step, {}, lambda folder: (folder / "w").touch()
+        )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"rollout": {}}))
+    said = fledge("export", tmp_path, tmp_path / "out", "--step", "3")[1]
+    assert "checkpoints holds no checkpoint of step 3; there are 2, 10" in said
+    assert not (tmp_path / "out").exists()
     assert "is it a run directory?" in fledge("report", tmp_path)[1]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     assert "metrics.jsonl, line 2, is damaged" in fledge("report", tmp_path)[1]
@@ -224,9 +250,9 @@ def test_a_report_shows_what_models_say(fledge, tmp_path):
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["int", "term", "hup"])
 @pytest.mark.parametrize("saved", [False, True], ids=["unsaved", "saved"])
 def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, config, monkeypatch, ends, saved):
-    def train(config, run_dir, display, *, resume):
+    def train(checked, run_dir, display, *, resume):
         if saved:
-            store = checkpoint_store(config, run_dir)
+            store = checkpoint_store(checked.config, run_dir)
             store.save(3, {}, lambda folder: (folder / "w").write_text("1"))
         signal.raise_signal(ends)
         raise AssertionError("went on after the signal")

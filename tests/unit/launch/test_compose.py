@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from launch.compose import checkpoint_store, load_data, shape_data
+from launch.compose import checkpoint_store, shape_data
+from launch.data import checked_training, load_data
 from launch.tiny_models import build_tiny_model
 from rl.batch import Prompt
 from rl.config import TrainConfig
@@ -90,3 +91,32 @@ def test_prompts_of_the_evaluation_are_not_trained_on(tmp_path):
     assert len(prompts) == 8
     with pytest.raises(ConfigError, match=r"all 8 prompts of data.train are in data.eval too.*data.keep_held_out=true"):
         load_data(config(model=model, data=data | {"eval": [{**data["train"], "name": "same"}]}), said)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (0.1, 1), (2.5, 9)])
+def test_epochs_become_the_steps_that_draw_every_prompt_so_often(tmp_path, epochs, steps):
+    build_tiny_model("qwen3", tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+1", "ground_truth": str(i + 1)}) + "\n" for i in range(14)))
+    sections = {
+        "model": {"path": str(tmp_path), "dtype": "float32"},
+        "data": {"train": {"path": str(rows)}},
+        "reward": {"functions": [{"name": "exact"}]},
+    }
+    asked = config(**sections).model_copy(update={"total_epochs": epochs})
+    found = checked_training(asked, Messages()).config
+    assert (found.total_steps, found.total_epochs) == (steps, None)
+
+
+def test_what_epochs_make_impossible_is_found_once_they_are_known(tmp_path):
+    build_tiny_model("qwen3", tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1", "ground_truth": "2"}\n')
+    critic = config(
+        model={"path": str(tmp_path), "dtype": "float32"},
+        data={"train": {"path": str(rows)}},
+        algorithm={"advantage": "gae"},
+        critic={"warmup_steps": 3},
+    )
+    with pytest.raises(ConfigError, match=r"total_epochs 2 are 1 steps: critic.warmup_steps 3 leaves no step"):
+        checked_training(critic.model_copy(update={"total_epochs": 2}), Messages())

@@ -24,7 +24,8 @@ SHOWN = ("reward 0.938", "loss -0.0123", "tok/s 16,923", "tok/s 51,890", "grad 0
 def test_a_terminal_shows_step_metrics_and_time_left(width):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=width, color_system=None)
-    with ProgressDisplay("a-run-of-some-name", 30, console) as display:
+    with ProgressDisplay("a-run-of-some-name", console) as display:
+        display.expect(30)
         display.step(5, METRICS)
         display.message("evaluation step_000005: held_out/avg@4 0.5")
     text = out.getvalue()
@@ -35,7 +36,8 @@ def test_a_terminal_shows_step_metrics_and_time_left(width):
 
 def test_without_a_terminal_every_step_is_one_line():
     out = io.StringIO()
-    with ProgressDisplay("run", 30, Console(file=out, width=80, soft_wrap=True)) as display:
+    with ProgressDisplay("run", Console(file=out, width=80, soft_wrap=True)) as display:
+        display.expect(30)
         display.step(5, METRICS)
         display.step(6, METRICS)
     first, second = out.getvalue().splitlines()

@@ -51,6 +51,13 @@ def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
     assert config.rollout.stop == ("a", "b")
 
 
+def test_a_run_is_as_long_as_its_steps_or_its_epochs_say(config_file):
+    with pytest.raises(ConfigError, match="total_steps 50 and total_epochs 2 both say how long the run is"):
+        load_config(config_file, ["total_steps=50", "total_epochs=2"], TrainConfig)
+    overrides = ["total_steps=50", "total_epochs=2", "total_steps=null"]
+    assert load_config(config_file, overrides, TrainConfig).total_epochs == 2.0
+
+
 def test_numbers_without_end_come_back_from_the_resolved_config(config_file, tmp_path):
     config = load_config(config_file, ["reward.clip=[-.inf,1]", "rollout.engine_options.x=.inf"], TrainConfig)
     copy = tmp_path / "copy.yaml"

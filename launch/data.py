@@ -1,0 +1,162 @@
+"""The prompts of a run, loaded and accepted by their rewards, and what a run is once nothing can refuse it any more.
+
+Left out: reading files and templates (`rl.prompts`), and everything that takes a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from contextlib import closing
+from dataclasses import dataclass
+
+from launch.preflight import (
+    check_checkpoint,
+    check_engine_options,
+    check_layout,
+    check_length,
+    check_logging,
+    check_training,
+    refuse_long_example,
+    refuse_moving_positions,
+    refuse_unknown_tokens,
+)
+from rewards.combine import CombinedReward
+from rl.batch import Prompt
+from rl.config import SftConfig, TrainConfig
+from rl.config.loading import validate
+from rl.errors import ConfigError, DataError
+from rl.evaluation import EvalSet
+from rl.prompts import PromptSet, SftExample, drop_held_out, load_prompts, load_sft_examples, load_tokenizer
+from rl.run import Display
+from rl.supervised import steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRun:
+    """A configuration that was checked as far as it can be before anything starts, and its data.
+
+    Its `total_epochs` is None: they are in `total_steps`.
+    """
+
+    config: TrainConfig
+    prompts: tuple[Prompt, ...]
+    eval_sets: tuple[EvalSet, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedSft:
+    """The same of a supervised run."""
+
+    config: SftConfig
+    examples: tuple[SftExample, ...]
+    total_steps: int
+
+
+def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
+    """What `fledge train` would run. Raises ConfigError and DataError for all that can be known without a process."""
+    check_training(config)
+    prompts, eval_sets = load_data(config, display)
+    config = _with_steps(config, len(prompts))
+    drawn = config.total_steps * config.rollout.prompts_per_step
+    display.message(
+        f"{config.total_steps} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} times "
+        "the training data"
+    )
+    return CheckedRun(config, prompts, tuple(eval_sets))
+
+
+def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
+    """What `fledge sft` would run; errors as in `checked_training`."""
+    check_checkpoint(config.model.path, "model.path")
+    check_layout(config)
+    refuse_moving_positions(config.model, config.data.max_tokens, "data.max_tokens")
+    check_logging(config)
+    loaded = load_sft_examples(
+        config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
+    )
+    examples = loaded.examples
+    dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
+    verbatim = f", {loaded.num_verbatim} encoded as they stand (docs/data.md)" if loaded.num_verbatim else ""
+    display.message(f"worked examples {loaded.name}: {len(examples)}{dropped}{verbatim}")
+    refuse_unknown_tokens(config.model, (ids for e in examples for ids in (e.prompt_ids, e.response_ids)))
+    refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples))
+    return CheckedSft(config, examples, config.epochs * steps_per_epoch(len(examples), config.batch_size))
+
+
+def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
+    """What `fledge eval` would run; errors as in `checked_training`."""
+    check_checkpoint(config.model.path, "model.path")
+    check_length(config)
+    check_engine_options(config)
+    _, eval_sets = load_data(config, display, train=False)
+    if not eval_sets:
+        raise DataError("data.eval is empty; add at least one dataset to evaluate on")
+    return CheckedRun(config, (), tuple(eval_sets))
+
+
+def _with_steps(config: TrainConfig, num_prompts: int) -> TrainConfig:
+    """The configuration with its epochs as steps: as many as draw every prompt so often."""
+    if config.total_epochs is None:
+        return config
+    steps = math.ceil(config.total_epochs * num_prompts / config.rollout.prompts_per_step)
+    plain = config.model_dump() | {"total_steps": steps, "total_epochs": None}
+    return validate(plain, TrainConfig, source=f"total_epochs {config.total_epochs:g} are {steps} steps")
+
+
+def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
+    """Training prompts and evaluation sets, every ground truth accepted by its reward. Starts no worker."""
+    with closing(CombinedReward(config.reward.functions, config.reward.clip)) as rewards:
+        return _load_data(config, rewards, display, train=train)
+
+
+def _load_data(
+    config: TrainConfig, rewards: CombinedReward, display: Display, *, train: bool
+) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
+    tokenizer = load_tokenizer(config.model)
+    load = functools.partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        chat_template_options=config.model.chat_template_options,
+        validate=rewards.validate_prompt,
+    )
+    prompts: tuple[Prompt, ...] = ()
+    if train:
+        if config.data.train is None:
+            raise ConfigError("data.train is required but not set; give the prompts to learn from")
+        loaded = load(config.data.train, drop_repeated=True)
+        prompts = loaded.prompts
+        display.message(_describe("training data", loaded))
+    eval_sets: list[EvalSet] = []
+    for dataset in config.data.eval:
+        loaded = load(dataset)
+        display.message(_describe("evaluation data", loaded))
+        if any(loaded.name == other.name for other in eval_sets):
+            raise ConfigError(f"data.eval has two datasets named {loaded.name}; give one of them another name")
+        eval_sets.append(EvalSet(loaded.name, loaded.prompts))
+    everything = itertools.chain(prompts, *(held_out.prompts for held_out in eval_sets))
+    refuse_unknown_tokens(config.model, (prompt.token_ids for prompt in everything))
+    if not config.data.keep_held_out:
+        prompts = _held_out_dropped(prompts, eval_sets, display)
+    return prompts, eval_sets
+
+
+def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], display: Display) -> tuple[Prompt, ...]:
+    """What is measured on must not have been trained on; saying so beats finding out."""
+    kept = drop_held_out(prompts, (prompt for held_out in eval_sets for prompt in held_out.prompts))
+    if prompts and not kept:
+        raise ConfigError(
+            f"all {len(prompts)} prompts of data.train are in data.eval too, so none is left to train on; use other "
+            "prompts for one of them, or set data.keep_held_out=true to train on them all the same"
+        )
+    if dropped := len(prompts) - len(kept):
+        display.message(f"training data: {dropped} prompts dropped that are in data.eval too (data.keep_held_out)")
+    return kept
+
+
+def _describe(what: str, loaded: PromptSet) -> str:
+    dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
+    repeated = f", {loaded.num_repeated} repeated and dropped" if loaded.num_repeated else ""
+    return f"{what} {loaded.name}: {len(loaded.prompts)} prompts{dropped}{repeated}"
