@@ -25,8 +25,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
     - k3: exp(-d) - 1 + d, unbiased, never negative (the form in GRPO, arXiv 2402.03300, eq. 4);
     - k1_straight_through, k3_straight_through: the value of k1 or k3 with the gradient of k2 (verl's `k1+`, `k3+`).
 
-    Source: Schulman 2020, joschu.net/blog/kl-approx.html. d is held within +-20 in the exponential. Unlike verl, k3 is
-    not cut at 10: the cut removes the gradient exactly where the policy has gone furthest from the reference.
+    Source: Schulman 2020, joschu.net/blog/kl-approx.html. k3 does not grow further where d is under -20 (e^20), and has
+    no gradient there. Unlike verl, k3 is not cut at 10: the cut removes the gradient already at d = -2.6.
     """
     difference = logprobs - ref_logprobs
     match estimator:
@@ -35,8 +35,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
         case "k2":
             return 0.5 * difference.square()
         case "k3":
-            inverse = (-difference).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-            return inverse.exp() - 1.0 - inverse
+            # One bound for both terms where d is far under 0: the linear one alone would pull the wrong way there.
+            difference = difference.clamp(min=-LOG_RATIO_BOUND)
+            return (-difference).clamp(min=-LOG_RATIO_BOUND).exp() - 1.0 + difference
         case "k1_straight_through":
             return _straight_through(difference, difference)
         case "k3_straight_through":

@@ -321,6 +321,12 @@ def test_k3_still_pulls_far_from_the_reference() -> None:
     assert logprobs.grad.item() == pytest.approx(1 - math.exp(4.9))
 
 
+def test_k3_pulls_as_it_should_wherever_its_exponential_is_held() -> None:
+    differences = torch.tensor([21.0, 40.0, -19.0, -21.0], dtype=torch.float64, requires_grad=True)
+    kl_penalty(differences, torch.zeros(4, dtype=torch.float64), "k3").sum().backward()
+    assert differences.grad.tolist() == pytest.approx([1.0, 1.0, 1.0 - math.exp(19.0), 0.0])
+
+
 @pytest.mark.parametrize("estimator", ["k3", "k3_straight_through"])
 def test_k3_far_outside_float_range_stays_finite(estimator) -> None:
     logprobs = torch.tensor([-2000.0, -0.1], requires_grad=True)
