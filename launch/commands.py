@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import typer
 
@@ -184,16 +183,7 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
         CheckpointError: what is to be resumed belongs to another configuration.
     """
     run_dir = Path(config.run_dir)
-    with _opened_lock(run_dir, is_new=_make_run_dir(run_dir)) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"run_dir {run_dir} belongs to a run that is alive; choose another, or end that run first"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+    with _locked(run_dir, is_new=_make_run_dir(run_dir)):
         store = checkpoint_store(config, run_dir)
         if not resume and ((run_dir / METRICS_FILE).exists() or store.latest() is not None):
             raise ConfigError(
@@ -223,15 +213,24 @@ def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
 
 
 @contextmanager
-def _opened_lock(run_dir: Path, *, is_new: bool) -> Iterator[TextIO]:
-    """The file that claims a run directory. One that is new goes again where its configuration was refused."""
+def _locked(run_dir: Path, *, is_new: bool) -> Iterator[None]:
+    """Claim a run directory. One that is new, and claimed, goes again where its configuration was refused."""
     try:
         lock = (run_dir / ".lock").open("w")
     except OSError as error:  # another user's, say
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error
     with lock:
         try:
-            yield lock
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run_dir {run_dir} belongs to a run that is alive; choose another, or end that run first"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        try:
+            yield
         finally:
             if is_new and not (run_dir / _CONFIG).exists():
                 shutil.rmtree(run_dir, ignore_errors=True)

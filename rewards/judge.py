@@ -6,6 +6,7 @@ Left out: running that model, and verdicts that are not a number.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -114,11 +115,15 @@ class JudgeReward:
         if score is None:
             task = self._asked.get(key)
             if task is None:
-                task = self._asked[key] = asyncio.create_task(self._ask(body))
-                task.add_done_callback(lambda _: self._asked.pop(key, None))
+                task = self._asked[key] = asyncio.create_task(self._judge(key, body))
+                task.add_done_callback(functools.partial(self._answered, key))
             score = await asyncio.shield(task)  # one waiter's deadline does not end the request for the others
-            self._store.remember(key, score)
         return RewardOutput(score / self._max_score, {"score": score})
+
+    def _answered(self, key: str, task: asyncio.Task[float]) -> None:
+        del self._asked[key]
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits for it any more: else Python prints it
 
     def close(self) -> None:
         """Close the cache."""
@@ -132,6 +137,12 @@ class JudgeReward:
         user = f"Question:\n{sample.prompt}{reference}\n\nAnswer to grade:\n{fence}\n{work}\n{fence}"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         return {"model": self._model, "messages": messages, "temperature": 0.0, "max_tokens": self._max_tokens}
+
+    async def _judge(self, key: str, body: dict[str, Any]) -> float:
+        """The verdict, remembered also where nobody waits for it any more."""
+        score = await self._ask(body)
+        self._store.remember(key, score)
+        return score
 
     async def _ask(self, body: dict[str, Any]) -> float:
         retrying = AsyncRetrying(

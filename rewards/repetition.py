@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 from rewards.api import RewardInput, RewardOutput, register_reward
+from rewards.format import nfkc
 from rl.errors import ConfigError
 
 # A word, a single character of a script that is written without spaces, or a single sign.
@@ -48,7 +48,7 @@ def repeated_share(text: str, n: int, *, mask_digits: bool = False) -> float:
 
     Example: "a b a b a b" with n=2 has the 2-grams ab ba ab ba ab, of which 3 in 5 occurred before.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = nfkc(text).casefold()
     if mask_digits:
         text = re.sub(r"\d+", "0", text)
     tokens = _TOKEN.findall(text)

@@ -144,7 +144,9 @@ class ScoringProcess:
                 raise RewardError(f"the reward process did not load its rewards within {START_TIMEOUT_S:g} s")
             answer = self._connection.recv()
         except (EOFError, OSError):
-            code = self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # threads of a plugin may hold it up
+                self._process.wait(KILL_GRACE_S)
+            code = self._process.poll()
             self._kill()
             raise RewardError(f"the reward process ended with code {code} while it loaded its rewards") from None
         except RewardError:

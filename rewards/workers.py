@@ -97,12 +97,14 @@ class RewardPool:
         """End the workers. The pool cannot be used afterwards."""
         if self._loop.is_closed():
             return
-        if ray.is_initialized():
-            end_actors(tuple(self._workers))
-        self._workers.clear()
+        # First of all what is under way (an interrupt leaves it there): it would replace the workers that are ended.
+        self._submit(_cancel_others()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if ray.is_initialized():
+            end_actors(tuple(self._workers))
+        self._workers.clear()
         self._combined.close()
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
@@ -189,6 +191,13 @@ class RewardPool:
         await asyncio.to_thread(end_actors, [worker])  # one that is only cut off must not go on
         self.num_replaced += 1
         await self._add_worker()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def reward_inputs(batch: RolloutBatch) -> list[RewardInput]:

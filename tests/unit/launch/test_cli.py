@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from launch import cli, doctor
-from launch.commands import _claimed_run_dir
+from launch.commands import _claimed_run_dir, _locked
 from launch.compose import checkpoint_store
 from launch.doctor import Finding
 from launch.tiny_models import build_tiny_model
@@ -433,5 +433,8 @@ def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
                 _claimed_run_dir(config, resume=resume),
             ):
                 pass
+        with pytest.raises(ConfigError, match="is alive"), _locked(tmp_path / "run", is_new=True):  # both found none
+            pass
+        assert (tmp_path / "run").exists()
     with _claimed_run_dir(config, resume=False) as run_dir:
         assert run_dir == tmp_path / "run"

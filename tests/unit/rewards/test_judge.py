@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,7 @@ class Endpoint:
         self.replies: list[Reply] = []
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.delay_s = 0.0
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,6 +37,7 @@ class Endpoint:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 endpoint.requests.append(json.loads(body))
                 endpoint.headers.append(dict(self.headers))
+                time.sleep(endpoint.delay_s)
                 replies = endpoint.replies
                 status, text, headers = replies.pop(0) if len(replies) > 1 else replies[0]
                 answer = {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": 100}}
@@ -90,6 +93,17 @@ def score(reward: CombinedReward, *samples: RewardInput) -> list[Score]:
 
 def ok(text: str) -> Reply:
     return 200, text, {}
+
+
+def test_a_verdict_after_its_samples_deadline_is_kept(endpoint: Endpoint, judge: Callable[..., CombinedReward]) -> None:
+    endpoint.replies = [ok('{"score": 10}')]
+    endpoint.delay_s = 0.3
+    reward = judge()
+    [late] = reward.score([sample()], timeout_s=0.05)
+    assert late.status is RewardStatus.TIMEOUT
+    assert score(reward, sample("Lyon"))[0].ok  # meanwhile the first request has ended
+    assert score(reward, sample())[0].reward == 1.0
+    assert len(endpoint.requests) == 2
 
 
 def test_a_verdict_becomes_a_share_of_the_best_score(endpoint: Endpoint, judge: Callable[..., CombinedReward]) -> None:

@@ -113,6 +113,11 @@ def test_rewards_that_cannot_load_raise_their_own_error(plugin: Path, tmp_path: 
     (tmp_path / "exits.py").write_text("import os\nos._exit(3)\n")
     with pytest.raises(RewardError, match="ended with code 3 while it loaded"):
         ScoringProcess(spec(tmp_path / "exits.py", "reward"))
+    (tmp_path / "stays.py").write_text(
+        "import sys, threading, time\nthreading.Thread(target=time.sleep, args=[600]).start()\nsys.exit(3)\n"
+    )
+    with pytest.raises(RewardError, match="while it loaded"):
+        ScoringProcess(spec(tmp_path / "stays.py", "reward"))
 
 
 def test_local_scorer_keeps_the_order_over_several_processes(plugin: Path) -> None:
