@@ -6,8 +6,8 @@ Left out: the command line (`launch.cli`), and what the parts do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rl.config import AlgorithmConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.evaluation import Evaluator
-from rl.metrics import JsonlSink, MetricSink, TensorBoardSink, WandbSink
+from rl.metrics import JsonlSink, MetricSink, Record, TensorBoardSink, WandbSink
 from rl.models import has_experts, load_config
 from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, load_tokenizer
@@ -243,22 +243,28 @@ def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:
     return AgreementBounds(float("inf"), float("inf"))
 
 
-def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> list[MetricSink]:
-    """Every sink that the configuration asks for; metrics.jsonl always."""
-    sinks: list[MetricSink] = [JsonlSink(run_dir, done_steps=done_steps)]
-    if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(run_dir, done_steps=done_steps))
-    if config.logging.wandb_project:
-        sinks.append(
-            WandbSink(
+@contextmanager
+def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> Iterator[Record]:
+    """What records a step in every sink that the configuration asks for; in metrics.jsonl always."""
+    with ExitStack() as stack:
+        sinks: list[MetricSink] = [stack.enter_context(closing(JsonlSink(run_dir, done_steps=done_steps)))]
+        if config.logging.tensorboard:
+            sinks.append(stack.enter_context(closing(TensorBoardSink(run_dir, done_steps=done_steps))))
+        if config.logging.wandb_project:
+            wandb = WandbSink(
                 run_dir,
                 project=config.logging.wandb_project,
                 mode=config.logging.wandb_mode,
                 name=config.name,
                 config=config.model_dump(mode="json"),
             )
-        )
-    return sinks
+            sinks.append(stack.enter_context(closing(wandb)))
+
+        def record(step: int, metrics: Mapping[str, float]) -> None:
+            for sink in sinks:
+                sink.write(step, metrics)
+
+        yield record
 
 
 def checkpoint_store(config: RunConfig, run_dir: Path) -> CheckpointStore:

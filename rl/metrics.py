@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import not_
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,6 +74,9 @@ def score_metrics(scored: ScoredBatch) -> dict[str, float]:
 
 def _share(items: Sequence[Any], predicate: Any) -> float:
     return sum(1 for item in items if predicate(item)) / max(len(items), 1)
+
+
+Record = Callable[[int, Mapping[str, float]], None]  # (step, its metrics): keeps them in every sink
 
 
 class MetricSink(Protocol):

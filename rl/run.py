@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from rl.checkpoint import LEARNER, CheckpointStore
 from rl.controller import Controller, StepResult
 from rl.errors import FledgeError, RewardError, RolloutError, WeightSyncError
 from rl.evaluation import Evaluator
-from rl.metrics import MetricSink, read_metrics, step_metrics
+from rl.metrics import Record, read_metrics, step_metrics
 from rl.probe import AgreementBounds, WeightProbe
 from rl.samples import write_samples
 
@@ -65,7 +66,7 @@ class TrainingRun:
         checkpoints: CheckpointStore,
         probe: WeightProbe,
         bounds: AgreementBounds,
-        open_sinks: Callable[[int], Sequence[MetricSink]],
+        open_sinks: Callable[[int], AbstractContextManager[Record]],
         display: Display,
         evaluator: Evaluator | None = None,
     ) -> None:
@@ -106,51 +107,49 @@ class TrainingRun:
         """Run to the end; returns the metrics of the last step (and of the last evaluation)."""
         plan = self.plan
         metrics: dict[str, float] = {}
-        sinks = self._open_sinks(self._last_row)
-        try:
-            self.controller.sync_weights()
-            if self._owed is not None:
-                metrics = self._evaluate_and_record(sinks, self._owed)
-            if self.evaluator and plan.evaluate_at_start and self.next_step == 0:
-                self._record(sinks, 0, self._evaluate("start"))
-            while self.next_step < plan.total_steps:
-                metrics = self._step(sinks)
-            return metrics
-        except (RolloutError, RewardError):
-            self._save_what_was_learned()
-            raise
-        finally:
-            for sink in sinks:
-                sink.close()
+        with self._open_sinks(self._last_row) as record:
+            try:
+                self.controller.sync_weights()
+                if self._owed is not None:
+                    metrics = self._evaluate_and_record(record, self._owed)
+                if self.evaluator and plan.evaluate_at_start and self.next_step == 0:
+                    record(0, self._evaluate("start"))
+                while self.next_step < plan.total_steps:
+                    metrics = self._step(record)
+                return metrics
+            except (RolloutError, RewardError):
+                self._save_what_was_learned()
+                raise
 
-    def _step(self, sinks: Sequence[MetricSink]) -> dict[str, float]:
+    def _step(self, record: Record) -> dict[str, float]:
         plan = self.plan
         result = self.controller.step(self.next_step)
         metrics = step_metrics(result)
         self._write_samples(result)
         self._tell_of_failures(result, metrics)
+        done = self.next_step + 1
         try:
             self._check_agreement(metrics)
-        except WeightSyncError:
-            self._record(sinks, self.next_step + 1, metrics)  # what led to it, for whoever looks into it
-            raise
-        done = self.next_step = self.next_step + 1
-        self._state = self._run_state(metrics)
-        if self.probe.due():
-            metrics |= self.controller.surviving_losses(lambda: self._probe(result))
+            self.next_step = done
             self._state = self._run_state(metrics)
+            if self.probe.due():
+                metrics |= self.controller.surviving_losses(lambda: self._probe(result))
+                self._state["metrics"] = dict(metrics)
+        except WeightSyncError:
+            record(done, metrics)  # what led to it, for whoever looks into it
+            raise
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
             self._save(done, self._state)  # before the evaluation, so that one which fails costs no step
-        return self._evaluate_and_record(sinks, metrics)
+        return self._evaluate_and_record(record, metrics)
 
-    def _evaluate_and_record(self, sinks: Sequence[MetricSink], metrics: dict[str, float]) -> dict[str, float]:
+    def _evaluate_and_record(self, record: Record, metrics: dict[str, float]) -> dict[str, float]:
         """The end of a step: its evaluation, where the plan has one, and its row."""
         done = self.next_step
         try:
             if self.plan.evaluates_after(done):
                 metrics |= self._evaluate(f"step_{done:06d}")
         finally:
-            self._record(sinks, done, metrics)
+            record(done, metrics)
         self.display.step(done, metrics)
         return metrics
 
@@ -211,11 +210,6 @@ class TrainingRun:
             + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k)
         )
         return metrics
-
-    @staticmethod
-    def _record(sinks: Sequence[MetricSink], step: int, metrics: Mapping[str, float]) -> None:
-        for sink in sinks:
-            sink.write(step, metrics)
 
     def _run_state(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         return {"metrics": dict(metrics), "prompt_source": self.controller.prompt_source.state_dict()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import numpy as np
 from rl.batch import TrainBatch, TrainSample, UpdateResult
 from rl.checkpoint import LEARNER, CheckpointStore
 from rl.errors import CheckpointError
-from rl.metrics import MetricSink
+from rl.metrics import Record
 from rl.prompts import SftExample
 from rl.run import Display
 
@@ -79,25 +80,20 @@ class SupervisedRun:
         self._display.message(found.describe())
         return True
 
-    def execute(self, open_sinks: Callable[[int], Sequence[MetricSink]]) -> dict[str, float]:
+    def execute(self, open_sinks: Callable[[int], AbstractContextManager[Record]]) -> dict[str, float]:
         """Run to the end; returns the metrics of the last step."""
-        sinks = open_sinks(self.next_step)
         metrics: dict[str, float] = {}
-        try:
+        with open_sinks(self.next_step) as record:
             while self.next_step < self.total_steps:
                 result = self._learners.update(self._batch(self.next_step))
                 metrics = {**result.metrics, "time/step_s": result.seconds}
                 self.next_step += 1
-                for sink in sinks:
-                    sink.write(self.next_step, metrics)
+                record(self.next_step, metrics)
                 self._display.step(self.next_step, metrics)
                 last = self.next_step == self.total_steps
                 if last or (self._checkpoint_every and self.next_step % self._checkpoint_every == 0):
                     self._save()
-            return metrics
-        finally:
-            for sink in sinks:
-                sink.close()
+        return metrics
 
     def _batch(self, step: int) -> TrainBatch:
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,12 @@ class EvalPool(FakeRolloutPool):
         return self.generate(prompts, group_size=2, step=-1)
 
 
+@contextmanager
+def recorded(run_dir, done_steps):
+    with closing(JsonlSink(run_dir, done_steps=done_steps)) as sink:
+        yield sink.write
+
+
 def make_run(
     run_dir: Path,
     *,
@@ -60,7 +68,7 @@ def make_run(
         checkpoints=store or CheckpointStore(run_dir / "checkpoints", keep=2),
         probe=WeightProbe(every=probe_every, bounds=BOUNDS),
         bounds=BOUNDS,
-        open_sinks=lambda done_steps: [JsonlSink(run_dir, done_steps=done_steps)],
+        open_sinks=partial(recorded, run_dir),
         display=Silent(),
         evaluator=Evaluator([EvalSet("held", loop_prompts())], pool, FakeRewardPool(), pass_at=(1, 2)),
     )
@@ -426,6 +434,7 @@ def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):
 
     with pytest.raises(WeightSyncError, match="rollout worker 0 does not serve policy version 1"):
         make_run(tmp_path, pool=Wrong()).execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]  # what led to it
 
 
 def probed(probe, length):

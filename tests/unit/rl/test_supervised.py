@@ -1,5 +1,6 @@
 """A supervised run's checkpoints: every so many steps, at the end, and resumed from."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,13 +53,13 @@ def run_in(directory, learners, every, examples=EXAMPLES):
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (2, [2, 4, 6])])
 def test_the_last_step_is_always_saved(tmp_path, every, steps):
-    run_in(tmp_path, Learners(), every).execute(lambda done: [])
+    run_in(tmp_path, Learners(), every).execute(lambda done: nullcontext(lambda step, metrics: None))
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{step:06d}" for step in steps]
 
 
 def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
     straight, cut, resumed = Learners(), Learners(), Learners()
-    run_in(tmp_path / "straight", straight, 0).execute(lambda done: [])
+    run_in(tmp_path / "straight", straight, 0).execute(lambda done: nullcontext(lambda step, metrics: None))
     assert sorted(i for batch in straight.seen[:3] for i in batch) == list(range(7))
     assert straight.seen[:3] != straight.seen[3:]
 
@@ -70,14 +71,14 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
         def close(self): ...
 
     with pytest.raises(KeyboardInterrupt):
-        run_in(tmp_path / "cut", cut, 2).execute(lambda done: [Sink()])
+        run_in(tmp_path / "cut", cut, 2).execute(lambda done: nullcontext(Sink().write))
     again = run_in(tmp_path / "cut", resumed, 2)
     assert again.restore()
-    again.execute(lambda done: [])
+    again.execute(lambda done: nullcontext(lambda step, metrics: None))
     assert resumed.seen[4:] == straight.seen[4:]
 
 
 def test_changed_examples_are_not_resumed_on(tmp_path):
-    run_in(tmp_path, Learners(), 2).execute(lambda done: [])
+    run_in(tmp_path, Learners(), 2).execute(lambda done: nullcontext(lambda step, metrics: None))
     with pytest.raises(CheckpointError, match="the worked examples changed since"):
         run_in(tmp_path, Learners(), 2, [*EXAMPLES[:-1], SftExample(TOKENS, TOKENS)]).restore()
