@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from launch.preflight import (
     check_checkpoint,
     check_engine_options,
-    check_layout,
-    check_length,
+    check_engines,
+    check_learner,
     check_logging,
     check_training,
     refuse_long_example,
@@ -70,7 +70,7 @@ def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
 def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
     """What `fledge sft` would run; errors as in `checked_training`."""
     check_checkpoint(config.model.path, "model.path")
-    check_layout(config)
+    check_learner(config)
     refuse_moving_positions(config.model, config.data.max_tokens, "data.max_tokens")
     check_logging(config)
     loaded = load_sft_examples(
@@ -88,7 +88,7 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
 def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
     """What `fledge eval` would run; errors as in `checked_training`."""
     check_checkpoint(config.model.path, "model.path")
-    check_length(config)
+    check_engines(config)
     check_engine_options(config)
     _, eval_sets = load_data(config, display, train=False)
     if not eval_sets:

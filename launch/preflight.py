@@ -46,8 +46,8 @@ def check_training(config: TrainConfig) -> None:
     """All of a training run that can be known without its data and the device."""
     check_checkpoint(config.model.path, "model.path")
     check_algorithm(config)
-    check_length(config)
-    layout = check_layout(config)
+    check_engines(config)
+    layout = check_learner(config)
     if config.critic is not None and config.critic.path is not None:
         _check_companion(config, config.critic.path, "critic.path")
     if config.algorithm.kl.reference is not None:
@@ -137,7 +137,7 @@ def _of_a_run(folder: Path) -> str:
     return ""
 
 
-def check_length(config: TrainConfig) -> None:
+def check_engines(config: TrainConfig) -> None:
     """Raise ConfigError where the engines cannot divide the model, or responses may be longer than its positions reach.
 
     Positions that are stretched (YaRN and its like) are left to the engine to judge, and so is what
@@ -221,7 +221,7 @@ def _stretched(kinds: list[dict[str, Any]]) -> bool:
     return any(kind.get("rope_type", "default") != "default" for kind in kinds)
 
 
-def check_layout(config: RunConfig) -> Layout | None:
+def check_learner(config: RunConfig) -> Layout | None:
     """Raise ConfigError where the learner cannot train the model, its layout cannot be exact with the model's
     attention, the device has no such attention, or no experts could be replayed.
 

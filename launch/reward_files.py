@@ -13,6 +13,7 @@ from rewards.local import LocalScorer
 from rl.batch import Score
 from rl.config import RewardConfig
 from rl.errors import ConfigError, DataError
+from rl.prompts.rows import read_jsonl
 from rollout.chat import think_answer
 
 Row = dict[str, Any]
@@ -88,18 +89,8 @@ def _windows(path: Path, size: int) -> Iterator[list[tuple[Row, RewardInput]]]:
 
 
 def _read(path: Path) -> Iterator[tuple[Row, RewardInput]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            location = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
-                raise DataError(f"{location}: the line is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{location}: the row is a {type(row).__name__}, but must be an object with a response")
-            yield row, _sample(row, location)
+    for location, row in read_jsonl(path):
+        yield row, _sample(row, location)
 
 
 def _sample(row: Row, location: str) -> RewardInput:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from rl.batch import IntArray
 from rl.errors import ConfigError, DataError
@@ -47,7 +47,6 @@ class InfrastructureError(RuntimeError):
     """The reward's own machinery failed (sandbox unavailable, endpoint down). Counted apart, never scored 0."""
 
 
-@runtime_checkable
 class RewardFunction(Protocol):
     """A reward: one call for one sample. Any exception it raises is counted as a plugin error."""
 
@@ -61,7 +60,6 @@ class AsyncRewardFunction(Protocol):
     async def __call__(self, sample: RewardInput) -> float | RewardOutput: ...
 
 
-@runtime_checkable
 class BatchRewardFunction(Protocol):
     """A reward that scores a batch at a time; one result (or exception) a sample, in order.
 
@@ -71,7 +69,6 @@ class BatchRewardFunction(Protocol):
     def score_batch(self, samples: Sequence[RewardInput]) -> Iterable[float | RewardOutput | Exception]: ...
 
 
-@runtime_checkable
 class GroupRewardFunction(Protocol):
     """A reward that compares the responses of one prompt with each other; cheap arithmetic, run where groups meet.
 

@@ -5,13 +5,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import platform
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +18,7 @@ from typing import Any
 from rewards.api import registered_rewards
 from rewards.signatures import Reward, adapt, checked_options
 from rl.errors import ConfigError, FledgeError, RewardError
+from rl.plugins import import_user_code
 
 ENTRY_POINT_GROUP = "fledge.rewards"
 MAX_ERROR_CHARACTERS = 300
@@ -154,9 +151,8 @@ def _options_of(target: Callable[..., Any]) -> str:
 
 
 def _load_module(name: str, module: str) -> ModuleType:
-    _make_importable(Path.cwd())
     try:
-        return importlib.import_module(module)
+        return import_user_code(module)
     except Exception as error:
         package = module.partition(".")[0]
         ours = (
@@ -172,27 +168,10 @@ def _load_file(name: str, location: str) -> ModuleType:
             f"reward {name!r}: there is no file {path} on {platform.node()}; on a cluster, put it on a shared file "
             "system or into Ray's working_dir"
         )
-    module_name = f"fledge_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise RewardError(f"reward {name!r}: {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    _make_importable(path.parent)
     try:
-        spec.loader.exec_module(module)
+        return import_user_code(location)
     except Exception as error:
-        del sys.modules[module_name]
         raise RewardError(f"reward {name!r}: importing {path} failed: {describe_error(error)}") from error
-    return module
-
-
-def _make_importable(folder: Path) -> None:
-    """At the end of the path, so that it never hides an installed package."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
 
 
 def _attribute(name: str, module: ModuleType, attribute: str) -> Any:

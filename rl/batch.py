@@ -257,9 +257,8 @@ class UpdateResult:
 
 @dataclass(frozen=True, slots=True)
 class WeightVersion:
-    """Proof of one weight transfer: what the learner sent, for the receivers to compare with what they loaded."""
+    """One weight transfer that has arrived, proven by the digests of what every engine loaded."""
 
     policy_version: int
-    digests: Mapping[str, int]  # checkpoint parameter name -> digest of its bytes as sent
     num_bytes: int
     seconds: float = 0.0

@@ -152,12 +152,13 @@ def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[Pl
     prompts: dict[bytes, Places] = {}
     end = 0
     for sequence, length in zip(sequences, lengths, strict=True):
-        prompt = prompts.get(sequence.prompt_key) if layout == "shared_prefix" else None
+        key = sequence.prompt_key if layout == "shared_prefix" else b""  # a copy of its prompt's recorded experts
+        prompt = prompts.get(key) if key else None
         known = 0 if prompt is None else len(prompt)
         own = np.arange(end, end + length - known)
         end += len(own)
         places.append(own if prompt is None else np.concatenate([prompt, own]))
-        prompts.setdefault(sequence.prompt_key, places[-1][: len(sequence.prompt_ids)])
+        prompts.setdefault(key, places[-1][: len(sequence.prompt_ids)])
     return places, 1, end
 
 

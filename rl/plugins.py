@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rl.errors import ConfigError
@@ -24,13 +25,10 @@ def load_plugins(paths: Iterable[str]) -> None:
     Errors: ConfigError that names the plugin, when it is not found or raises while it is imported.
     """
     for path in paths:
+        if path.endswith(".py") and not Path(path).expanduser().is_file():
+            raise ConfigError(f"algorithm.plugins: there is no file {path}")
         try:
-            if path.endswith(".py"):
-                _load_file(Path(path).expanduser().resolve())
-            else:
-                importlib.import_module(path)
-        except ConfigError:
-            raise
+            import_user_code(path)
         except Exception as error:
             raise ConfigError(
                 f"algorithm.plugins: {path!r} cannot be imported: {type(error).__name__}: {error}; give a module that "
@@ -38,23 +36,36 @@ def load_plugins(paths: Iterable[str]) -> None:
             ) from error
 
 
-def _load_file(path: Path) -> None:
+def import_user_code(location: str) -> ModuleType:
+    """The module of this name, also in the working directory, or of this .py file; its folder is importable then.
+
+    Raises whatever the code raises, and what Python raises when there is none.
+    """
+    if not location.endswith(".py"):
+        _make_importable(Path.cwd())
+        return importlib.import_module(location)
+    path = Path(location).expanduser().absolute()
     # The name depends on the whole path, so that two files of the same name do not take each other's place.
-    name = f"fledge_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"fledge_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
-        return
-    if not path.is_file():
-        raise ConfigError(f"algorithm.plugins: there is no file {path}")
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"algorithm.plugins: {path} is not a Python file")
+    assert spec is not None and spec.loader is not None  # of a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _make_importable(path.parent)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    return module
+
+
+def _make_importable(folder: Path) -> None:
+    """At the end of the path, so that it never hides an installed package."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:

@@ -53,8 +53,8 @@ class EngineFiles:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             unlocked.rename(Path(self.directory, _LOCK))  # never seen unlocked while this process lives
 
-    def note_meeting(self, path: str) -> None:
-        """From a worker's `note_meeting`."""
+    def own_meeting(self, path: str) -> None:
+        """Take the file that a worker's `note_meeting` returned."""
         self._meeting = path
         self._lock.write(path)
         self._lock.flush()

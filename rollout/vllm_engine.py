@@ -61,7 +61,7 @@ class VLLMEngine:
                 AsyncLLM.from_engine_args, arguments, usage_context=UsageContext.LLM_CLASS
             )
             meeting, *_ = await llm.collective_rpc("fledge_note_meeting")
-            self._files.note_meeting(meeting)
+            self._files.own_meeting(meeting)
         except Exception as error:
             self._files.cleanup()
             raise RolloutError(

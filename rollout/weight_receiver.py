@@ -27,11 +27,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rl.memory import memory_peak_gib
 from rl.weight_sync.buckets import open_bucket
-from rl.weight_sync.digest import digest_tensor
+from rl.weight_sync.digest import digest_tensor, digest_values
 from rollout.process_tie import note_meeting
 from rollout.reload_mends import ALL_MENDS, ReloadMends, restore_unfinished_layers
-
-_UINT64 = (1 << 64) - 1
 
 
 class WorkerExtension:
@@ -107,7 +105,7 @@ class VerifiedReceiver(WeightTransferEngine):
 
     def received_digests(self) -> dict[str, int]:
         """The digests of the last update, as 0 <= value < 2**64."""
-        return {name: int(value.item()) & _UINT64 for name, value in self._digests.items()}
+        return digest_values(self._digests)
 
     def shutdown(self) -> None:
         self._digests = {}

@@ -68,7 +68,6 @@ class IsolationReport:
 
     layers: Mapping[str, bool] = field(default_factory=dict)  # name -> it held
     problem: str = ""  # why no box could be made at all, with the remedy
-    landlock_abi: int = 0
     compiler: bool = False  # C++ programs can run
 
     @property
@@ -81,9 +80,7 @@ def probe() -> IsolationReport:
     """Start a sandbox, try every layer, end it. Takes about half a second; changes nothing."""
     from rewards.sandbox.local import LocalSandbox
 
-    found = functools.partial(
-        IsolationReport, landlock_abi=linux.landlock_abi(), compiler=shutil.which("g++") is not None
-    )
+    found = functools.partial(IsolationReport, compiler=shutil.which("g++") is not None)
     try:
         with tempfile.TemporaryDirectory() as folder, _closing(LocalSandbox(slots=1, slots_folder=Path(folder))) as box:
             limits = Limits(memory_bytes=96 * MIB, file_bytes=8 * MIB, processes=8)

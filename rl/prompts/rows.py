@@ -10,7 +10,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
 _MOST_NAMES = 3  # of sources, in the name of a dataset, which becomes part of file names
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
+
+
+Located = tuple[str, dict[str, Any]]  # where a row is, and its fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,14 @@ def read_rows(config: DatasetConfig) -> Iterator[Row]:
                 "part of a list; reasoning_gym:composite mixes tasks (docs/data.md)"
             )
         _refuse_settings(config, "a reasoning_gym task", ("split", "subset"))
-        made = generated_rows(config, config.paths[0])
-        return (Row(index, location, fields) for index, (location, fields) in enumerate(made))
-    sources = [_read_source(config, path) for path in config.paths]
-    rows = itertools.islice(itertools.chain.from_iterable(sources), config.size)
-    return (replace(row, index=index) for index, row in enumerate(rows))
+        rows = generated_rows(config, config.paths[0])
+    else:
+        sources = [_read_source(config, path) for path in config.paths]
+        rows = itertools.islice(itertools.chain.from_iterable(sources), config.size)
+    return (Row(index, location, fields) for index, (location, fields) in enumerate(rows))
 
 
-def _read_source(config: DatasetConfig, source: str) -> Iterator[Row]:
+def _read_source(config: DatasetConfig, source: str) -> Iterator[Located]:
     path = Path(source).expanduser()
     if path.is_dir():
         _refuse_settings(config, "a dataset folder", ("seed", "options"))
@@ -99,17 +102,17 @@ def missing_field(row: Row, field: str, setting: str) -> DataError:
     )
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Located]:
     if path.suffix in _JSONL_SUFFIXES:
-        return _read_jsonl(path)
+        return read_jsonl(path)
     if path.suffix in _PARQUET_SUFFIXES:
         return _read_parquet(path)
     known = ", ".join((*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES))
     raise DataError(f"dataset {path}: unknown file type {path.suffix!r}; known are {known}, or a dataset folder")
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    index = 0
+def read_jsonl(path: Path) -> Iterator[Located]:
+    """The objects of a JSONL file; empty lines are skipped. Raises DataError with file and line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -123,26 +126,23 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise DataError(f"{location}: broken JSON: {error}") from error
             if not isinstance(fields, dict):
                 raise DataError(f"{location}: a row must be a JSON object, this is a {type(fields).__name__}")
-            yield Row(index, location, fields)
-            index += 1
+            yield location, fields
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[Located]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            index = 0
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    yield Row(index, f"{path} row {index + 1}", _without_filling(fields))
-                    index += 1
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            for number, fields in enumerate(rows, start=1):
+                yield f"{path} row {number}", _without_filling(fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Row]:
+def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Located]:
     import datasets
 
     saved = any((path / name).is_file() for name in _SAVED_DATASET_FILES)
@@ -158,7 +158,7 @@ def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Row]:
     return _rows_of(_pick_split(loaded, config, path) if saved else loaded, f"{path}[{config.split}]")
 
 
-def _read_hub(config: DatasetConfig, name: str) -> Iterator[Row]:
+def _read_hub(config: DatasetConfig, name: str) -> Iterator[Located]:
     import datasets
 
     try:
@@ -187,9 +187,9 @@ def _pick_split(loaded: Any, config: DatasetConfig, path: Path) -> Any:
     return loaded
 
 
-def _rows_of(dataset: Any, name: str) -> Iterator[Row]:
-    for index, fields in enumerate(dataset):
-        yield Row(index, f"{name} row {index + 1}", _without_filling(fields))
+def _rows_of(dataset: Any, name: str) -> Iterator[Located]:
+    for number, fields in enumerate(dataset, start=1):
+        yield f"{name} row {number}", _without_filling(fields)
 
 
 def _without_filling(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A bucket is an anonymous memory file (`memfd_create`) that the receiver maps through `/proc/<pid>/fd/<fd>`. It has no
 name in /dev/shm, so nothing is left behind however either side dies, and a container's /dev/shm limit does not apply.
-Left out: who sends which bucket when (`rl.weight_sync.transports`).
+Left out: who sends which bucket when (`rl.weight_sync.shm_transport`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ strength; the digest guards against faults, not against an adversary.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ def digest_tensor(tensor: Tensor) -> Tensor:
         keys.mul_(_signed(_GOLDEN)).add_(_signed(seed))
         total += _mix(keys.bitwise_xor_(chunk)).sum()
     return total + _signed(seed)
+
+
+def digest_values(digests: Mapping[str, Tensor]) -> dict[str, int]:
+    """The digests by name as 0 <= value < 2**64, in one copy from their device: one by one, each would wait for it."""
+    values = torch.stack(list(digests.values())).tolist() if digests else []
+    return {name: value & _MASK for name, value in zip(digests, values, strict=True)}
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The GPU transports, over vLLM's own trainer engines: NCCL between GPUs, CUDA IPC on a shared GPU.
 
 The one module here that imports vllm, and only when a run with GPUs connects. Left out: shared memory
-(`rl.weight_sync.transports`).
+(`rl.weight_sync.shm_transport`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from torch import Tensor
 from rl.errors import BrokenSyncError, WeightSyncError
 from rl.weight_sync.api import ParameterInfo, WeightSource, WeightSyncClient
 from rl.weight_sync.background import finish_call, start_call
-from rl.weight_sync.digest import digest_tensor
-from rl.weight_sync.transports import SendReport
+from rl.weight_sync.digest import digest_tensor, digest_values
+from rl.weight_sync.shm_transport import SendReport
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
 
 T = TypeVar("T")
-
-_UINT64 = (1 << 64) - 1
 
 
 class DigestingSource:
@@ -56,8 +54,7 @@ class DigestingSource:
             yield name, tensor
 
     def report(self, received: list[dict[str, int]]) -> SendReport:
-        sent = {name: int(value.item()) & _UINT64 for name, value in self._digests.items()}
-        return SendReport(sent, received, self._num_bytes)
+        return SendReport(digest_values(self._digests), received, self._num_bytes)
 
 
 class TrainerClient:

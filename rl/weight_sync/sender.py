@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rl.batch import WeightVersion
 from rl.errors import BrokenSyncError, WeightSyncError
 from rl.weight_sync.api import Transport, WeightSource, WeightSyncClient, check_digests
-from rl.weight_sync.transports import SendReport, ShmTransport
+from rl.weight_sync.shm_transport import SendReport, ShmTransport
 
 T = TypeVar("T")
 
@@ -83,9 +83,9 @@ class WeightSender:
     def send(self, policy_version: int) -> WeightVersion:
         """Transfer every tensor, end the update at every engine and compare digests.
 
-        Returns the proof, on every rank. The engines stay paused: serve the weights with `activate`. Raises
-        WeightSyncError, on every rank, when an engine fails, is late, or holds something else than was sent; the
-        engines must then be restarted.
+        Returns, on every rank, what was sent and has arrived. The engines stay paused: serve the weights with
+        `activate`. Raises WeightSyncError, on every rank, when an engine fails, is late, or holds something else than
+        was sent; the engines must then be restarted.
         """
         if not self._connected:
             self._agree(self._transport.connect)
@@ -97,7 +97,7 @@ class WeightSender:
         report = self._transport.send(policy_version)
         if self._rank == 0:
             check_digests(policy_version, report.sent, report.received)
-        return WeightVersion(policy_version, report.sent, report.num_bytes, time.monotonic() - started)
+        return WeightVersion(policy_version, report.num_bytes, time.monotonic() - started)
 
     def _agree(self, action: Callable[[], T]) -> T:
         """Run `action` on this rank; every rank returns rank 0's result or raises rank 0's error (or its own).

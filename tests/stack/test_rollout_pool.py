@@ -155,11 +155,11 @@ def test_a_worker_that_fails_is_named_and_replaced(pools, fault, kind, message):
 
 def test_what_was_finished_before_a_worker_was_lost_is_not_drawn_again_under_the_same_weights(pools):
     pool = pools.make(2, {1: "dies late"}, max_concurrent_sequences=2)
-    pool.load_weights(WeightVersion(3, {}, 0))
+    pool.load_weights(WeightVersion(3, 0))
     with pytest.raises(RolloutError, match="rollout worker 1 was lost"):
         pool.generate(PROMPTS, group_size=2, step=0)  # five groups of worker 0, and one that is lost
     pool.replace_lost_workers()
-    pool.load_weights(WeightVersion(3, {}, 0))
+    pool.load_weights(WeightVersion(3, 0))
     batch = pool.generate(PROMPTS, group_size=2, step=0)
     drawn = {int(r.token_ids[2]) for r in batch.rollouts if r.token_ids[0] == 0}
     assert len(batch.rollouts) == 12 and set(range(10)) <= drawn <= set(range(12))
@@ -169,11 +169,11 @@ def test_what_was_finished_before_a_worker_was_lost_is_not_drawn_again_under_the
 
 def test_what_was_finished_under_other_weights_is_drawn_again(pools):
     pool = pools.make(2, {1: "dies late"}, max_concurrent_sequences=2)
-    pool.load_weights(WeightVersion(3, {}, 0))
+    pool.load_weights(WeightVersion(3, 0))
     with pytest.raises(RolloutError, match="rollout worker 1 was lost"):
         pool.generate_eval(PROMPTS)
     pool.replace_lost_workers()
-    pool.load_weights(WeightVersion(4, {}, 0))
+    pool.load_weights(WeightVersion(4, 0))
     batch = pool.generate_eval(PROMPTS)
     assert min(int(r.token_ids[2]) for r in batch.rollouts if r.token_ids[0] == 0) >= 4
 

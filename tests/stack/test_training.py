@@ -142,10 +142,10 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
             loop.step(2)
         # A worker that even says it was sent the new version.
         ray.get([worker.__ray_call__.remote(claim("3")) for worker in loop.rollout_pool.workers])
-        loop.rollout_pool.load_weights(WeightVersion(3, {}, 0))
+        loop.rollout_pool.load_weights(WeightVersion(3, 0))
         loop.policy_version = run.next_step = 3
         with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
-            run._step([])
+            run._step(unrecorded)
 
 
 def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, ray_cluster):
@@ -155,13 +155,13 @@ def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, 
     with run_here(config) as run:
         run.controller.sync_weights()
         for _ in range(2):
-            metrics = run._step([])
+            metrics = run._step(unrecorded)
             assert 0 < metrics["rollout/logprob_diff_mean"] < 0.05
             assert 0 < metrics["sync/probe_diff_mean"] < 0.05
             assert metrics["learner/grad_norm"] > 0
         ray.get([worker.__ray_call__.remote(forget(0.5)) for worker in run.controller.learners.workers])
         with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
-            run._step([])
+            run._step(unrecorded)
 
 
 def forget(scale):
@@ -190,6 +190,10 @@ def claim(version):
     return in_worker
 
 
+def unrecorded(step, metrics):
+    pass
+
+
 class SkipsOneSync:
     """The real learners, but for one weight transfer that is claimed and never made."""
 
@@ -201,7 +205,7 @@ class SkipsOneSync:
         if self._skipped:
             return self._learners.publish_weights()
         self._skipped = True
-        return WeightVersion(self._learners.policy_version, {}, 0)
+        return WeightVersion(self._learners.policy_version, 0)
 
     def __getattr__(self, name):
         return getattr(self._learners, name)

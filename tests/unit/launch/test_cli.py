@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_read_is_a_sentence(fledge, tmp_path, config, monk
     def refused(path, *arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("rl.prompts.rows._read_jsonl", refused)
+    monkeypatch.setattr("rl.prompts.rows.read_jsonl", refused)
     exit_code, said = fledge("train", save(tmp_path, config))
     assert (exit_code, f"error: {tmp_path / 'rows.jsonl'}: Permission denied" in said) == (2, True)
 

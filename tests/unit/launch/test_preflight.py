@@ -23,8 +23,8 @@ from launch.commands import sft
 from launch.preflight import (
     check_checkpoint,
     check_engine_options,
-    check_layout,
-    check_length,
+    check_engines,
+    check_learner,
     check_logging,
     check_training,
     refuse_unknown_tokens,
@@ -71,12 +71,12 @@ def run_config(path, *, attention="auto", layout="auto", device="cpu", address=N
     ],
 )
 def test_layouts_that_are_exact_pass(models, family, settings):
-    check_layout(run_config(models[family], **settings))
+    check_learner(run_config(models[family], **settings))
 
 
 def test_packing_that_would_leak_is_refused(models):
     with pytest.raises(ConfigError, match="gpt_oss with sdpa attention cannot run packed .* set learner.layout"):
-        check_layout(run_config(models["gpt_oss"], layout="packed", attention="sdpa"))
+        check_learner(run_config(models["gpt_oss"], layout="packed", attention="sdpa"))
 
 
 def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
@@ -84,13 +84,13 @@ def test_flash_attention_on_a_cpu_is_refused(models, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for device in ("cpu", "auto"):
         with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2 runs on GPUs only"):
-            check_layout(run_config(models["qwen3"], attention="flash_attention_2", device=device))
+            check_learner(run_config(models["qwen3"], attention="flash_attention_2", device=device))
     with pytest.raises(ConfigError, match="flex_attention has no backward pass on CPUs"):
-        check_layout(run_config(models["qwen3"], attention="flex_attention", device="cpu"))
+        check_learner(run_config(models["qwen3"], attention="flex_attention", device="cpu"))
 
 
 def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
-    check_layout(run_config(models["qwen3"], attention="flash_attention_2", device="auto", address="auto"))
+    check_learner(run_config(models["qwen3"], attention="flash_attention_2", device="auto", address="auto"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
 def test_models_that_the_learner_cannot_train_are_refused(tmp_path, models, config, message):
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        check_layout(run_config(str(tmp_path), device="auto", address="auto"))
+        check_learner(run_config(str(tmp_path), device="auto", address="auto"))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     critic = TrainConfig(
         model={"path": models["qwen3"]},
@@ -127,15 +127,15 @@ def test_router_replay_is_refused_where_nothing_records_the_experts(models):
     config = run_config(models["gpt_oss"])
     replaying = config.model_copy(update={"learner": LearnerConfig(moe={"router_replay": True})})
     with pytest.raises(ConfigError, match="router_replay is true, but this machine has no GPU"):
-        check_layout(replaying)
-    check_layout(replaying.model_copy(update={"device": "cuda"}))
+        check_learner(replaying)
+    check_learner(replaying.model_copy(update={"device": "cuda"}))
 
 
 @pytest.mark.parametrize("setting", [{"router_replay": True}, {"freeze_router": True}, {"aux_loss_coefficient": 0.01}])
 def test_settings_of_experts_are_refused_where_there_are_none(models, setting):
     config = run_config(models["qwen3"]).model_copy(update={"learner": LearnerConfig(moe=setting)})
     with pytest.raises(ConfigError, match=rf"learner.moe.{next(iter(setting))} is set, but .* is a qwen3, and only"):
-        check_layout(config)
+        check_learner(config)
 
 
 def test_weights_that_were_cut_short_are_refused(models, tmp_path):
@@ -250,9 +250,9 @@ def test_positions_that_depend_on_the_company_are_refused_where_they_do(models, 
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 1024, **factors}
     (path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     run = TrainConfig(model={"path": str(path)}, data={"train": {"path": "d"}, "max_prompt_tokens": 500})
-    check_length(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=524)}))
+    check_engines(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=524)}))
     with pytest.raises(ConfigError, match=f"has {kind} positions: beyond 1024 tokens .* is 1025, lower it to 1024"):
-        check_length(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=525)}))
+        check_engines(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=525)}))
     examples = SftConfig(
         run_dir=str(tmp_path / "run"), model={"path": str(path)}, data={"train": {"path": "d"}}, device="cpu"
     )
@@ -271,13 +271,13 @@ def test_positions_that_depend_on_the_company_are_refused_where_they_do(models, 
 def test_prompts_are_shared_where_attention_is_told_of_its_window(tmp_path, config, layout):
     config.save_pretrained(tmp_path)
     run = run_config(str(tmp_path))
-    assert check_layout(run) == layout
+    assert check_learner(run) == layout
     sharing = run.model_copy(update={"learner": LearnerConfig(layout="shared_prefix")})
     if layout == "shared_prefix":
-        assert check_layout(sharing) == layout
+        assert check_learner(sharing) == layout
     else:
         with pytest.raises(ConfigError, match="cannot be shared with the attention windows of phimoe"):
-            check_layout(sharing)
+            check_learner(sharing)
 
 
 def test_names_that_wandb_does_not_take_are_refused(models):

@@ -89,8 +89,8 @@ def test_score_keeps_groups_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"response": "a", "ground_truth": "a"}\n{"response": ', r"in\.jsonl:2: the line is no JSON"),
-        ("[1]\n", r"in\.jsonl:1: the row is a list, but must be an object"),
+        ('{"response": "a", "ground_truth": "a"}\n{"response": ', r"in\.jsonl:2: broken JSON"),
+        ("[1]\n", r"in\.jsonl:1: a row must be a JSON object, this is a list"),
         ('\n{"answer": "a"}\n', r"in\.jsonl:2: the row has no field response; it has answer"),
         ('{"response": null}', r"in\.jsonl:1: response is 'None', but must be a string"),
         ('{"response": "a", "num_tokens": true}', r"num_tokens is 'True', but must be an integer"),
@@ -102,7 +102,7 @@ def test_broken_rows_are_named_and_the_rows_before_them_kept(tmp_path: Path, tex
         score(tmp_path, text, "exact")
     assert caught.value.exit_code == 2
     written = (tmp_path / "out.jsonl").read_text().splitlines()
-    assert len(written) == (1 if ":2: the line" in str(caught.value) else 0)
+    assert len(written) == (1 if ":2: broken" in str(caught.value) else 0)
 
 
 def test_errors_of_the_user_have_their_own_exit_codes(tmp_path: Path) -> None:

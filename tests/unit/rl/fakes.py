@@ -134,7 +134,7 @@ class FakeLearners:
         return UpdateResult(self.version, metrics)
 
     def publish_weights(self) -> WeightVersion:
-        return WeightVersion(self.version, {"weight": self.version}, num_bytes=8)
+        return WeightVersion(self.version, num_bytes=8)
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
         return [np.full(len(response), -0.5 - 0.01 * self.version, dtype=np.float32) for _, response in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_two_files_of_the_same_name_do_not_collide(tmp_path: Path) -> None:
         (tmp_path / folder / "same.py").write_text(text, encoding="utf-8")
     load_plugins([str(tmp_path / "a" / "same.py"), str(tmp_path / "b" / "same.py")])
     assert advantage_spec("from_a").function is not advantage_spec("from_b").function
+
+
+def test_a_plugin_finds_the_files_beside_it_and_modules_of_the_working_directory(tmp_path, monkeypatch) -> None:
+    """As rewards do: the command's own folder, not the working directory, is on its path."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(Path.cwd()))])
+    (tmp_path / "beside_it.py").write_text("name = 'needs_another'\n", encoding="utf-8")
+    (tmp_path / "a_module_here.py").write_text("", encoding="utf-8")
+    (tmp_path / "needs.py").write_text(
+        "from beside_it import name\n"
+        "from rl.advantages.api import register_advantage\n"
+        "@register_advantage(name)\n"
+        "def estimator(inputs): ...\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    load_plugins(["needs.py", "a_module_here"])
+    assert advantage_spec("needs_another") and "a_module_here" in sys.modules
 
 
 def test_plugin_errors_say_which_and_why(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path:
     directories.append(Path(environment["VLLM_RPC_BASE_PATH"]))
     assert [directory.is_dir() for directory in directories] == [False, True]
     others, left = left_by_vllm(tmp_path), left_by_vllm(tmp_path)
-    second.note_meeting(note_meeting(f"file://{left[0]}"))
+    second.own_meeting(note_meeting(f"file://{left[0]}"))
     second.cleanup()
     assert not any(path.exists() for path in (*directories, *left))
     assert all(path.exists() for path in others)
@@ -87,7 +87,7 @@ def test_what_was_left_where_everything_was_killed_is_removed_by_the_next_owner(
 import os, sys, time
 from rollout.process_tie import own
 files = own(os.environ)
-files.note_meeting(sys.argv[1])
+files.own_meeting(sys.argv[1])
 print(files.directory, flush=True)
 time.sleep(60)
 """
