@@ -89,7 +89,7 @@ def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
     """What `fledge eval` would run; errors as in `checked_training`."""
     check_checkpoint(config.model.path, "model.path")
     check_engines(config)
-    check_engine_options(config)
+    check_engine_options(config, trained=False)
     _, eval_sets = load_data(config, display, train=False)
     if not eval_sets:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")

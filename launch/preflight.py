@@ -34,6 +34,7 @@ from rl.moe import ROUTED_MODELS
 from rl.plugins import load_plugins
 from rl.prompts import load_tokenizer
 from rl.shared_prefix import windows_in_masks
+from rollout.vllm_options import checkpoint_options
 
 _PRINT_ENGINE_OPTIONS = """
 from dataclasses import fields
@@ -52,7 +53,7 @@ def check_training(config: TrainConfig) -> None:
         _check_companion(config, config.critic.path, "critic.path")
     if config.algorithm.kl.reference is not None:
         _check_companion(config, config.algorithm.kl.reference, "algorithm.kl.reference", layout)
-    check_engine_options(config)
+    check_engine_options(config, trained=True)
     check_logging(config)
 
 
@@ -308,11 +309,18 @@ def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "mo
     return checkpoint
 
 
-def check_engine_options(config: TrainConfig) -> None:
-    """Raise ConfigError where rollout.engine_options names something that vLLM does not take. Where there are any, vLLM
-    is asked in a process of its own (5 s): importing it changes the environment, which Ray's workers would inherit."""
+def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
+    """Raise ConfigError where rollout.engine_options sets what the checkpoint needs otherwise (to be `trained`, or for
+    its head), or names something that vLLM does not take. Where there are any, vLLM is asked in a process of its own
+    (5 s): importing it changes the environment, which Ray's workers would inherit."""
     if not config.rollout.engine_options:
         return
+    needed = checkpoint_options(config.model, load_config(config.model), trained=trained)
+    if taken := sorted(needed.keys() & config.rollout.engine_options.keys()):
+        raise ConfigError(
+            f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint needs itself, and "
+            f"model.head_dtype float32 too; leave it out, or these (model.path {config.model.path})"
+        )
     asked = subprocess.run([sys.executable, "-c", _PRINT_ENGINE_OPTIONS], capture_output=True, text=True, check=False)
     if asked.returncode:
         raise ConfigError(f"vLLM cannot be imported:\n{asked.stderr.strip()}")

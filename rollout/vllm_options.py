@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rl.config import ModelConfig, RolloutConfig
-from rl.errors import ConfigError
 from rl.quantization import MXFP4, quantization_method
 from rollout import process_tie
 from rollout.engine import SamplingParameters
@@ -52,9 +51,6 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
 
     In deterministic mode no prefix is cached: whether one is found depends on what ran before and on whether its blocks
     were free when the cache was emptied, and a prompt that is computed in part has other last bits.
-
-    Raises:
-        ConfigError: `rollout.engine_options` sets what the checkpoint needs otherwise.
     """
     from transformers import AutoConfig
     from vllm.config.weight_transfer import WeightTransferConfig
@@ -101,26 +97,21 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
             ),
             "block_size": _CPU_BLOCK_TOKENS,
         }
-    options |= _other_checkpoint(spec, checkpoint)
+    options |= checkpoint_options(model, checkpoint, trained=spec.trained)
     return AsyncEngineArgs(**(options | rollout.engine_options))
 
 
-def _other_checkpoint(spec: EngineSpec, checkpoint: PreTrainedConfig) -> dict[str, Any]:
+def checkpoint_options(model: ModelConfig, checkpoint: PreTrainedConfig, *, trained: bool) -> dict[str, Any]:
     """What an engine needs to take another checkpoint than there is: a dequantised one, where it is trained, or one
     that wants its logits in float32."""
-    unquantized = spec.trained and quantization_method(checkpoint) == MXFP4
-    float32_head = spec.model.head_dtype == "float32"
+    unquantized = trained and quantization_method(checkpoint) == MXFP4
+    float32_head = model.head_dtype == "float32"
     options: dict[str, Any] = {}
     if unquantized or float32_head:
         # No lambda: vLLM pickles its arguments.
         options["hf_overrides"] = partial(overridden, unquantized=unquantized, float32_head=float32_head)
     if unquantized:
         options["load_format"] = "dummy"
-    if taken := sorted(options.keys() & spec.rollout.engine_options.keys()):
-        raise ConfigError(
-            f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint needs itself, and "
-            f"model.head_dtype float32 too; leave it out, or these (model.path {spec.model.path})"
-        )
     return options
 
 

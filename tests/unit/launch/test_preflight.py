@@ -179,13 +179,29 @@ def test_a_tokenizer_that_the_model_does_not_know_is_refused(models):
         refuse_unknown_tokens(ModelConfig(path=models["qwen3"]), [(1, 2), (999999,)])
 
 
-def test_an_unknown_engine_option_is_refused_with_the_nearest_name():
-    config = TrainConfig(model={"path": "m"}, data={"train": {"path": "d"}})
+def test_what_the_checkpoint_needs_of_its_engine_cannot_be_set(models, tmp_path):
+    def asks_for(options, path, trained=True, **model):
+        data = {"train": {"path": "d"}}
+        config = TrainConfig(model={"path": str(path), **model}, data=data, rollout={"engine_options": options})
+        check_engine_options(config, trained=trained)
+
+    shutil.copytree(models["gpt_oss"], tmp_path / "mxfp4")
+    settings = json.loads((tmp_path / "mxfp4" / "config.json").read_text())
+    quantized = settings | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(ConfigError, match="engine_options sets load_format, which a quantised checkpoint"):
+        asks_for({"load_format": "auto"}, tmp_path / "mxfp4")
+    with pytest.raises(ConfigError, match=r"engine_options sets hf_overrides, which .* model.head_dtype float32 too"):
+        asks_for({"hf_overrides": {"rope_theta": 1e6}}, models["qwen3"], trained=False, head_dtype="float32")
+
+
+def test_an_unknown_engine_option_is_refused_with_the_nearest_name(models):
+    config = TrainConfig(model={"path": str(models["qwen3"])}, data={"train": {"path": "d"}})
     known = config.model_copy(update={"rollout": RolloutConfig(engine_options={"attention_backend": "TRITON_ATTN"})})
-    check_engine_options(known)
+    check_engine_options(known, trained=True)
     misspelt = config.model_copy(update={"rollout": RolloutConfig(engine_options={"max_num_seq": 4})})
     with pytest.raises(ConfigError, match=r"rollout.engine_options.max_num_seq is no .*; did you mean max_num_seqs\?"):
-        check_engine_options(misspelt)
+        check_engine_options(misspelt, trained=True)
 
 
 @pytest.mark.parametrize("key", ["critic.path", "algorithm.kl.reference"])
