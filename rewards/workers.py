@@ -10,7 +10,8 @@ import asyncio
 import collections
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -21,7 +22,7 @@ from rewards.combine import CombinedReward, PartResults
 from rewards.loading import absolute_name
 from rewards.scoring_process import START_TIMEOUT_S, ScoringProcess, ScoringSpec
 from rl.actors import end_actors
-from rl.batch import FinishReason, RewardStatus, Rollout, RolloutBatch, Score, ScoredBatch
+from rl.batch import FinishReason, Prompt, RewardStatus, Rollout, RolloutBatch, Score, ScoredBatch
 from rl.config import RewardConfig
 from rl.errors import RewardError
 
@@ -46,6 +47,16 @@ class RewardWorker:
 # A chunk's workers; where a node is lost, the next idle worker may have been on it too. A sample that ends its scoring
 # process is no such loss (`rewards.scoring_process`).
 _ATTEMPTS = 3
+_LEAST_BEGUN = 8  # samples that are worth a call of a worker before the batch is whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A rollout that was handed out before the batch was whole, and where its results will be."""
+
+    rollout: Rollout  # held, so that no other gets its identity
+    results: concurrent.futures.Future[list[PartResults]]
+    position: int
 
 
 class RewardPool:
@@ -68,6 +79,8 @@ class RewardPool:
         self._thread.start()
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._workers: set[Any] = set()
+        self._begun: dict[int, _Begun] = {}  # by the identity of the rollout
+        self._waiting: list[tuple[Prompt, Rollout]] = []  # too few yet to begin with
         self.num_replaced = 0
         try:
             self._submit(self._start_workers(config.num_workers)).result()
@@ -75,13 +88,24 @@ class RewardPool:
             self.close()
             raise
 
+    def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
+        """Start to score a group while others are still generated; see `rl.controller.RewardPool`."""
+        self._waiting += [(prompt, r) for r in rollouts if r.finish_reason is not FinishReason.ABORT]
+        least = min(_LEAST_BEGUN, self._config.batch_size)
+        while len(self._waiting) >= least:
+            chunk, self._waiting = self._waiting[: self._config.batch_size], self._waiting[self._config.batch_size :]
+            results = self._submit(self._score_chunk([_reward_input(*sample) for sample in chunk]))
+            for position, (_, rollout) in enumerate(chunk):
+                self._begun[id(rollout)] = _Begun(rollout, results, position)
+
     def score(self, batch: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
         """Score a step's rollouts, or one round of them; `earlier` holds the scores of the rounds before.
 
         Raises RewardError when more than `max_error_fraction` of the step's samples so far cannot be scored: one bad
         prompt in a small last round must not end the run.
         """
-        scored = self._submit(self._score(batch)).result()
+        begun, self._begun, self._waiting = self._begun, {}, []
+        scored = self._submit(self._score(batch, begun)).result()
         check_error_fraction([*earlier, *scored.scores], self._config.max_error_fraction)
         return scored
 
@@ -127,16 +151,20 @@ class RewardPool:
             raise _cause(error) from error
         self._idle.put_nowait(worker)
 
-    async def _score(self, batch: RolloutBatch) -> ScoredBatch:
-        samples = reward_inputs(batch)
+    async def _score(self, batch: RolloutBatch, begun: Mapping[int, _Begun]) -> ScoredBatch:
+        samples = [_reward_input(batch.prompt_of(rollout), rollout) for rollout in batch.rollouts]
         results = [PartResults(status=RewardStatus.SKIPPED, error="the rollout was aborted") for _ in samples]
         live = [i for i, r in enumerate(batch.rollouts) if r.finish_reason is not FinishReason.ABORT]
-        size = min(self._config.batch_size, -(-len(live) // self._config.num_workers) or 1)
-        chunks = [live[i : i + size] for i in range(0, len(live), size)]
+        rest = [i for i in live if id(batch.rollouts[i]) not in begun]
+        size = min(self._config.batch_size, -(-len(rest) // self._config.num_workers) or 1)
+        chunks = [rest[i : i + size] for i in range(0, len(rest), size)]
         answers = await asyncio.gather(*(self._score_chunk([samples[i] for i in chunk]) for chunk in chunks))
         for chunk, answer in zip(chunks, answers):
             for index, result in zip(chunk, answer, strict=True):
                 results[index] = result
+        for index in live:
+            if (one := begun.get(id(batch.rollouts[index]))) is not None:
+                results[index] = (await asyncio.wrap_future(one.results))[one.position]
         return ScoredBatch(batch, await self._finish(samples, results))
 
     async def _finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
@@ -200,11 +228,6 @@ async def _cancel_others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-def reward_inputs(batch: RolloutBatch) -> list[RewardInput]:
-    """What the reward functions see of each rollout, in order."""
-    return [_reward_input(batch, rollout) for rollout in batch.rollouts]
-
-
 def check_error_fraction(scores: Sequence[Score], limit: float) -> None:
     """Raise RewardError, naming the commonest error, when more than `limit` of the scores failed (SKIPPED aside)."""
     tried = [score for score in scores if score.status is not RewardStatus.SKIPPED]
@@ -218,8 +241,7 @@ def check_error_fraction(scores: Sequence[Score], limit: float) -> None:
     )
 
 
-def _reward_input(batch: RolloutBatch, rollout: Rollout) -> RewardInput:
-    prompt = batch.prompt_of(rollout)
+def _reward_input(prompt: Prompt, rollout: Rollout) -> RewardInput:
     return RewardInput(
         prompt=prompt.text,
         response=rollout.text,

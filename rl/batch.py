@@ -10,7 +10,7 @@ Shape legend: N samples, P prompt tokens of one sample, R response tokens of one
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,9 @@ class Rollout:
     def length(self) -> int:
         """R, the number of response tokens."""
         return len(self.token_ids)
+
+
+OnGroup = Callable[[Prompt, Sequence[Rollout]], None]  # is told of each group of samples as soon as it is generated
 
 
 @dataclass(frozen=True, slots=True)

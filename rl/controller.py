@@ -4,9 +4,10 @@
        ^            |                                                                        |
        '------------'------------------- the next step waits for the weights <---------------'
 
-Each arrow is a typed value from `rl.batch`. `StepGroups` decides which groups a step learns from, and whether to
-generate again to get them. Left out: Ray, vLLM, DeepSpeed and torch. What the loop drives are the Protocols below, so
-tests drive it with fakes; what happens around a step (metrics, samples, checkpoints, evaluation) is in `rl.run`.
+Each arrow is a typed value from `rl.batch`; scoring begins with the first group that is generated. `StepGroups` decides
+which groups a step learns from, and whether to generate again to get them. Left out: Ray, vLLM, DeepSpeed and torch.
+What the loop drives are the Protocols below, so tests drive it with fakes; what happens around a step (metrics,
+samples, checkpoints, evaluation) is in `rl.run`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any, Protocol, TypeVar
 from rl.batch import (
     Annotations,
     FloatArray,
+    OnGroup,
     Prompt,
+    Rollout,
     RolloutBatch,
     Score,
     ScoredBatch,
@@ -46,7 +49,9 @@ class PromptSource(Protocol):
 class RolloutPool(Protocol):
     """The rollout workers."""
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0) -> RolloutBatch:
+    def generate(
+        self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0, on_group: OnGroup
+    ) -> RolloutBatch:
         """`first_prompt` counts the step's prompts that were generated before; the samples' seeds go on from there."""
         ...
 
@@ -69,6 +74,11 @@ class RolloutPool(Protocol):
 
 class RewardPool(Protocol):
     """The reward workers."""
+
+    def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
+        """Start to score a group while others are still generated, for `score` to find; that scores what was not begun,
+        and forgets what it is not asked for."""
+        ...
 
     def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
         """`earlier` holds the step's scores so far: too many failures are a share of the whole step."""
@@ -208,7 +218,11 @@ class Controller:
         """Generate; again, with the same seeds and so the same samples, when a worker is lost."""
         rollouts = self.surviving_losses(
             lambda: self.rollout_pool.generate(
-                prompts, group_size=self.group_size, step=step, first_prompt=first_prompt
+                prompts,
+                group_size=self.group_size,
+                step=step,
+                first_prompt=first_prompt,
+                on_group=self.reward_pool.begin,
             )
         )
         self._refuse_stale(rollouts)

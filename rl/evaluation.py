@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rl.batch import FinishReason, Prompt, Rollout, RolloutBatch, Score, ScoredBatch
+from rl.batch import FinishReason, OnGroup, Prompt, Rollout, RolloutBatch, Score, ScoredBatch
 from rl.controller import RewardPool
 from rl.samples import write_samples
 
@@ -25,7 +25,7 @@ Surviving = Callable[[Callable[[], RolloutBatch]], RolloutBatch]
 class EvaluationPool(Protocol):
     """The part of the rollout pool that evaluation uses."""
 
-    def generate_eval(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+    def generate_eval(self, prompts: Sequence[Prompt], *, on_group: OnGroup) -> RolloutBatch:
         """samples_per_prompt responses a prompt, under the evaluation's own sampling parameters."""
         ...
 
@@ -119,7 +119,8 @@ class Evaluator:
         """
         metrics: dict[str, float] = {}
         for eval_set in self.sets:
-            scored = self._rewards.score(surviving(partial(self._rollouts.generate_eval, eval_set.prompts)))
+            generate = partial(self._rollouts.generate_eval, eval_set.prompts, on_group=self._rewards.begin)
+            scored = self._rewards.score(surviving(generate))
             write_samples(samples_dir / f"eval_{eval_set.name}_{label}.jsonl", scored)
             metrics |= eval_metrics(eval_set.name, scored, self._pass_at)
         return metrics

@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from rl.actors import Crew, end_actors
-from rl.batch import FloatArray, Prompt, Rollout, RolloutBatch, TokenPair, WeightVersion
+from rl.batch import FloatArray, OnGroup, Prompt, Rollout, RolloutBatch, TokenPair, WeightVersion
 from rl.config import EvaluationConfig, RolloutConfig
 from rl.errors import FledgeError, RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParameters
@@ -165,26 +165,43 @@ class RolloutPool:
 
     # Generation
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0) -> RolloutBatch:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        step: int,
+        first_prompt: int = 0,
+        on_group: OnGroup = lambda prompt, rollouts: None,
+    ) -> RolloutBatch:
         """One group of `group_size` responses a prompt; see `rl.controller.RolloutPool`.
 
         Raises:
             RolloutError: a worker died or missed its deadline; `replace_lost_workers` mends the pool.
         """
         groups = group_requests(prompts, group_size=group_size, seed=self._seed, step=step, first_prompt=first_prompt)
-        return self._generate(prompts, groups, self._training)
+        return self._generate(prompts, groups, self._training, on_group)
 
-    def generate_eval(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+    def generate_eval(
+        self, prompts: Sequence[Prompt], *, on_group: OnGroup = lambda prompt, rollouts: None
+    ) -> RolloutBatch:
         """As `generate`, under the evaluation's sampling parameters; seeds do not depend on the step."""
         groups = group_requests(prompts, group_size=self._evaluation_samples, seed=self._seed, step=-1)
-        return self._generate(prompts, groups, self._evaluation)
+        return self._generate(prompts, groups, self._evaluation, on_group)
 
     def _generate(
-        self, prompts: Sequence[Prompt], groups: Sequence[GroupRequest], parameters: SamplingParameters
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[GroupRequest],
+        parameters: SamplingParameters,
+        on_group: OnGroup,
     ) -> RolloutBatch:
         started = time.perf_counter()
-        run = self._generate_fixed if self._deterministic else self._generate_balanced
-        rollouts = [rollout for group in run(groups, parameters) for rollout in group]
+        if self._deterministic:  # all are there at once
+            made = self._generate_fixed(groups, parameters)
+        else:
+            made = self._generate_balanced(groups, parameters, lambda g: on_group(prompts[g[0].prompt_index], g))
+        rollouts = [rollout for group in made for rollout in group]
         rollouts.sort(key=lambda r: (r.prompt_index, r.sample_index))
         return RolloutBatch(tuple(prompts), tuple(rollouts), time.perf_counter() - started)
 
@@ -203,7 +220,12 @@ class RolloutPool:
                 ray.cancel(call)
             raise
 
-    def _generate_balanced(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
+    def _generate_balanced(
+        self,
+        groups: Sequence[GroupRequest],
+        parameters: SamplingParameters,
+        on_group: Callable[[list[Rollout]], None],
+    ) -> list[list[Rollout]]:
         """Each group goes to the worker with the fewest samples in flight, longest prompts first; a worker holds at
         most one engine's worth, so that a slow worker does not hoard work that an idle one could do.
 
@@ -228,6 +250,7 @@ class RolloutPool:
                     index, group = calls.pop(call)
                     in_flight[index] -= len(group.seeds)
                     [finished[group]] = _CREW.get(call, index, "generate")
+                    on_group(finished[group])
             return [finished.pop(group) for group in groups]
         finally:
             for call in calls:  # empty unless an error is on its way out

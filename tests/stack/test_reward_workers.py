@@ -41,6 +41,11 @@ PLUGIN = textwrap.dedent(
             return len(FRAMEWORKS & set(sys.modules)) + 10.0 * ("rewards.combine" in sys.modules)
         if text == "exit":
             os._exit(7)
+        if text == "sleep":
+            time.sleep(0.8)
+        if text.startswith("count"):
+            with open(text.split()[-1], "a") as counts:
+                counts.write("x")
         if text.startswith("exit once"):
             mark = Path(text.split()[-1])
             if not mark.exists():
@@ -107,6 +112,21 @@ def test_scores_come_back_in_order_with_their_parts(pool: RewardPool) -> None:
     assert [score.reward for score in scored.scores] == [1.5, 0.0, 1.5, 0.0, 0.0, 1.5, 1.5]
     assert scored.scores[0].breakdown == {"reward": 1.0, "exact": 1.0}
     assert all(score.ok for score in scored.scores)
+
+
+def test_what_was_begun_before_the_batch_was_whole_is_scored_once(pool: RewardPool, tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    batch = make_batch("right", *[f"count {counts}"] * 9, "right", "wrong", aborted=frozenset({2}))
+    pool.begin(batch.prompts[0], make_batch("raise", "raise", "raise", "raise", "raise").rollouts)  # not asked for
+    pool.begin(batch.prompts[0], batch.rollouts[:7])
+    pool.begin(batch.prompts[0], batch.rollouts[7:10])
+    end = time.monotonic() + 20.0
+    while (len(counts.read_text()) if counts.exists() else 0) < 7 and time.monotonic() < end:
+        time.sleep(0.05)  # all but the aborted one, and one that waits for others
+    scored = pool.score(batch)
+    assert [score.reward for score in scored.scores if score.ok] == [1.5, *[0.0] * 8, 1.5, 0.0]
+    assert scored.scores[2].status is RewardStatus.SKIPPED and counts.read_text() == "x" * 8
+    assert pool.score(batch).scores[0].reward == 1.5 and counts.read_text() == "x" * 16  # nothing is kept
 
 
 def test_a_hanging_sample_times_out_and_the_others_are_scored(pool: RewardPool) -> None:
@@ -186,6 +206,16 @@ def test_closing_leaves_no_process_behind(ray_cluster: None) -> None:
     while Path(f"/proc/{child}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_pool_that_is_closed_while_it_scores_starts_nothing_any_more(ray_cluster: None, plugin: Path) -> None:
+    functions = (RewardFunctionConfig(name=f"{plugin}:reward"),)
+    pool = RewardPool(RewardConfig(functions=functions, num_workers=1))
+    batch = make_batch(*["sleep"] * 8)
+    pool.begin(batch.prompts[0], batch.rollouts)  # as an interrupt leaves it
+    time.sleep(0.2)
+    pool.close()
+    assert pool.num_replaced == 0 and pool.worker_handles() == ()
 
 
 def test_a_reward_that_cannot_load_says_so_at_once(ray_cluster: None) -> None:

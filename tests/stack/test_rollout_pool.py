@@ -113,7 +113,13 @@ def places(batch):
 
 def test_every_sample_comes_once_in_order_and_a_slow_worker_hoards_none(pools):
     pool = pools.make(2, {0: "slow"}, max_concurrent_sequences=2)
-    batch = pool.generate(PROMPTS, group_size=2, step=0)
+    seen = {}
+
+    def on_group(prompt, group):
+        seen.update({id(rollout): prompt for rollout in group})
+
+    batch = pool.generate(PROMPTS, group_size=2, step=0, on_group=on_group)
+    assert seen == {id(rollout): batch.prompt_of(rollout) for rollout in batch.rollouts}
     assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in range(6) for s in range(2)]
     groups = [worker for _, worker in places(batch)][::2]
     assert places(batch)[1::2] == places(batch)[::2], "a group is drawn by one worker"

@@ -13,6 +13,7 @@ import numpy as np
 from rl.batch import (
     Annotations,
     FinishReason,
+    OnGroup,
     Prompt,
     Rollout,
     RolloutBatch,
@@ -71,11 +72,21 @@ class FakeRolloutPool:
     deaf: bool = False  # ignores load_weights, as a worker that missed a sync
     calls: list[str] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0) -> RolloutBatch:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        step: int,
+        first_prompt: int = 0,
+        on_group: OnGroup = lambda prompt, rollouts: None,
+    ) -> RolloutBatch:
         self.calls.append(f"generate {step}" + (f" from {first_prompt}" if first_prompt else ""))
         if self.lost:
             raise RolloutError("rollout worker 0 died")
         rollouts = tuple(rollout(i, j, version=self.served) for i in range(len(prompts)) for j in range(group_size))
+        for index, prompt in enumerate(prompts):
+            on_group(prompt, rollouts[index * group_size : (index + 1) * group_size])
         return RolloutBatch(tuple(prompts), rollouts, seconds=0.1)
 
     def load_weights(self, version: WeightVersion) -> None:
@@ -101,6 +112,10 @@ class FakeRewardPool:
 
     too_hard: frozenset[str] = frozenset()
     earlier: list[int] = field(default_factory=list)  # how many scores of the step each call was told of
+    begun: list[Rollout] = field(default_factory=list)
+
+    def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
+        self.begun += rollouts
 
     def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
         self.earlier.append(len(earlier))

@@ -23,6 +23,14 @@ def test_a_step_generates_with_the_synced_version_and_ends_with_a_sync():
     assert first.batch.num_loss_tokens == 12
 
 
+def test_groups_are_handed_to_the_rewards_as_they_are_generated():
+    rewards = FakeRewardPool()
+    loop = controller(FakeRolloutPool(), rewards=rewards)
+    loop.sync_weights()
+    rollouts = loop.step(0).scored.batch.rollouts
+    assert [id(rollout) for rollout in rewards.begun] == [id(rollout) for rollout in rollouts]
+
+
 def test_rollouts_of_another_version_stop_the_run():
     pool = FakeRolloutPool()
     loop = controller(pool)

@@ -38,8 +38,8 @@ class Silent:
 
 
 class EvalPool(FakeRolloutPool):
-    def generate_eval(self, prompts) -> RolloutBatch:
-        return self.generate(prompts, group_size=2, step=-1)
+    def generate_eval(self, prompts, *, on_group) -> RolloutBatch:
+        return self.generate(prompts, group_size=2, step=-1, on_group=on_group)
 
 
 @contextmanager
@@ -399,12 +399,12 @@ def test_a_worker_lost_in_an_evaluation_costs_the_set_that_it_was_in_and_no_othe
     asked = []
 
     class Loses(EvalPool):
-        def generate_eval(self, prompts):
+        def generate_eval(self, prompts, **options):
             asked.append(len(prompts))
             if asked == [2, 1]:
                 self.lost = 1
                 raise RolloutError("rollout worker 0 was lost")
-            return super().generate_eval(prompts)
+            return super().generate_eval(prompts, **options)
 
     pool = Loses()
     run = make_run(tmp_path, total_steps=1, evaluate_every=1, pool=pool)
