@@ -332,6 +332,13 @@ def test_failed_and_aborted_samples_are_not_valid() -> None:
     )
 
 
+def test_what_is_learned_from_is_the_reward_with_its_shaping() -> None:
+    scored = scored_batch([0.5, 1.0], group_size=2)
+    shaped = ScoredBatch(scored.batch, (Score(0.5, unshaped_reward=1.0), Score(1.0)))
+    rows = estimate(shaped, Annotations(), AlgorithmConfig(advantage="dr_grpo")).advantages
+    assert [row[0].item() for row in rows] == [-0.25, 0.25]
+
+
 def test_train_batch_holds_masks_lags_and_global_denominators() -> None:
     scored = scored_batch(
         [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0],
@@ -350,7 +357,8 @@ def test_train_batch_holds_masks_lags_and_global_denominators() -> None:
         assert batch.num_loss_tokens == sum(scored.batch.rollouts[i].length for i in counted)
         assert {s.policy_lag for s in batch.samples} == {2}
         assert batch.samples[0].advantages.dtype == np.float32
-        assert batch.samples[0].old_logprobs is not None
+        for sample, annotated in zip(batch.samples, old, strict=True):
+            np.testing.assert_array_equal(sample.old_logprobs, annotated)
         assert batch.samples[0].ref_logprobs is None
         # The truncated response still belongs to its group's mean: 2 of 4 are right.
         assert batch.samples[4].advantages[0] == pytest.approx(0.5 / math.sqrt(1 / 3), abs=1e-5)
@@ -376,6 +384,8 @@ def test_kl_in_the_reward_is_taken_from_every_token() -> None:
     assert stronger == pytest.approx(
         dr_grpo_formula([r - 0.05 * n for r, n in zip((1.0, 0.0, 1.0, 0.0), lengths, strict=True)])[2]
     )
+    in_loss = config.model_copy(update={"kl": KLConfig(placement="loss", coefficient=0.1)})
+    assert [row[0].item() for row in estimate(scored, annotations, in_loss).advantages] == [0.5, -0.5, 0.5, -0.5]
     with pytest.raises(ConfigError, match="ref_logprobs annotated"):
         estimate(scored, Annotations(old_logprobs=old, kl_coefficient=0.1), config)
 
