@@ -230,6 +230,12 @@ def test_every_epoch_sees_every_sample_once_in_another_order() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_two_mini_batches_are_drawn_anew_each_epoch() -> None:
+    (steps,) = plan_update(batch_of(list(range(4, 20))), num_ranks=1, mini_batches=2, epochs=2)
+    first, _, again, _ = [sorted(s.tokens.num_tokens for s in share.samples) for share in steps]
+    assert first != list(range(4, 12)) and first != again
+
+
 def test_ranks_share_the_denominators_of_the_whole_mini_batch() -> None:
     plan = plan_update(batch_of([4, 9, 5, 6, 30]), num_ranks=3, mini_batches=1)
     for (share,) in plan:

@@ -95,6 +95,10 @@ CASES: list[tuple[str, dict[str, float], Callable[[LossInputs], Tensor], bool]] 
     ("dr_grpo", {}, ppo_eq7, False),
     ("dapo", {}, lambda s: ppo_eq7(s, 0.2, 0.28), False),
     *((name, {"clip_high": 0.2, "dual_clip": 1.5}, dual_clip, False) for name in ("grpo", "dr_grpo", "dapo")),
+    *(
+        (name, {"clip_low": 0.1, "clip_high": 0.3}, lambda s: ppo_eq7(s, 0.1, 0.3), False)
+        for name in ("grpo", "dr_grpo")
+    ),
     ("gspo", {"clip_low": 0.05, "clip_high": 0.08}, gspo_eq5, True),
     ("cispo", {"clip_low": 0.3, "clip_high": 0.25}, cispo_eq4, False),
     ("gmpo", {"clip_low": 0.3, "clip_high": 0.2}, gmpo_objective, True),
@@ -268,14 +272,27 @@ def test_metrics_are_measured_per_token_and_carry_no_gradient(name) -> None:
     torch.testing.assert_close(found["kl_old"], batch.masked(batch.old_logprobs - batch.logprobs.detach()))
 
 
-def test_the_dual_clip_is_counted_where_it_binds() -> None:
-    log_ratio, advantages = torch.tensor([2.0, 0.5, 2.0, -2.0]).log(), torch.tensor([-1.0, -1.0, 0.5, 0.5])
-    batch = loss_batch(0, lengths=(4,), masked=0.0)
-    batch = dataclasses.replace(
-        batch, logprobs=log_ratio - 3.0, old_logprobs=torch.full((4,), -3.0), advantages=advantages
+def responses_of_one_token(ratios: list[float], advantages: list[float]) -> LossInputs:
+    count = len(ratios)
+    batch = loss_batch(0, lengths=(1,) * count, masked=0.0)
+    old = torch.full((count,), -3.0)
+    return dataclasses.replace(
+        batch, logprobs=torch.tensor(ratios).log() + old, old_logprobs=old, advantages=torch.tensor(advantages)
     )
+
+
+def test_the_dual_clip_is_counted_where_it_binds() -> None:
+    batch = responses_of_one_token([2.0, 0.5, 2.0, 0.5], [-1.0, -1.0, 0.5, 0.5])
     metrics = policy_loss_spec("ppo_clip").function(batch, dual_clip=1.5).token_metrics
     assert metrics["dual_clip_frac"].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", [name for name in BUILTIN if name != "reinforce"])
+def test_a_token_counts_as_clipped_where_the_bound_takes_effect(name) -> None:
+    """CISPO bounds a weight, whatever the advantage; the others only what would move further away."""
+    batch = responses_of_one_token([2.0, 2.0, 0.5, 0.5, 1.1], [1.0, -1.0, 1.0, -1.0, 1.0])
+    metrics = policy_loss_spec(name).function(batch, clip_low=0.2, clip_high=0.3).token_metrics
+    assert metrics["clip_frac"].tolist() == ([1, 1, 1, 1, 0] if name == "cispo" else [1, 0, 0, 1, 0])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_steps_beyond_the_plan_stay_at_the_floor() -> None:
 
 def test_vectors_are_not_decayed() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5, betas=(0.8, 0.9), eps=1e-5))
+    assert [(group["betas"], group["eps"]) for group in optimizer.param_groups] == [((0.8, 0.9), 1e-5)] * 2
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = [p.detach().clone() for p in model.parameters()]
