@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -91,6 +92,11 @@ def short_batch(samples: Sequence[RewardInput]) -> list[float]:
     return [1.0] * (len(samples) - 1)
 
 
+class ManyForGroup:
+    def score_group(self, samples: Sequence[RewardInput], task_rewards: Sequence[float]) -> list[float]:
+        return [1.0] * (len(samples) + 1)
+
+
 def long_batch(samples: Sequence[RewardInput]) -> list[float]:
     return [1.0] * (len(samples) + 1)
 
@@ -112,6 +118,7 @@ PLUGINS: dict[str, Any] = {
     "async_batch": async_batch,
     "short": short_batch,
     "long": long_batch,
+    "many_for_group": ManyForGroup,
     "abstains": abstains,
     "constant": lambda sample: sample.extra["value"],
 }
@@ -174,6 +181,7 @@ def test_a_response_that_is_right_in_every_task_part_is_solved_whatever_its_weig
     right, half = score(reward, sample(shape=-3.0), sample("y", shape=3.0))
     assert (right.solved, right.extracted) == (True, "x")
     assert (half.solved, half.extracted) == (False, "y")
+    assert score(combined("task"), sample(task=0.5))[0].passed is False
     [one] = score(combined({"name": "task", "weight": 10.0}, clip=(-1.0, 1.0)), sample())
     assert (one.solved, one.extracted) == (True, None)
 
@@ -181,7 +189,7 @@ def test_a_response_that_is_right_in_every_task_part_is_solved_whatever_its_weig
 def test_clipping_does_not_hide_that_a_part_is_wrong() -> None:
     reward = combined({"name": "task", "weight": 1.0}, {"name": "exact", "weight": 0.1}, clip=(-1.0, 1.0))
     right, wrong = score(reward, sample(), sample("y"))
-    assert (right.reward, right.solved) == (1.0, True)
+    assert (right.reward, right.unshaped_reward, right.solved) == (1.0, 1.0, True)
     assert (wrong.reward, wrong.solved) == (1.0, False)
 
 
@@ -207,6 +215,13 @@ def test_parts_that_only_watch_solve_nothing() -> None:
 def test_a_penalty_alone_is_passed_by_who_gets_none() -> None:
     clean, punished = score(combined({"name": "task", "weight": -1.0}), sample(task=0.0), sample(task=1.0))
     assert clean.solved and not punished.solved
+
+
+def test_length_and_repetition_shape_a_task_and_do_not_judge_it() -> None:
+    length = {"name": "length", "options": {"max_tokens": 4, "buffer_tokens": 2}}
+    repetition = {"name": "repetition", "options": {"n": 1, "free": 0.0}, "weight": 0.5}
+    [one] = score(combined("exact", length, repetition), replace(sample(num_tokens=3), response="x x"))
+    assert (one.reward, one.unshaped_reward, one.passed) == (1.0 - 0.5 - 0.25, 1.0, True)
 
 
 def test_only_shaping_parts_have_no_unshaped_reward() -> None:
@@ -302,7 +317,7 @@ def test_every_real_number_is_a_reward(value: Any) -> None:
 
 def test_verl_dicts_become_a_breakdown() -> None:
     assert to_output(RewardOutput(1.0, extracted=["4"])).extracted == "['4']"  # type: ignore[arg-type]
-    assert to_output({"score": 0.5, "acc": True, "pred": 7, "n": np.int64(3)}) == RewardOutput(
+    assert to_output({"acc": True, "score": 0.5, "pred": 7, "n": np.int64(3)}) == RewardOutput(
         0.5, {"acc": 1.0, "n": 3.0}, "7"
     )
 
@@ -343,6 +358,12 @@ def test_a_batch_with_a_wrong_number_of_results_fails_whole(name: str, count: in
     assert f"the function returned {count} results for 2 samples" in scores[0].error
 
 
+def test_a_group_with_a_wrong_number_of_results_fails_whole() -> None:
+    scores = score(combined("many_for_group"), sample(group_id=1), sample(group_id=1))
+    assert {s.status for s in scores} == {RewardStatus.PLUGIN_ERROR}
+    assert "score_group returned 3 results for 2 samples" in scores[0].error
+
+
 def test_a_task_that_abstains_is_not_judged_by_its_shaping() -> None:
     skipped, scored = score(combined("abstains", "shaping"), sample("skip", shape=0.5), sample("x", shape=0.5))
     assert (skipped.status, skipped.error) == (
@@ -375,11 +396,17 @@ def test_group_parts_compare_the_responses_that_could_be_scored() -> None:
         sample(num_tokens=2, group_id=1, task=0.0),
         sample(num_tokens=7, group_id=2),
         sample(num_tokens=8),
+        sample(num_tokens=3),  # of no group, as the one before it: each is alone
     ]
     scores = score(combined("task", {"name": "brevity", "weight": 0.5}), *samples)
-    assert [s.breakdown["brevity"] for s in scores] == [0.0, 1.0, 0.0, 1.0, 1.0]
-    assert [s.reward for s in scores] == [1.0, 1.5, 0.0, 1.5, 1.5]
-    assert [s.unshaped_reward for s in scores] == [1.0, 1.0, 0.0, 1.0, 1.0]
+    assert [s.breakdown["brevity"] for s in scores] == [0.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    assert [s.reward for s in scores] == [1.0, 1.5, 0.0, 1.5, 1.5, 1.5]
+    assert [s.unshaped_reward for s in scores] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_what_compares_a_group_sees_the_task_rewards_without_their_shaping() -> None:
+    [one] = score(combined("task", "shaping", "brevity"), sample(shape=-1.0, group_id=1))
+    assert one.breakdown["brevity"] == 1.0
 
 
 def test_a_rows_own_reward_may_compare_a_group() -> None:

@@ -49,6 +49,9 @@ def test_group_without_signal_is_all_equal_among_valid_samples() -> None:
     assert groups_with_signal(ScoredBatch(scored.batch, tuple(scores))) == {0: False, 1: True, 2: False, 3: False}
     shaped = groups_with_signal(ScoredBatch(scored.batch, tuple(scores)), of_task=False)
     assert shaped == {0: True, 1: True, 2: False, 3: False}
+    groups = step_groups(4, 2)
+    groups.add(ScoredBatch(scored.batch, tuple(scores)))
+    assert groups.missing == 3
 
 
 def test_selected_and_concatenated_batches_are_numbered_anew() -> None:
@@ -212,19 +215,24 @@ def test_endless_repetition_is_taken_out_of_loss_and_statistics() -> None:
     assert [s.status for s in kept.scores] == [RewardStatus.OK, RewardStatus.OK, RewardStatus.SKIPPED]
     assert "64 tokens that repeat a block of 2" in kept.scores[2].error
     assert reject_degenerate(scored, RejectDegenerateConfig(min_tokens=65))[1] == 0
+    failed = ScoredBatch(scored.batch, (*scored.scores[:2], Score(0.0, status=RewardStatus.TIMEOUT)))
+    assert reject_degenerate(failed, RejectDegenerateConfig(min_tokens=32, min_repeats=8)) == (failed, 0)
     advantages = estimate(kept, Annotations(), AlgorithmConfig(advantage="dr_grpo")).advantages
     assert [row[0].item() for row in advantages] == [-0.5, 0.5, 0.0]
 
 
 def test_curriculum_prefers_prompts_that_are_solved_sometimes() -> None:
-    curriculum = PassRateCurriculum(CurriculumConfig(decay=0.5, floor=0.1))
+    curriculum = PassRateCurriculum(CurriculumConfig(decay=0.75, floor=0.1))
     curriculum.update(scored_batch({"easy": [1, 1, 1, 1], "hard": [0, 0, 0, 0], "right": [1, 0, 1, 0]}))
     assert [curriculum.weight(p) for p in ("easy", "hard", "right", "new")] == [0.1, 0.1, 1.0, 1.0]
     curriculum.update(scored_batch({"hard": [1, 1, 1, 1]}))
-    assert curriculum.rates["hard"] == 0.5
+    assert curriculum.rates["hard"] == 0.25
     unscored = scored_batch({"lost": [1, 0]})
     curriculum.update(ScoredBatch(unscored.batch, (Score(0.0, status=RewardStatus.TIMEOUT),) * 2))
     assert curriculum.weight("lost") == 1.0
+    shaped = scored_batch({"long": [0]})
+    curriculum.update(ScoredBatch(shaped.batch, (Score(-0.1, unshaped_reward=1.0),)))
+    assert curriculum.rates["long"] == 1.0
 
 
 def test_a_short_loop_that_meets_the_limits_is_not_hidden_by_a_longer_one_that_does_not() -> None:

@@ -53,6 +53,7 @@ def test_an_unscored_sample_is_counted_and_left_out():
     batch = scored([[(1.0, "4"), (None, "")], [(0.0, "a"), (0.0, "b")]])
     metrics = eval_metrics("set", batch, (1, 2))
     assert metrics["eval/set/unscored_count"] == 1.0
+    assert metrics["eval/set/avg@2"] == pytest.approx(0.5)  # a prompt counts as much as another
     assert metrics["eval/set/pass@1"] == pytest.approx(0.5)
     assert metrics["eval/set/pass@2"] == pytest.approx(0.0)  # only the second prompt has two samples left
 
@@ -73,13 +74,16 @@ def test_each_data_source_has_metrics_of_its_own_where_there_are_several():
 def test_nothing_scored_gives_no_score():
     metrics = eval_metrics("set", scored([[(None, ""), (None, "")]]), (1,))
     assert not any("@" in name for name in metrics)
-    assert metrics["eval/set/unscored_count"] == 2.0
+    assert (metrics["eval/set/prompts"], metrics["eval/set/unscored_count"]) == (1.0, 2.0)
+    metrics = eval_metrics("set", scored([[(None, "")], [(1.0, "4")]]), (1,))
+    assert (metrics["eval/set/prompts"], metrics["eval/set/avg@1"]) == (2.0, 1.0)
 
 
 def test_samples_without_an_answer_do_not_vote_and_without_any_there_is_no_vote():
     batch = scored([[(0.0, None), (0.0, None), (0.0, None), (1.0, "4")]])
     assert eval_metrics("set", batch, ())["eval/set/maj@4"] == 1.0
-    assert not any("maj" in name for name in eval_metrics("set", scored([[(0.0, None), (1.0, None)]]), ()))
+    for group in ([(0.0, None), (1.0, None)], [(1.0, "4")]):
+        assert not any("maj" in name for name in eval_metrics("set", scored([group]), ()))
 
 
 def test_lengths_and_truncation_are_of_all_responses():
@@ -98,12 +102,13 @@ def test_lengths_and_truncation_are_of_all_responses():
 
 
 def test_shaping_and_weights_do_not_decide_what_is_solved():
-    right = Score(0.55, unshaped_reward=0.9, passed=True)  # right, weighted 0.9, and penalised for its length
-    wrong = Score(0.1, unshaped_reward=0.0, passed=False)
+    right = Score(0.55, unshaped_reward=0.9, passed=True, extracted="4")  # weighted 0.9, penalised for its length
+    wrong = Score(0.1, unshaped_reward=0.4, passed=False, extracted="5")
     batch = ScoredBatch(RolloutBatch(PROMPTS[:1], (rollout(0, 0), rollout(0, 1))), (right, wrong))
     metrics = eval_metrics("set", batch, (1,))
     assert metrics["eval/set/pass@1"] == pytest.approx(0.5)
-    assert metrics["eval/set/avg@2"] == pytest.approx(0.45)
+    assert metrics["eval/set/avg@2"] == pytest.approx(0.65)
+    assert metrics["eval/set/maj@2"] == pytest.approx(0.9)
 
 
 def test_a_lone_surrogate_reaches_the_sample_file_and_comes_back(tmp_path):

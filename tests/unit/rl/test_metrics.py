@@ -12,7 +12,7 @@ from rl.metrics import JsonlSink, read_metrics, score_metrics, step_metrics
 
 
 def test_a_scored_batch_in_numbers():
-    """Group 0 has a signal; group 1 has none, since the sample that would make one has no reward."""
+    """Group 0 has a signal, by its shaping; group 1 has none, since the sample that would make one has no reward."""
     length, abort = FinishReason.LENGTH, FinishReason.ABORT
     rollouts = (
         rollout(0, 0, length=2),
@@ -21,7 +21,7 @@ def test_a_scored_batch_in_numbers():
         rollout(1, 1, length=8, finish_reason=abort),
     )
     scores = (
-        Score(1.0, {"math": 1.0, "format": 0.5}),
+        Score(1.0, {"math": 1.0, "format": 0.5}, unshaped_reward=0.0),
         Score(0.0, {"math": 0.0}),
         Score(0.5, {"math": 0.5}),
         Score(math.nan, {"math": 9.0}, RewardStatus.SKIPPED),
