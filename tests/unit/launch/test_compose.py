@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.compose import checkpoint_store, shape_data
+from launch.compose import checkpoint_store, learner_spec, shape_data
 from launch.data import checked_training, load_data
 from launch.tiny_models import build_tiny_model
 from rl.batch import Prompt
@@ -46,6 +46,19 @@ def test_every_section_reaches_its_part_and_the_curriculum_is_shared():
     assert source.state_dict()["pass_rates"] == {"train:0": 0.5}
     assert new_groups().curriculum.weight("train:0") == 1.0
     assert groups.curriculum.config.floor == 0.2
+
+
+def test_learners_get_the_runs_steps_and_the_rollouts_length_and_temperature():
+    settings = config(
+        learner={"epochs": 2, "mini_batches": 4},
+        rollout={"max_response_tokens": 7, "temperature": 0.7, "tensor_parallel_size": 2},
+        algorithm={"advantage": "gae"},
+        critic={"warmup_steps": 1},
+    ).model_copy(update={"total_steps": 5, "seed": 3})
+    spec = learner_spec(settings, "cpu", "shm")
+    assert (spec.total_optimizer_steps, spec.fixed_length, spec.temperature, spec.seed) == (40, 7, 0.7, 3)
+    assert spec.critic is settings.critic
+    assert (spec.sync.transport, spec.sync.tensor_parallel_size) == ("shm", 2)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from rl.batch import (
     ScoredBatch,
     TrainBatch,
     TrainSample,
+    UpdateResult,
 )
 from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rl.errors import LearnerError, RolloutError, WeightSyncError
@@ -31,17 +32,25 @@ def batch(masked):
     return TrainBatch.from_samples((TrainSample(ids, ids, np.full(3, not masked), values, values),))
 
 
-def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
-    spec = LearnerSpec(
-        LearnerConfig(max_skipped_steps=2),
+def spec(algorithm=None, **learner):
+    return LearnerSpec(
+        LearnerConfig(**learner),
         ModelConfig(path="unused"),
-        None,
+        algorithm,
         seed=0,
         deterministic=False,
         device="cpu",
         total_optimizer_steps=1,
     )
-    group = LearnerGroup(spec, [])
+
+
+@pytest.fixture
+def calls_are_results(monkeypatch):
+    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, what, setting="timeout_s": calls)
+
+
+def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
+    group = LearnerGroup(spec(max_skipped_steps=2), [])
     for masked in (True, True, False, True, True):
         group._count_empty(batch(masked))
     with pytest.raises(LearnerError, match="none of the 1 samples has a token to learn from .* in 3 steps in a row"):
@@ -49,40 +58,82 @@ def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
 
 
 class Worker:
-    """Says of each sequence how long its response is."""
+    """Says of each sequence how long its response is; of the reference and the critic in other words."""
 
     def __init__(self):
         self.annotate = self
         self.seen = []
 
     def remote(self, sequences, *, old_logprobs):
-        assert old_logprobs
         self.seen += sequences
         rows = tuple(np.full(len(s.response_ids), len(s.response_ids), np.float32) for s in sequences)
-        return Annotations(old_logprobs=rows)
+        others = {"ref_logprobs": tuple(-row for row in rows), "values": tuple(row + 0.5 for row in rows)}
+        return Annotations(old_logprobs=rows if old_logprobs else None, **others, kl_coefficient=0.3)
 
 
-def test_samples_that_are_not_valid_are_not_scored_and_get_zeros(monkeypatch):
-    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, what: calls)
-    spec = LearnerSpec(
-        LearnerConfig(mini_batches=2),
-        ModelConfig(path="unused"),
-        AlgorithmConfig(),
-        seed=0,
-        deterministic=False,
-        device="cpu",
-        total_optimizer_steps=1,
-    )
+def scored_batch():
     reasons = [FinishReason.STOP, FinishReason.ABORT, FinishReason.STOP, FinishReason.LENGTH]
     rollouts = tuple(
         Rollout(0, 0, i, np.arange(i + 1, dtype=np.int32), np.zeros(i + 1, np.float32), reason, 0, "", "")
         for i, reason in enumerate(reasons)
     )
-    scored = ScoredBatch(RolloutBatch((Prompt("p", (1, 2), "q"),), rollouts), tuple(Score(1.0) for _ in rollouts))
+    return ScoredBatch(RolloutBatch((Prompt("p", (1, 2), "q"),), rollouts), tuple(Score(1.0) for _ in rollouts))
+
+
+def test_samples_that_are_not_valid_are_not_scored_and_get_zeros(calls_are_results):
     workers = [Worker(), Worker()]
-    found = LearnerGroup(spec, workers).annotate(scored).old_logprobs
-    assert [row.tolist() for row in found] == [[1.0], [0.0, 0.0], [3.0] * 3, [4.0] * 4]
+    found = LearnerGroup(spec(AlgorithmConfig(), mini_batches=2), workers).annotate(scored_batch())
+    assert [row.tolist() for row in found.old_logprobs] == [[1.0], [0.0, 0.0], [3.0] * 3, [4.0] * 4]
+    assert [row[0] for row in found.ref_logprobs] == [-1.0, 0.0, -3.0, -4.0]
+    assert [row[0] for row in found.values] == [1.5, 0.0, 3.5, 4.5]
+    assert found.kl_coefficient == 0.3
     assert sorted(len(s.response_ids) for worker in workers for s in worker.seen) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("learner", "placement", "asked", "has_old"),
+    [
+        ({}, "none", False, False),
+        ({"epochs": 2}, "none", True, True),
+        ({"mini_batches": 2}, "none", True, True),
+        ({}, "loss", True, False),
+        ({}, "reward", True, True),
+    ],
+)
+def test_learners_are_asked_for_what_the_algorithm_reads(calls_are_results, learner, placement, asked, has_old):
+    kl = {} if placement == "none" else {"kl": {"placement": placement, "coefficient": 0.1}}
+    worker = Worker()
+    found = LearnerGroup(spec(AlgorithmConfig(**kl), **learner), [worker]).annotate(scored_batch())
+    assert (bool(worker.seen), found.old_logprobs is not None) == (asked, has_old)
+
+
+class Updated:
+    """A learner of one rank that notes the responses of every step; each update makes a version."""
+
+    def __init__(self, version=0):
+        self.version, self.plans = version, []
+        self.update = SimpleNamespace(remote=self._update)
+        self.load_checkpoint = SimpleNamespace(remote=lambda directory: self.version)
+
+    def _update(self, shares):
+        self.plans.append([[int(s.response_ids[0]) for s in share.samples] for share in shares])
+        self.version += 1
+        return UpdateResult(self.version, {})
+
+
+def test_every_update_has_its_own_order_and_a_resumed_run_goes_on_with_it(calls_are_results, tmp_path):
+    values = np.zeros(1, np.float32)
+    responses = [np.array([i], dtype=np.int32) for i in range(8)]
+    batch = TrainBatch.from_samples(tuple(TrainSample(r, r, np.ones(1, bool), values, values) for r in responses))
+    straight, resumed = Updated(), Updated(version=1)
+    group, later = (LearnerGroup(spec(mini_batches=2, epochs=2), [worker]) for worker in (straight, resumed))
+    assert [group.update(batch).policy_version for _ in range(2)] == [1, 2]
+    first, second = straight.plans
+    assert [sorted(epoch[0] + epoch[1]) for epoch in (first[:2], first[2:])] == [list(range(8))] * 2
+    assert first != second
+    later.load_checkpoint(tmp_path)
+    later.update(batch)
+    assert resumed.plans == [second]
 
 
 CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))

@@ -28,6 +28,7 @@ class Learners:
     seen: list = field(default_factory=list)
 
     def update(self, batch):
+        assert batch.num_loss_tokens == 3 * len(batch.samples)
         self.seen.append([int(sample.response_ids[0]) for sample in batch.samples])
         return UpdateResult(len(self.seen), {"learner/loss": 1.0})
 
@@ -38,13 +39,13 @@ class Learners:
         self.seen = [None] * int((directory / "seen").read_text())
 
 
-def run_in(directory, learners, every, examples=EXAMPLES):
+def run_in(directory, learners, every, examples=EXAMPLES, seed=1):
     return SupervisedRun(
         examples,
         learners,
         epochs=2,
         batch_size=3,
-        seed=1,
+        seed=seed,
         checkpoints=CheckpointStore(directory, keep=5),
         checkpoint_every=every,
         display=Silent(),
@@ -62,6 +63,9 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
     run_in(tmp_path / "straight", straight, 0).execute(lambda done: nullcontext(lambda step, metrics: None))
     assert sorted(i for batch in straight.seen[:3] for i in batch) == list(range(7))
     assert straight.seen[:3] != straight.seen[3:]
+    other = Learners()
+    run_in(tmp_path / "other", other, 0, seed=2).execute(lambda done: nullcontext(lambda step, metrics: None))
+    assert other.seen != straight.seen
 
     class Sink:
         def write(self, step, metrics):

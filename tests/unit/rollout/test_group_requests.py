@@ -1,5 +1,6 @@
 """The seeds of a step's samples, and which worker draws them."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -22,12 +23,24 @@ def test_the_rounds_of_a_step_have_the_seeds_of_one_long_round():
     assert [g.prompt_ids for g in first + second] == [p.token_ids for p in PROMPTS]
 
 
-def test_no_two_samples_of_neighbouring_steps_share_a_seed():
+def test_no_two_samples_of_neighbouring_steps_or_runs_share_a_seed():
     seeds = [
-        s for step in (-1, 0, 1) for g in group_requests(PROMPTS, group_size=4, seed=0, step=step) for s in g.seeds
+        s
+        for seed, step in itertools.product((0, 1), (-1, 0, 1))
+        for g in group_requests(PROMPTS, group_size=4, seed=seed, step=step)
+        for s in g.seeds
     ]
-    assert len(set(seeds)) == len(seeds) == 72
+    assert len(set(seeds)) == len(seeds) == 144
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_an_evaluation_shares_no_seed_with_the_first_step(monkeypatch):
+    monkeypatch.setattr(RolloutPool, "_generate", lambda self, prompts, groups, *_: groups)
+    pool = object.__new__(RolloutPool)  # without Ray's actors
+    pool._seed, pool._evaluation_samples, pool._training, pool._evaluation = 7, 2, None, None
+    trained, evaluated = pool.generate(PROMPTS, group_size=2, step=0), pool.generate_eval(PROMPTS)
+    assert [len(g.seeds) for g in evaluated] == [2] * len(PROMPTS)
+    assert not {s for g in trained for s in g.seeds} & {s for g in evaluated for s in g.seeds}
 
 
 class FakeRay:
