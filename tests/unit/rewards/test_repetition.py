@@ -23,6 +23,13 @@ def test_share_of_repeated_ngrams() -> None:
     assert repeated_share("", 1) == 0.0
 
 
+def test_by_default_n_is_8_and_a_tenth_is_free() -> None:
+    words = [str(i) for i in range(8)]
+    sample = RewardInput(prompt="", response=" ".join(words * 2), answer="", ground_truth=None)
+    repeated = 1 / 9  # of the 9 8-grams the last is the first
+    assert RepetitionReward()(sample).reward == pytest.approx(-(repeated - 0.1) / 0.9)
+
+
 def test_scripts_without_spaces_count_by_character() -> None:
     assert repeated_share("待って待って待って", 3) == pytest.approx(1 - 3 / 7)
     assert repeated_share("答えは四十二です", 3) == 0.0

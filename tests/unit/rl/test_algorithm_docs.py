@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -13,25 +14,41 @@ from rl.losses.api import registered_policy_losses
 PAGE = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 
 
-def names_in(section: str) -> set[str]:
-    """First cells of the first table after the heading."""
+def rows_of(section: str) -> dict[str, list[str]]:
+    """Name -> cells of its row, in the first table after the heading."""
     body = PAGE.split(f"\n## {section}")[1].split("\n## ")[0]
     table = body.split("\n|---", 1)[1].split("\n\n")[0]
-    return set(re.findall(r"^\| `(\w+)`", table, flags=re.M))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+    return {cells[0].strip("`"): cells for cells in rows}
+
+
+def options_in(cell: str) -> dict[str, float | None]:
+    """Option -> default: "`a`, `b` 0.2, `c` off" is a 0.2, b 0.2, c None."""
+    options: dict[str, float | None] = {}
+    for names, value in re.findall(r"((?:`\w+`,? )+)(= low|off|[\de.-]+)", cell):
+        options |= dict.fromkeys(re.findall(r"\w+", names), None if value in ("= low", "off") else float(value))
+    return options
 
 
 def test_every_built_in_is_in_the_table_and_nothing_else() -> None:
     """Only what this package's own modules registered: other tests add plug-ins to the same registries."""
     own = {n for n, s in registered_advantages().items() if s.function.__module__.startswith("rl.")}
-    assert own == names_in("Advantages")
+    assert own == set(rows_of("Advantages"))
     own = {n for n, s in registered_policy_losses().items() if s.function.__module__.startswith("rl.")}
-    assert own == names_in("Policy losses")
+    assert own == set(rows_of("Policy losses"))
+
+
+def test_options_have_the_defaults_that_are_documented() -> None:
+    for section, specs in (("Advantages", registered_advantages()), ("Policy losses", registered_policy_losses())):
+        for name, cells in rows_of(section).items():
+            parameters = inspect.signature(specs[name].function).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+            assert options_in(cells[2]) == defaults, name
 
 
 def test_default_aggregations_are_as_documented() -> None:
-    section = PAGE.split("\n## Policy losses")[1].split("\n## ")[0]
+    rows = rows_of("Policy losses")
     for name, spec in registered_policy_losses().items():
         if spec.function.__module__.startswith("rl."):
-            row = next(line for line in section.splitlines() if line.startswith(f"| `{name}` |"))
-            assert f"`{spec.default_aggregation}`" in row
-            assert (" only |" in row) == (spec.allowed_aggregations is not None)
+            only = "" if spec.allowed_aggregations is None else " only"
+            assert rows[name][3] == f"`{spec.default_aggregation}`{only}"

@@ -400,7 +400,7 @@ def value_batch(seed: int) -> ValueInputs:
 def test_value_loss_is_the_larger_of_two_squared_errors() -> None:
     """PPO reference code: 1/2 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)."""
     inputs = value_batch(0)
-    loss, metrics = value_loss(inputs, clip=0.2)
+    loss, metrics = value_loss(inputs)  # clip 0.2
     for i, (v, old, target) in enumerate(zip(inputs.values.tolist(), inputs.old_values, inputs.returns, strict=True)):
         bounded = old.item() + max(-0.2, min(0.2, v - old.item()))
         expected = 0.5 * max((v - target.item()) ** 2, (bounded - target.item()) ** 2)

@@ -217,6 +217,15 @@ def test_aggregation_that_verl_would_ignore_is_refused() -> None:
         check_policy_loss(policy_loss_spec("verl:sapo"), {}, "token_mean", accumulates=True)
 
 
+def test_the_default_aggregation_is_verls_or_the_one_that_the_loss_makes_itself() -> None:
+    from verl.workers.config import ActorConfig
+
+    for name in LOSS_OPTIONS:
+        default = policy_loss_spec(f"verl:{name}").default_aggregation
+        own = name in ("gspo", "sapo", "geo_mean")
+        assert VERL_MODE[default] == ("seq-mean-token-mean" if own else ActorConfig.loss_agg_mode), name
+
+
 def test_bypass_mode_and_estimators_without_their_data_are_refused() -> None:
     with pytest.raises(ConfigError, match="rollout_correction"):
         policy_loss_spec("verl:bypass_mode")
