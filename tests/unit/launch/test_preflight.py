@@ -21,6 +21,7 @@ from transformers import (
 
 from launch.commands import sft
 from launch.preflight import (
+    _accumulates,
     check_checkpoint,
     check_engine_options,
     check_engines,
@@ -171,6 +172,28 @@ def test_what_no_engine_or_no_group_can_work_with_is_refused(models, rollout, me
     config = TrainConfig(model={"path": models["qwen3"]}, data={"train": {"path": "d"}}, rollout=rollout, device="cpu")
     with pytest.raises(ConfigError, match=message):
         check_training(config)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "mini_batches", "max_tokens", "accumulates"),
+    [
+        (1, 1, 8 * 10, False),
+        (1, 1, 8 * 10 - 1, True),
+        (1, 2, 4 * 10, False),
+        (1, 2, 4 * 10 - 1, True),
+        (2, 1, 1000, True),
+    ],
+)
+def test_a_mini_batch_is_split_over_ranks_or_where_its_longest_may_not_fit(
+    num_workers, mini_batches, max_tokens, accumulates
+):
+    config = TrainConfig(
+        model={"path": "m"},
+        data={"train": {"path": "d"}, "max_prompt_tokens": 4},
+        rollout={"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 6},
+    )
+    learner = LearnerConfig(num_workers=num_workers, mini_batches=mini_batches, max_tokens_per_microbatch=max_tokens)
+    assert _accumulates(config.model_copy(update={"learner": learner})) is accumulates
 
 
 def test_a_tokenizer_that_the_model_does_not_know_is_refused(models):
