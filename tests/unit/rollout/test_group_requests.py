@@ -75,7 +75,9 @@ class FakeRay:
 def test_groups_go_to_the_idlest_worker_the_longest_prompt_first_and_come_back_in_order(monkeypatch):
     groups = [GroupRequest(i, (0,) * length, (i, i + 10)) for i, length in enumerate((1, 5, 3, 2, 4, 6))]
     fake = FakeRay(monkeypatch)
-    assert fake.pool._generate_balanced(groups, None) == [[i] for i in range(6)]
+    made = []
+    assert fake.pool._generate_balanced(groups, None, made.append) == [[i] for i in range(6)]
+    assert sorted(made) == [[i] for i in range(6)]
     assert fake.submitted == [(0, 5), (1, 1), (0, 4), (1, 2), (1, 3), (1, 0)]
     assert fake.cancelled == []
 
@@ -84,11 +86,11 @@ def test_workers_that_finish_nothing_in_time_are_named_and_their_calls_cancelled
     fake = FakeRay(monkeypatch, stuck=True)
     groups = [GroupRequest(i, (0,), (i, i + 10)) for i in range(6)]
     with pytest.raises(RolloutError, match=r"workers \[0, 1\] finished none of 4 groups within rollout.timeout_s 9"):
-        fake.pool._generate_balanced(groups, None)
+        fake.pool._generate_balanced(groups, None, lambda group: None)
     assert len(fake.cancelled) == 4
 
 
 def test_a_group_larger_than_an_engine_is_drawn_all_the_same(monkeypatch):
     fake = FakeRay(monkeypatch, most=1)
     groups = [GroupRequest(i, (0,), (i, i + 10)) for i in range(3)]
-    assert fake.pool._generate_balanced(groups, None) == [[0], [1], [2]]
+    assert fake.pool._generate_balanced(groups, None, lambda group: None) == [[0], [1], [2]]
