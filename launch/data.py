@@ -100,7 +100,8 @@ def _with_steps(config: TrainConfig, num_prompts: int) -> TrainConfig:
     """The configuration with its epochs as steps: as many as draw every prompt so often."""
     if config.total_epochs is None:
         return config
-    steps = math.ceil(config.total_epochs * num_prompts / config.rollout.prompts_per_step)
+    exact = config.total_epochs * num_prompts / config.rollout.prompts_per_step
+    steps = max(math.ceil(round(exact, 6)), 1)  # 0.7 x 10 is a little over 7
     plain = config.model_dump() | {"total_steps": steps, "total_epochs": None}
     return validate(plain, TrainConfig, source=f"total_epochs {config.total_epochs:g} are {steps} steps")
 

@@ -106,7 +106,7 @@ def test_prompts_of_the_evaluation_are_not_trained_on(tmp_path):
         load_data(config(model=model, data=data | {"eval": [{**data["train"], "name": "same"}]}), said)
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (0.1, 1), (2.5, 9)])
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (1e-9, 1), (2.5, 9), (0.4 / 7, 1), (4.4 / 7 * 10, 22)])
 def test_epochs_become_the_steps_that_draw_every_prompt_so_often(tmp_path, epochs, steps):
     build_tiny_model("qwen3", tmp_path)
     rows = tmp_path / "rows.jsonl"
