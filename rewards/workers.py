@@ -10,7 +10,7 @@ import asyncio
 import collections
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,7 +47,6 @@ class RewardWorker:
 # A chunk's workers; where a node is lost, the next idle worker may have been on it too. A sample that ends its scoring
 # process is no such loss (`rewards.scoring_process`).
 _ATTEMPTS = 3
-_LEAST_BEGUN = 8  # samples that are worth a call of a worker before the batch is whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class _Begun:
     """A rollout that was handed out before the batch was whole, and where its results will be."""
 
     rollout: Rollout  # held, so that no other gets its identity
-    results: concurrent.futures.Future[list[PartResults]]
+    results: asyncio.Task[list[PartResults]]
     position: int
 
 
@@ -80,7 +79,7 @@ class RewardPool:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._workers: set[Any] = set()
         self._begun: dict[int, _Begun] = {}  # by the identity of the rollout
-        self._waiting: list[tuple[Prompt, Rollout]] = []  # too few yet to begin with
+        self._waiting: list[tuple[Prompt, Rollout]] = []  # for a worker that is idle, or for their batch
         self.num_replaced = 0
         try:
             self._submit(self._start_workers(config.num_workers)).result()
@@ -90,13 +89,8 @@ class RewardPool:
 
     def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
         """Start to score a group while others are still generated; see `rl.controller.RewardPool`."""
-        self._waiting += [(prompt, r) for r in rollouts if r.finish_reason is not FinishReason.ABORT]
-        least = min(_LEAST_BEGUN, self._config.batch_size)
-        while len(self._waiting) >= least:
-            chunk, self._waiting = self._waiting[: self._config.batch_size], self._waiting[self._config.batch_size :]
-            results = self._submit(self._score_chunk([_reward_input(*sample) for sample in chunk]))
-            for position, (_, rollout) in enumerate(chunk):
-                self._begun[id(rollout)] = _Begun(rollout, results, position)
+        live = [(prompt, rollout) for rollout in rollouts if rollout.finish_reason is not FinishReason.ABORT]
+        self._loop.call_soon_threadsafe(self._begin, live)
 
     def score(self, batch: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
         """Score a step's rollouts, or one round of them; `earlier` holds the scores of the rounds before.
@@ -104,8 +98,7 @@ class RewardPool:
         Raises RewardError when more than `max_error_fraction` of the step's samples so far cannot be scored: one bad
         prompt in a small last round must not end the run.
         """
-        begun, self._begun, self._waiting = self._begun, {}, []
-        scored = self._submit(self._score(batch, begun)).result()
+        scored = self._submit(self._score(batch)).result()
         check_error_fraction([*earlier, *scored.scores], self._config.max_error_fraction)
         return scored
 
@@ -151,20 +144,39 @@ class RewardPool:
             raise _cause(error) from error
         self._idle.put_nowait(worker)
 
-    async def _score(self, batch: RolloutBatch, begun: Mapping[int, _Begun]) -> ScoredBatch:
+    def _begin(self, samples: Sequence[tuple[Prompt, Rollout]] = ()) -> None:
+        """Hand what waits to idle workers, in the loop. What finds none waits for one, or is scored with its batch: a
+        call for every group would be many where a call has a price of its own, as with rewards that are coroutines."""
+        self._waiting += samples
+        while self._waiting and not self._idle.empty():
+            size = self._chunk_size(len(self._waiting))
+            chunk, self._waiting = self._waiting[:size], self._waiting[size:]
+            inputs = [_reward_input(prompt, rollout) for prompt, rollout in chunk]
+            results = self._loop.create_task(self._score_chunk(inputs, self._idle.get_nowait()))
+            for position, (_, rollout) in enumerate(chunk):
+                self._begun[id(rollout)] = _Begun(rollout, results, position)
+
+    def _chunk_size(self, num_samples: int) -> int:
+        """So that every worker gets some."""
+        return min(self._config.batch_size, -(-num_samples // self._config.num_workers) or 1)
+
+    async def _score(self, batch: RolloutBatch) -> ScoredBatch:
+        begun, self._begun, self._waiting = self._begun, {}, []
         samples = [_reward_input(batch.prompt_of(rollout), rollout) for rollout in batch.rollouts]
         results = [PartResults(status=RewardStatus.SKIPPED, error="the rollout was aborted") for _ in samples]
         live = [i for i, r in enumerate(batch.rollouts) if r.finish_reason is not FinishReason.ABORT]
         rest = [i for i in live if id(batch.rollouts[i]) not in begun]
-        size = min(self._config.batch_size, -(-len(rest) // self._config.num_workers) or 1)
+        size = self._chunk_size(len(rest))
         chunks = [rest[i : i + size] for i in range(0, len(rest), size)]
-        answers = await asyncio.gather(*(self._score_chunk([samples[i] for i in chunk]) for chunk in chunks))
+        calls = [self._score_chunk([samples[i] for i in chunk]) for chunk in chunks]
+        # All of them, also what is not asked for any more: an error is of the workers, and none would be left.
+        answers = await asyncio.gather(*calls, *{one.results for one in begun.values()})
         for chunk, answer in zip(chunks, answers):
             for index, result in zip(chunk, answer, strict=True):
                 results[index] = result
         for index in live:
             if (one := begun.get(id(batch.rollouts[index]))) is not None:
-                results[index] = (await asyncio.wrap_future(one.results))[one.position]
+                results[index] = one.results.result()[one.position]
         return ScoredBatch(batch, await self._finish(samples, results))
 
     async def _finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
@@ -194,19 +206,21 @@ class RewardPool:
             seen = num_compared
         return waiting.result()
 
-    async def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
-        """On an idle worker; a worker that is lost meanwhile is replaced, and the chunk tried again elsewhere."""
+    async def _score_chunk(self, samples: Sequence[RewardInput], worker: Any = None) -> list[PartResults]:
+        """On `worker`, or an idle one; one that is lost meanwhile is replaced, and the chunk tried again elsewhere."""
         error = ""
         for _ in range(_ATTEMPTS):
-            worker = await self._idle.get()
+            worker = worker or await self._idle.get()
             try:
                 reply = worker.score.remote(list(samples))
                 answer: list[PartResults] = await asyncio.wait_for(reply, self._chunk_deadline_s(len(samples)))
             except (RayError, TimeoutError) as failure:
                 error = f"the reward worker was lost: {_one_line(failure)}"
                 await self._replace(worker)
+                worker = None
             else:
                 self._idle.put_nowait(worker)
+                self._begin()
                 return answer
         return [PartResults(status=RewardStatus.INFRASTRUCTURE_ERROR, error=error)] * len(samples)
 

@@ -129,6 +129,25 @@ def test_what_was_begun_before_the_batch_was_whole_is_scored_once(pool: RewardPo
     assert pool.score(batch).scores[0].reward == 1.5 and counts.read_text() == "x" * 16  # nothing is kept
 
 
+def test_workers_that_cannot_be_replaced_end_the_run_whatever_was_begun(
+    ray_cluster: None, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused() -> None:
+        raise RewardError("a reward worker did not start")
+
+    functions = (RewardFunctionConfig(name=f"{plugin}:reward"),)
+    pool = RewardPool(RewardConfig(functions=functions, num_workers=1))
+    try:
+        monkeypatch.setattr(pool, "_add_worker", refused)
+        end_actors(pool.worker_handles())
+        batch = make_batch("right", "wrong", "right")
+        pool.begin(batch.prompts[0], batch.rollouts[:2])
+        with pytest.raises(RewardError, match="did not start"):
+            pool.score(batch)
+    finally:
+        pool.close()
+
+
 def test_a_hanging_sample_times_out_and_the_others_are_scored(pool: RewardPool) -> None:
     scored = pool.score(make_batch("right", "hang", "right", "wrong", "right"))
     assert [s.status for s in scored.scores] == [RewardStatus.OK, RewardStatus.TIMEOUT] + [RewardStatus.OK] * 3
