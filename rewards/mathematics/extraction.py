@@ -50,7 +50,12 @@ _DISPLAYS = [
     (re.compile(opening), closing)
     for opening, closing in ((r"\$\$", "$$"), (r"(?<!\\)\\\[", r"\]"), (r"(?<!\\)\\\(", r"\)"))
 ]
-_NUMBERED = re.compile(r"[\s*]*\d+(?:\.\d+)*[.):]\s+[^\W\d]")  # a heading: 2. Add the rest
+_HEADING = re.compile(  # behind ####: a number and words ("2. Add the rest"), or a word that is no value
+    r"[\s*_`\"“(\[]*(?:\d+(?:\.\d+)*[.):]\s+[^\W\d]"
+    r"|(?!(?:true|false|yes|no|infinity|sqrt|log|exp|sin|cos|tan|sec|csc|cot|arc\w+|max|min|gcd|lcm|USD|EUR|GBP|JPY)\b)"
+    r"(?:[^\W\d_]{3,}(?!\()|[\u3040-\u30ff\u3400-\u9fff]{2,}))",
+    re.IGNORECASE,
+)
 _OF_A_PART = re.compile(r"\b(?:part|parts|step|case|first|previous)\b|\(\w{1,3}\)", re.IGNORECASE)
 _VALUE_FIRST = re.compile(r"[\s*_`]*[-+−－±(\[{|√\s]*(?:[$€£¥￥\\]|\.?\d|[^\W\d_]{1,3}(?:_\{?\w+\}?)?\s*=)")
 _NO_VALUE = re.compile(  # what a number is not, or only bounds, in one clause with the number
@@ -199,14 +204,14 @@ def _anchored(text: str, start: int) -> str | None:
 
 
 def _is_heading(text: str, anchor: re.Match[str]) -> bool:
-    """Whether a `####` is Markdown's, and not GSM8K's, which any value may follow and, in the last line, any words."""
+    """Whether a `####` is Markdown's, and not GSM8K's: words follow it, and it does not begin the last line."""
     if not anchor.group().startswith("#"):
         return False
     before = text[max(anchor.start() - MAX_ANSWER_CHARS, 0) : anchor.start()].rpartition("\n")[2]
     line, goes_on, _ = text[anchor.end() : anchor.end() + MAX_ANSWER_CHARS].partition("\n")
-    if not goes_on and not before.strip():
+    if not goes_on and not before.strip(' \t->*_`"'):
         return False
-    return not _VALUE_FIRST.match(line) or _NUMBERED.match(line) is not None
+    return _HEADING.match(line) is not None
 
 
 def _first_statement(text: str) -> str:
