@@ -40,7 +40,8 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in run_dir")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="check everything, show what the run would do, and start nothing")
+    bool,
+    typer.Option("--dry-run", help="check configuration, model, data and rewards, show what would run, start nothing"),
 ]
 
 INTERRUPTED = 130
@@ -67,6 +68,7 @@ def train(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = F
     """Train a model with reinforcement learning."""
     loaded = _load(config, overrides, TrainConfig)
     if dry_run:
+        _refuse_resume(resume)
         from launch.dry_run import describe_training
 
         describe_training(loaded)
@@ -81,6 +83,7 @@ def sft(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = Fal
     """Warm a model up on worked examples."""
     loaded = _load(config, overrides, SftConfig)
     if dry_run:
+        _refuse_resume(resume)
         from launch.dry_run import describe_sft
 
         describe_sft(loaded)
@@ -186,6 +189,11 @@ def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Conf
     secure_ray(config.ray.address)
     keep_worker_priority()
     return config
+
+
+def _refuse_resume(resume: bool) -> None:
+    if resume:
+        raise ConfigError("--dry-run looks at no run directory and no checkpoint; leave --resume out")
 
 
 def _terminate(*_: Any) -> None:

@@ -37,12 +37,20 @@ _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
     """`fledge train`: run to the end, export the model, return the last step's metrics."""
     with _claimed_run_dir(config, resume=resume) as run_dir, ProgressDisplay(config.name) as display:
-        checked = checked_training(config, display)
-        display.expect(checked.config.total_steps)
         exported = (MODEL, CRITIC) if config.critic is not None else (MODEL,)
-        if resume and _is_finished(checked.config, checked.config.total_steps, exported):
-            display.message(_nothing_to_do(run_dir, "total_steps or total_epochs"))
+
+        def is_finished(known: TrainConfig) -> bool:
+            finished = resume and _is_finished(known, known.total_steps, exported)
+            if finished:
+                display.message(_nothing_to_do(run_dir, "total_steps or total_epochs"))
+            return finished
+
+        if config.total_epochs is None and is_finished(config):  # also where the data has gone since
             return {}
+        checked = checked_training(config, display)
+        if is_finished(checked.config):
+            return {}
+        display.expect(checked.config.total_steps)
         return _train(checked, run_dir, display, resume=resume)
 
 

@@ -36,10 +36,11 @@ def reference() -> str:
 
 
 def _peers() -> str:
-    rows = [
-        f"| {', '.join(f'`{name}`' for name in names.split())} | {f'`{key}`' if key else ''} | {note} |"
-        for key, note, names in PEERS
-    ]
+    rows = []
+    for keys, note, names in PEERS:
+        there = ", ".join(f"`{name}`" for name in names.split())
+        here = " or ".join(f"`{key}`" for key in keys.split(" or ") if key)
+        rows.append(f"| {there} | {here} | {note} |")
     head = "What differs in meaning is in [migrating.md](migrating.md). A key is listed by its last part.\n"
     return "\n".join(["## Keys of verl, TRL and OpenRLHF\n", head, "| there | here | |", "|---|---|---|", *rows, ""])
 

@@ -49,7 +49,6 @@ class CheckedRun:
 class CheckedSft:
     """The same of a supervised run."""
 
-    config: SftConfig
     examples: tuple[SftExample, ...]
     total_steps: int
 
@@ -82,7 +81,7 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
     display.message(f"worked examples {loaded.name}: {len(examples)}{dropped}{verbatim}")
     refuse_unknown_tokens(config.model, (ids for e in examples for ids in (e.prompt_ids, e.response_ids)))
     refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples))
-    return CheckedSft(config, examples, config.epochs * steps_per_epoch(len(examples), config.batch_size))
+    return CheckedSft(examples, config.epochs * steps_per_epoch(len(examples), config.batch_size))
 
 
 def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:

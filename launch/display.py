@@ -70,7 +70,7 @@ class ProgressDisplay:
 
     def message(self, text: str) -> None:
         """One line, whatever the terminal."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, emoji=False)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step (counted from 1)."""

@@ -1,6 +1,6 @@
 """`--dry-run`: what a run would do, said once everything has been checked that can be without starting anything.
 
-Left out: whether it fits into memory, and what the cluster has.
+Left out: whether it fits into memory, what the cluster has, and run_dir with what is in it.
 """
 
 from __future__ import annotations

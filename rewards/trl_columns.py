@@ -42,9 +42,10 @@ class TrlFunction:
     def check_row(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
         """Raise GroundTruthError where the row lacks a column that the function needs."""
         if missing := [name for name in self._columns if name not in extra]:
+            there = ", ".join(extra) or "no fields of its own"
             raise GroundTruthError(
-                f"the function needs the column {', '.join(missing)}; the row has {', '.join(extra)}. Where it does "
-                "not apply to a row, set it to null"
+                f"the function needs the column {', '.join(missing)}; the row has {there}. Where it does not apply to "
+                "a row, set it to null"
             )
 
     def call(self, samples: Sequence[RewardInput]) -> list[Any]:

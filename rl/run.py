@@ -207,7 +207,10 @@ class TrainingRun:
         metrics = evaluator.evaluate(samples, label, surviving=self.controller.surviving_losses)
         self.display.message(
             f"evaluation {label}: "
-            + ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k)
+            # Of each set as a whole: there may be dozens of data sources.
+            + ", ".join(
+                f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k and k.count("/") == 2
+            )
         )
         return metrics
 

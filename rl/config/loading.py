@@ -5,6 +5,7 @@ variables. Every error names the key, the value and what is allowed. Left out: t
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from rl.config import RunConfig, SftConfig, TrainConfig
-from rl.config.peers import PEER_VALUES, peer_hint
+from rl.config.peers import PEER_SECTIONS, PEER_VALUES, hints_inside, peer_hint
 from rl.errors import ConfigError
 
 Root = TypeVar("Root", bound=RunConfig)
@@ -161,11 +162,7 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
         known = _fields_at(schema, location[:-1])
-        if hint := peer_hint(str(location[-1]), value):
-            return f"unknown key {key}; {hint}"
-        near = _did_you_mean(str(location[-1]), location[:-1], known, schema)
-        hint = f"did you mean {near}?" if near else f"known keys here: {', '.join(sorted(known))}"
-        return f"unknown key {key}; {hint}"
+        return f"unknown key {key}; {_hint(str(location[-1]), location[:-1], value, known, schema)}"
     if kind == "missing":
         return f"{key} is required but not set"
     message = problem["msg"].removeprefix("Value error, ")
@@ -177,9 +174,36 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key} is {value!r}: give at least {problem['ctx']['min_length']}"
     if kind == "model_type":
         return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
-    peer = PEER_VALUES.get(str(value)) if kind == "literal_error" else None
-    hint = f"; what is {value} elsewhere is {peer} here" if peer else ""
+    peer = PEER_VALUES.get(str(value), "")
+    allowed = kind == "literal_error" and f"'{peer}'" in problem["ctx"]["expected"]
+    hint = f"; what is {value} elsewhere is {peer} here" if allowed else ""
     return f"{key} is {value!r}: {message[0].lower()}{message[1:]}{hint}"
+
+
+def _hint(name: str, location: Sequence[Any], value: Any, known: Sequence[str], schema: type[BaseModel]) -> str:
+    """A slip of the pen, a peer's key, a key that is near in one way or another, peers' keys inside; else what there
+    is."""
+    if slip := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        return f"did you mean {slip[0]}?"
+    exists = functools.partial(_exists, schema)
+    if hint := peer_hint(str(location[-1]) if location else "", name, exists):
+        return hint
+    if name not in PEER_SECTIONS and (near := _did_you_mean(name, location, known, schema)):
+        return f"did you mean {near}?"
+    return hints_inside(name, value, exists) or f"known keys here: {', '.join(sorted(known))}"
+
+
+def _exists(schema: type[BaseModel], key: str) -> bool:
+    """Whether a dotted key is one of the schema's, or of a mapping in it."""
+    current: Any = schema
+    for part in key.split("."):
+        if current is None or part not in current.model_fields:
+            return False
+        annotation = current.model_fields[part].annotation
+        if typing.get_origin(annotation) is dict:
+            return True
+        current = _model_in(annotation)
+    return True
 
 
 def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], schema: type[BaseModel]) -> str:

@@ -5,7 +5,7 @@ Left out: reading their configurations (docs/migrating.md says what to write).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _MICRO_BATCHES = "micro-batches are filled by tokens, and do not change the result"
@@ -16,8 +16,8 @@ _NO_SLEEP = "engines that share GPUs keep their memory (docs/roadmap.md)"
 _RESUME = "`fledge train CONFIG --resume` goes on from the newest checkpoint, or starts where there is none"
 _FUNCTIONS = "a list of {name: file.py:function, weight: 1, options: {}}"
 
-# The key here (empty: there is none), what to know of it, and the last parts of the peers' keys. Keys that have the
-# same name here are left out: the schema finds them.
+# The key here (or the one of `fledge sft`; empty: there is none), what to know of it, and the last parts of the peers'
+# keys, or a section here and the last part. Keys that have the same name here are left out: the schema finds them.
 PEERS: tuple[tuple[str, str, str], ...] = (
     ("model.path", "", "model_name_or_path pretrain"),
     ("model.dtype", "", "torch_dtype bf16 fp16"),
@@ -29,9 +29,14 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("data.train.ground_truth_field", "", "label_key"),
     ("data.train.size", "", "train_max_samples max_samples"),
     ("data.max_prompt_tokens", "longer prompts are dropped and counted", "filter_overlong_prompts truncation"),
-    ("data.max_prompt_tokens", "", "max_prompt_length prompt_max_len"),
+    ("data.max_prompt_tokens or data.max_tokens", "", "max_prompt_length prompt_max_len max_seq_length max_length"),
     ("rollout.group_size", "", "n num_generations n_samples_per_prompt"),
-    ("rollout.prompts_per_step", "it counts prompts", "train_batch_size rollout_batch_size gen_batch_size"),
+    ("evaluation.samples_per_prompt", "", "evaluation.n evaluation.num_generations"),
+    (
+        "rollout.prompts_per_step or batch_size",
+        "in prompts or examples",
+        "train_batch_size rollout_batch_size gen_batch_size",
+    ),
     ("rollout.max_response_tokens", "", "max_response_length max_completion_length generate_max_len max_new_tokens"),
     ("rollout.tensor_parallel_size", "", "tensor_model_parallel_size vllm_tensor_parallel_size"),
     ("rollout.num_workers", "", "vllm_num_engines"),
@@ -48,7 +53,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("", "sampler and learner both give log-probabilities, always", "calculate_log_probs"),
     ("", "the learner would not know of it", "repetition_penalty"),
     ("learner.mini_batches", _STEPS, "ppo_mini_batch_size mini_batch_size"),
-    ("learner.mini_batches", "optimizer steps a pass over the batch", "steps_per_generation"),
+    ("learner.mini_batches", "steps_per_generation / gradient_accumulation_steps", "steps_per_generation"),
     (
         "learner.max_tokens_per_microbatch",
         _MICRO_BATCHES,
@@ -56,7 +61,8 @@ PEERS: tuple[tuple[str, str, str], ...] = (
         "log_prob_max_token_len_per_gpu use_dynamic_bsz micro_train_batch_size micro_rollout_batch_size "
         "per_device_train_batch_size gradient_accumulation_steps",
     ),
-    ("learner.epochs", "", "ppo_epochs num_iterations max_epochs"),
+    ("learner.epochs", "", "ppo_epochs num_iterations"),
+    ("learner.epochs or epochs", "", "max_epochs"),
     ("learner.num_workers", "", "n_gpus_per_node nnodes actor_num_gpus_per_node actor_num_nodes"),
     ("learner.optimizer.lr", "", "learning_rate actor_learning_rate"),
     ("critic.optimizer.lr", "", "critic_learning_rate"),
@@ -105,7 +111,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ),
     ("reward.functions", _FUNCTIONS, "custom_reward_function reward_funcs reward_manager reward_weights reward_kwargs"),
     ("reward.functions", "the reward length (docs/rewards/length.md)", "overlong_buffer overlong_buffer_len"),
-    ("total_epochs", "", "num_train_epochs num_episodes"),
+    ("total_epochs or epochs", "", "num_train_epochs num_episodes"),
     ("total_steps", "", "total_training_steps max_steps"),
     ("checkpoint.every", "", "save_freq save_steps save_interval"),
     ("checkpoint.keep", "", "max_actor_ckpt_to_keep save_total_limit max_ckpt_num"),
@@ -120,7 +126,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
 )
 PEER_KEYS = {name: (key, note) for key, note, names in PEERS for name in names.split()}
 
-_SECTIONS = {"actor_rollout_ref", "actor", "trainer", "reward_model", "ref"}  # of verl, not of one key here
+PEER_SECTIONS = {"actor_rollout_ref", "actor", "trainer", "reward_model", "ref"}  # of verl, not of one key here
 
 # What a setting with a few values allows, by what peers call it.
 PEER_VALUES = {
@@ -139,21 +145,25 @@ PEER_VALUES = {
 }
 
 
-def peer_hint(name: str, value: Any) -> str:
-    """What a peer's key `name`, or each of the peers' keys inside the mapping `value`, is called here; else empty."""
-    if name in PEER_KEYS:
-        return _here(name)
-    hints = [f"{leaf}: {_here(leaf)}" for leaf in dict.fromkeys(_leaves(value)) if leaf in PEER_KEYS]
-    if name in _SECTIONS:
+def peer_hint(section: str, name: str, exists: Callable[[str], bool]) -> str:
+    """What a peer's key `name`, found in our `section`, is called here; empty where it is none, or no key that
+    `exists`."""
+    found = PEER_KEYS.get(f"{section}.{name}") or PEER_KEYS.get(name)
+    if found is None:
+        return ""
+    keys, note = found
+    if not keys:
+        return f"there is none here: {note}"
+    here = [key for key in keys.split(" or ") if all(map(exists, key.split(", ")))]
+    return f"here it is {here[-1]}" + (f" ({note})" if note else "") if here else ""
+
+
+def hints_inside(name: str, value: Any, exists: Callable[[str], bool]) -> str:
+    """What the peers' keys inside the mapping `value`, the section `name` of theirs, are called here; else empty."""
+    hints = [f"{leaf}: {hint}" for leaf in dict.fromkeys(_leaves(value)) if (hint := peer_hint("", leaf, exists))]
+    if name in PEER_SECTIONS:
         hints.append("docs/configuration.md ends with verl's keys")
     return "; ".join(hints)
-
-
-def _here(name: str) -> str:
-    key, note = PEER_KEYS[name]
-    if not key:
-        return f"there is none here: {note}"
-    return f"here it is {key}" + (f" ({note})" if note else "")
 
 
 def _leaves(value: Any) -> Iterator[str]:

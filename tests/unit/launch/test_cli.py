@@ -211,6 +211,9 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     assert "2 prompts x 8 responses = 16 samples of at most 2,048 tokens, learned from in 1 optimizer steps" in said
     assert "1 + 1 =<|im_end|>\n<|im_start|>assistant" in said and "its ground truth: 2" in said
     assert fledge("train", path, "--dry-run", "model.path=no/such/model")[0] == 2
+    assert "leave --resume out" in fledge("train", path, "--dry-run", "--resume")[1]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ratio :x: 1\\t2", "ground_truth": "2"}\n')
+    assert "ratio :x: 1" in fledge("train", path, "--dry-run")[1]
     exit_code, said = fledge("eval", path, "--dry-run", f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}}}]")
     assert (exit_code, "1 responses a prompt of at most 1,024 tokens, at temperature 0" in said) == (0, True)
     examples = tmp_path / "examples.jsonl"

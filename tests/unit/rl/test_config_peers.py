@@ -5,33 +5,29 @@ import re
 import pytest
 
 from rl.config import SftConfig, TrainConfig
-from rl.config.loading import load_config
+from rl.config.loading import _exists, _model_in, load_config
 from rl.config.peers import PEER_KEYS, PEER_VALUES
 from rl.errors import ConfigError
 
-OPTIONS = {"clip_low", "clip_high", "dual_clip"}  # of losses
+
+def keys_of(schema, prefix=""):
+    """Every dotted key, those of list items and of sections that may be null included."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        if (section := _model_in(field.annotation)) is not None:
+            yield from keys_of(section, f"{prefix}{name}.")
 
 
-def has(schema: object, key: str) -> bool:
-    for part in key.split("."):
-        fields = getattr(schema, "model_fields", {})
-        if part not in fields:
-            return "dict[" in str(schema) and part in OPTIONS
-        annotation = fields[part].annotation
-        models = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
-        schema = models[0] if models else annotation
-    return True
-
-
-@pytest.mark.parametrize("key", sorted({key for key, _ in PEER_KEYS.values() if key}))
-def test_every_key_that_is_named_exists(key):
-    assert all(has(TrainConfig, part) for part in key.split(", ")), key
+@pytest.mark.parametrize("keys", sorted({keys for keys, _ in PEER_KEYS.values() if keys}))
+def test_every_key_that_is_named_exists(keys):
+    for alternative, schema in zip(keys.split(" or "), (TrainConfig, SftConfig), strict=False):
+        assert all(_exists(schema, key) for key in alternative.split(", ")), alternative
 
 
 @pytest.mark.parametrize("name", sorted(PEER_KEYS))
 def test_no_key_of_ours_is_taken_for_a_peers(name):
-    assert name not in TrainConfig.model_fields and name not in SftConfig.model_fields
-    assert all(name not in getattr(field.annotation, "model_fields", {}) for field in TrainConfig.model_fields.values())
+    for schema in (TrainConfig, SftConfig):
+        assert not [key for key in keys_of(schema) if f".{key}".endswith(f".{name}")]
 
 
 @pytest.fixture
@@ -52,11 +48,42 @@ def config_file(tmp_path):
         ("logging.wandb_entity=me", "there is none here: set WANDB_ENTITY"),
         ("algorithm.aggregation=token-mean", "; what is token-mean elsewhere is token_mean here"),
         ("rollout.group_sise=4", "did you mean group_size?"),
+        ("learner.optimizer.beta=0.9", "unknown key learner.optimizer.beta; did you mean betas?"),
+        ("learner.mini_batch_size=4", "here it is learner.mini_batches"),
+        ("evaluation.n=4", "here it is evaluation.samples_per_prompt"),
+        ("algoritm.kl.beta=1", "unknown key algoritm; did you mean algorithm?"),
     ],
 )
 def test_a_peers_key_is_told_its_name_here(config_file, override, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(config_file, [override], TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_train_epochs=2", "unknown key num_train_epochs; here it is epochs"),
+        ("train_batch_size=8", "here it is batch_size"),
+        ("data.max_prompt_length=9", "here it is data.max_tokens"),
+        ("learner.max_epochs=2", "here it is epochs"),
+    ],
+)
+def test_a_supervised_run_has_its_own_names(config_file, override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(config_file, [override], SftConfig)
+
+
+def test_nobody_is_sent_to_a_key_that_the_command_has_not(config_file):
+    with pytest.raises(ConfigError) as error:
+        load_config(config_file, ["eval_steps=2", "max_steps=3"], SftConfig)
+    assert "here it is" not in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["model.attention=kl", "algorithm.kl.placement=kl"])
+def test_values_are_told_only_where_they_are_allowed(config_file, override):
+    with pytest.raises(ConfigError) as error:
+        load_config(config_file, [override], TrainConfig)
+    assert "elsewhere" not in str(error.value)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), PEER_VALUES.items())
