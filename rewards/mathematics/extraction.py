@@ -51,13 +51,15 @@ _DISPLAYS = [
     for opening, closing in ((r"\$\$", "$$"), (r"(?<!\\)\\\[", r"\]"), (r"(?<!\\)\\\(", r"\)"))
 ]
 _HEADING = re.compile(  # behind ####: a number and words ("2. Add the rest"), or a word that is no value
-    r"[\s*_`\"“(\[]*(?:\d+(?:\.\d+)*[.):]\s+[^\W\d]"
+    r"[\s*_`\"“(\[]*(?:(?:\d+(?:\.\d+)*|[A-Z])[.):]\s+[^\W\d]"
     r"|(?!(?:true|false|yes|no|infinity|sqrt|log|exp|sin|cos|tan|sec|csc|cot|arc\w+|max|min|gcd|lcm|USD|EUR|GBP|JPY)\b)"
     r"(?:[^\W\d_]{3,}(?!\()|[\u3040-\u30ff\u3400-\u9fff]{2,}))",
     re.IGNORECASE,
 )
 _OF_A_PART = re.compile(r"\b(?:part|parts|step|case|first|previous)\b|\(\w{1,3}\)", re.IGNORECASE)
 _VALUE_FIRST = re.compile(r"[\s*_`]*[-+−－±(\[{|√\s]*(?:[$€£¥￥\\]|\.?\d|[^\W\d_]{1,3}(?:_\{?\w+\}?)?\s*=)")
+_BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,500})(?<=\S)\*\*(?![\w(*])")  # Markdown's, and no power
+_LONE_CHOICE = re.compile(r"[\s*_]*(?:(?:Option|Choice|Answer)\s+)?\(?([A-J])\)?[\s*_.]*")
 _NO_VALUE = re.compile(  # what a number is not, or only bounds, in one clause with the number
     r"(?:\b(?:not|cannot|never|neither|at\s+most|at\s+least)\b|n't\b"
     r"|\b(?:less|greater|more|fewer|smaller|larger|bigger|higher|lower|other)\s+than\b)[^\d\\$,;:=]*[\d\\$]",
@@ -227,6 +229,7 @@ def _first_statement(text: str) -> str:
 
 def _answer_in_statement(statement: str) -> str:
     """The answer in what follows an anchor: what it asserts last, its formulas, its only number, or its words."""
+    statement = _BOLD.sub(r"\1", statement)
     spans = list(_MATH_SPAN.finditer(statement))
     verbs = [v for v in _ASSERTION.finditer(statement) if not any(s.start() < v.start() < s.end() for s in spans)]
     if verbs:
@@ -276,10 +279,13 @@ def _span_text(span: re.Match[str]) -> str:
 def _from_last_sentence(text: str) -> str | None:
     """The answer of a response with neither box nor anchor: all of it if short, else what its last sentence says."""
     text = text.strip()
+    *before, last_line = text[-TAIL_CHARS:].splitlines() or [""]
+    if before and (choice := _LONE_CHOICE.fullmatch(last_line)):
+        return choice[1]
     sentences = [s for s in (part.strip() for part in re.split(_SENTENCE_END, text[-TAIL_CHARS:])) if s]
     if not sentences:
         return None
-    last = _LEADING_WORD.sub("", sentences[-1].strip("*_ "))
+    last = _LEADING_WORD.sub("", _BOLD.sub(r"\1", sentences[-1]).strip("*_ "))
     spans = list(_MATH_SPAN.finditer(last))
     if not spans:
         displayed = _display_at_end(text)

@@ -141,7 +141,8 @@ def _same_constant(gold: Node, answer: Node, significant_digits: int) -> Verdict
         shown, value = numeric.value(decimal, {}), numeric.value(other, {})
         if numeric.context.im(value):
             return Verdict.DIFFERENT
-        return _verdict(_is_rounding(decimal, shown, numeric.context.re(value), significant_digits))
+        if _is_rounding(decimal, shown, numeric.context.re(value), significant_digits):
+            return Verdict.EQUAL  # else it may still be all of the value: sin 30 degrees is 0.5
     return _verdict(_agree(gold, answer, {}, _difference(COARSE_DIGITS, gold, answer, {})))
 
 
