@@ -60,7 +60,7 @@ def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
     config = _with_steps(config, len(prompts))
     drawn = config.total_steps * config.rollout.prompts_per_step
     display.message(
-        f"{config.total_steps} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} times "
+        f"{config.total_steps:,} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} times "
         "the training data"
     )
     return CheckedRun(config, prompts, tuple(eval_sets))

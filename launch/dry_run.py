@@ -48,7 +48,7 @@ def describe_sft(config: SftConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     lines = (
         _model(config.model),
-        f"{checked.total_steps} steps of {config.batch_size} examples: {config.epochs} epochs",
+        f"{checked.total_steps:,} steps of {config.batch_size} examples: {config.epochs} epochs",
         _optimizer(config.learner.optimizer, checked.total_steps),
         f"learners {config.learner.num_workers}",
         f"first prompt, {len(example.prompt_ids)} tokens:\n{tokenizer.decode(example.prompt_ids.tolist())}",
@@ -81,6 +81,11 @@ def _training(config: TrainConfig) -> Iterator[str]:
         f"{algorithm.rollout_correction.mode}; KL "
         + ("none" if kl.placement == "none" else f"{kl.coefficient:g} x {kl.estimator} in the {kl.placement}")
     )
+    if config.critic is not None:
+        start = config.critic.path or config.model.path
+        yield f"critic {start}: {_optimizer(config.critic.optimizer, config.total_steps * updates)}"
+    if algorithm.dynamic_sampling is not None or config.data.curriculum is not None:
+        yield "more prompts are drawn than that (algorithm.dynamic_sampling, data.curriculum)"
     yield _rewards(config)
     yield (
         f"learners {learner.num_workers}, engines {rollout.num_workers} x {rollout.tensor_parallel_size}, reward "

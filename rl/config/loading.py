@@ -29,7 +29,7 @@ _OTHER_COMMAND: dict[type[RunConfig], tuple[str, set[str], int]] = {
     SftConfig: ("fledge train", {"rollout", "reward", "algorithm"}, 1),
     TrainConfig: ("fledge sft", {"epochs", "batch_size"}, 2),
 }
-_SHOWN_PLACES = 2
+_SHOWN_PLACES = 3
 
 
 def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) -> Root:
@@ -174,6 +174,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key} is {value!r}: give at least {problem['ctx']['min_length']}"
     if kind == "model_type":
         return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
+    if kind == "greater_than_equal":
+        message += f" ({_description(schema, location)})"  # which says how to switch it off
     peer = PEER_VALUES.get(str(value), "")
     allowed = kind == "literal_error" and f"'{peer}'" in problem["ctx"]["expected"]
     hint = f"; what is {value} elsewhere is {peer} here" if allowed else ""
@@ -185,25 +187,12 @@ def _hint(name: str, location: Sequence[Any], value: Any, known: Sequence[str], 
     is."""
     if slip := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
         return f"did you mean {slip[0]}?"
-    exists = functools.partial(_exists, schema)
-    if hint := peer_hint(str(location[-1]) if location else "", name, exists):
+    places = functools.partial(_places, schema=schema)
+    if hint := peer_hint([str(part) for part in location], name, places):
         return hint
     if name not in PEER_SECTIONS and (near := _did_you_mean(name, location, known, schema)):
         return f"did you mean {near}?"
-    return hints_inside(name, value, exists) or f"known keys here: {', '.join(sorted(known))}"
-
-
-def _exists(schema: type[BaseModel], key: str) -> bool:
-    """Whether a dotted key is one of the schema's, or of a mapping in it."""
-    current: Any = schema
-    for part in key.split("."):
-        if current is None or part not in current.model_fields:
-            return False
-        annotation = current.model_fields[part].annotation
-        if typing.get_origin(annotation) is dict:
-            return True
-        current = _model_in(annotation)
-    return True
+    return hints_inside(name, value, places) or f"known keys here: {', '.join(sorted(known))}"
 
 
 def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], schema: type[BaseModel]) -> str:
@@ -214,7 +203,7 @@ def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], sche
     below = [place for place in everywhere if not here or place.startswith(f"{here}.")]
     if 0 < len(below) <= _SHOWN_PLACES:
         return " or ".join(below)
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return near[0]
     return everywhere[0] if len(everywhere) == 1 else ""
 
@@ -226,6 +215,14 @@ def _places(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
         if typing.get_origin(field.annotation) is not tuple and (section := _model_in(field.annotation)) is not None:
             found += _places(name, section, f"{prefix}{key}.")
     return found
+
+
+def _description(schema: type[BaseModel], location: Sequence[Any]) -> str:
+    keys = [part for part in location if not isinstance(part, int)]
+    current: Any = schema
+    for part in keys[:-1]:
+        current = _model_in(current.model_fields[part].annotation)
+    return str(current.model_fields[keys[-1]].description)
 
 
 def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:

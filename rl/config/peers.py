@@ -5,7 +5,7 @@ Left out: reading their configurations (docs/migrating.md says what to write).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 _MICRO_BATCHES = "micro-batches are filled by tokens, and do not change the result"
@@ -30,7 +30,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("data.train.size", "", "train_max_samples max_samples"),
     ("data.max_prompt_tokens", "longer prompts are dropped and counted", "filter_overlong_prompts truncation"),
     ("data.max_prompt_tokens or data.max_tokens", "", "max_prompt_length prompt_max_len max_seq_length max_length"),
-    ("rollout.group_size", "", "n num_generations n_samples_per_prompt"),
+    ("rollout.group_size", "", "rollout.n num_generations n_samples_per_prompt"),
     ("evaluation.samples_per_prompt", "", "evaluation.n evaluation.num_generations"),
     (
         "rollout.prompts_per_step or batch_size",
@@ -78,7 +78,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("learner.offload_reference", "", "ref_reward_offload"),
     ("learner.layout", "", "use_remove_padding packing_samples packing"),
     ("critic.clip_range", "", "cliprange_value value_clip"),
-    ("critic.path", "", "critic_pretrain"),
+    ("critic.path", "", "critic_pretrain critic.model"),
     ("critic.warmup_steps", "", "critic_warmup freezing_actor_steps"),
     ("", "there is no LoRA yet (docs/roadmap.md)", "lora_rank lora_alpha target_modules peft_config use_peft"),
     ("", _ZERO3, "ulysses_sequence_parallel_size ring_attn_size fsdp_config"),
@@ -128,6 +128,8 @@ PEER_KEYS = {name: (key, note) for key, note, names in PEERS for name in names.s
 
 PEER_SECTIONS = {"actor_rollout_ref", "actor", "trainer", "reward_model", "ref"}  # of verl, not of one key here
 
+_MOST_PLACES = 2  # of one name, that are worth telling
+
 # What a setting with a few values allows, by what peers call it.
 PEER_VALUES = {
     "token-mean": "token_mean",
@@ -145,28 +147,48 @@ PEER_VALUES = {
 }
 
 
-def peer_hint(section: str, name: str, exists: Callable[[str], bool]) -> str:
-    """What a peer's key `name`, found in our `section`, is called here; empty where it is none, or no key that
-    `exists`."""
-    found = PEER_KEYS.get(f"{section}.{name}") or PEER_KEYS.get(name)
-    if found is None:
-        return ""
-    keys, note = found
+def peer_hint(section: Sequence[str], name: str, places: Callable[[str], Sequence[str]]) -> str:
+    """What a peer's key `name`, found in a section of ours (or of theirs), is called here; empty where it is none, or
+    no key of this schema. `places` gives the keys of a schema by their last part."""
+    keys, note = PEER_KEYS.get(f"{section[-1]}.{name}" if section else "") or PEER_KEYS.get(name, ("", ""))
     if not keys:
-        return f"there is none here: {note}"
-    here = [key for key in keys.split(" or ") if all(map(exists, key.split(", ")))]
-    return f"here it is {here[-1]}" + (f" ({note})" if note else "") if here else ""
+        return f"there is none here: {note}" if note else ""
+    here = [key for key in keys.split(" or ") if all(map(_exists(places), key.split(", ")))]
+    if not here:
+        return ""
+    key = here[-1]
+    if section and section[0] in ("critic", "evaluation"):  # the same setting of another model, or of other samples
+        own = [place for place in places(key.rpartition(".")[2]) if place.startswith(f"{section[0]}.")]
+        key = own[0] if own else key
+    return f"here it is {key}" + (f" ({note})" if note else "")
 
 
-def hints_inside(name: str, value: Any, exists: Callable[[str], bool]) -> str:
-    """What the peers' keys inside the mapping `value`, the section `name` of theirs, are called here; else empty."""
-    hints = [f"{leaf}: {hint}" for leaf in dict.fromkeys(_leaves(value)) if (hint := peer_hint("", leaf, exists))]
+def hints_inside(name: str, value: Any, places: Callable[[str], Sequence[str]]) -> str:
+    """What the keys inside the mapping `value`, the section `name` of a peer, are called here; else empty."""
+    hints = []
+    for path in _leaves(value):
+        *parents, leaf = path.split(".")
+        hint = peer_hint(parents[-1:], leaf, places)
+        if not hint and name in PEER_SECTIONS and 0 < len(own := places(leaf)) <= _MOST_PLACES:
+            hint = f"here it is {' or '.join(own)}"
+        if hint:
+            hints.append(f"{leaf}: {hint}")
     if name in PEER_SECTIONS:
         hints.append("docs/configuration.md ends with verl's keys")
-    return "; ".join(hints)
+    return "; ".join(dict.fromkeys(hints))
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _exists(places: Callable[[str], Sequence[str]]) -> Callable[[str], bool]:
+    def exists(key: str) -> bool:
+        section, _, name = key.rpartition(".")
+        return key in places(name) or section in places(section.rpartition(".")[2])  # or an option of a mapping
+
+    return exists
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys; what is inside one that has a name here is not looked at."""
     for key, inner in value.items() if isinstance(value, Mapping) else ():
-        yield str(key)
-        yield from _leaves(inner)
+        yield f"{prefix}{key}"
+        if key not in PEER_KEYS:
+            yield from _leaves(inner, f"{prefix}{key}.")

@@ -212,6 +212,8 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     assert "1 + 1 =<|im_end|>\n<|im_start|>assistant" in said and "its ground truth: 2" in said
     assert fledge("train", path, "--dry-run", "model.path=no/such/model")[0] == 2
     assert "leave --resume out" in fledge("train", path, "--dry-run", "--resume")[1]
+    said = fledge("train", path, "--dry-run", "algorithm={advantage: gae, dynamic_sampling: {}}", "critic={}")[1]
+    assert "2 optimizer steps: adamw, learning rate 1e-05" in said and "more prompts are drawn than that" in said
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ratio :x: 1\\t2", "ground_truth": "2"}\n')
     assert "ratio :x: 1" in fledge("train", path, "--dry-run")[1]
     exit_code, said = fledge("eval", path, "--dry-run", f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}}}]")
