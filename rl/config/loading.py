@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config.peers import PEER_SECTIONS, PEER_VALUES, hints_inside, peer_hint
@@ -161,7 +162,7 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in location)
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        known = _fields_at(schema, location[:-1])
+        known = list(_fields_at(schema, location[:-1]))
         return f"unknown key {key}; {_hint(str(location[-1]), location[:-1], value, known, schema)}"
     if kind == "missing":
         return f"{key} is required but not set"
@@ -175,7 +176,9 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     if kind == "model_type":
         return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
     if kind == "greater_than_equal":
-        message += f" ({_description(schema, location)})"  # which says how to switch it off
+        *section, name = (part for part in location if not isinstance(part, int))
+        field = _fields_at(schema, section).get(name)  # None: an entry of a mapping
+        message += f" ({field.description})" if field else ""  # which says how to switch it off
     peer = PEER_VALUES.get(str(value), "")
     allowed = kind == "literal_error" and f"'{peer}'" in problem["ctx"]["expected"]
     hint = f"; what is {value} elsewhere is {peer} here" if allowed else ""
@@ -217,22 +220,13 @@ def _places(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _description(schema: type[BaseModel], location: Sequence[Any]) -> str:
-    keys = [part for part in location if not isinstance(part, int)]
-    current: Any = schema
-    for part in keys[:-1]:
-        current = _model_in(current.model_fields[part].annotation)
-    return str(current.model_fields[keys[-1]].description)
-
-
-def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Field names of the (sub-)model that `location` points into."""
+def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> dict[str, FieldInfo]:
+    """Fields of the (sub-)model that `location` points into; none where that is a mapping of anything."""
     current: Any = schema
     for part in location:
-        if isinstance(part, int):
-            continue
-        current = _model_in(current.model_fields[part].annotation)
-    return list(current.model_fields)
+        if not isinstance(part, int):
+            current = _model_in(current.model_fields[part].annotation)
+    return {} if current is None else current.model_fields
 
 
 def _model_in(annotation: Any) -> Any:
