@@ -59,7 +59,7 @@ def build_engine(index: int, spec: EngineSpec) -> tuple[RolloutEngine, DecodeRes
 def start_rollout_pool(
     config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool
 ) -> RolloutPool:
-    """Start the rollout workers and wait for their engines. `trained`: a learner will send them their weights."""
+    """Begin to start the rollout workers. `trained`: a learner will send them their weights."""
     worker_class: Any = ray.remote(RolloutWorker)
     eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
@@ -160,12 +160,15 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             trained=True,
         )
         stack.callback(rollouts.shutdown)
+        if config.ray.colocate:  # an engine measures how much memory its GPU has left
+            rollouts.wait_until_ready()
         learners = start_learners(
             learner_spec(config, device, transport),
             actor_options=placement.learners,
             receivers=lambda: rollouts.workers,
         )
         stack.callback(learners.shutdown)
+        rollouts.wait_until_ready()
         source, new_groups = shape_data(config, checked.prompts)
         controller = Controller(
             source,
@@ -207,6 +210,7 @@ def evaluator_of(checked: CheckedRun) -> Iterator[Evaluator]:
             trained=False,
         )
         stack.callback(rollouts.shutdown)
+        rollouts.wait_until_ready()
         yield Evaluator(checked.eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)
 
 

@@ -42,7 +42,7 @@ class VLLMEngine:
         self._health_timeout_s = _HEALTH_TIMEOUT_S
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
-        self._files: EngineFiles
+        self._files: EngineFiles | None = None
         self._request_numbers = itertools.count()
         self._admission = asyncio.Lock()  # held while the scheduler is being paused or resumed
         self._updating = False  # between start_weight_update and activate
@@ -253,16 +253,17 @@ class VLLMEngine:
             return max(await self._engine().collective_rpc("fledge_memory_peak_gib"))
 
     async def shutdown(self) -> None:
-        """End the engine and every process under it; a second call does nothing."""
+        """End the engine and every process under it; a second call does nothing. Of one that is still starting only the
+        files end here, and its processes with this one."""
         llm, self._llm = self._llm, None
-        if llm is None:
-            return
-        processes = _engine_processes(llm)
-        if llm.output_handler is not None:
-            llm.output_handler.cancel()  # it would log the end of the engine core as an error
-        await asyncio.to_thread(llm.shutdown, _SHUTDOWN_GRACE_S)
-        await asyncio.to_thread(_kill_remaining, processes)
-        self._files.cleanup()
+        if llm is not None:
+            processes = _engine_processes(llm)
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would log the end of the engine core as an error
+            await asyncio.to_thread(llm.shutdown, _SHUTDOWN_GRACE_S)
+            await asyncio.to_thread(_kill_remaining, processes)
+        if self._files is not None:
+            self._files.cleanup()
 
     def _engine(self) -> AsyncLLM:
         if self._llm is None:

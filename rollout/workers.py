@@ -122,7 +122,7 @@ class RolloutWorker:
 
 
 class RolloutPool:
-    """N rollout workers as one.
+    """N rollout workers as one. Its engines start in the background; `wait_until_ready` before anything else.
 
     Args:
         start_worker: starts the Ray actor of one index (placement and resources are the caller's).
@@ -157,11 +157,15 @@ class RolloutPool:
         self._finished: dict[GroupRequest, list[Rollout]] = {}  # what a call that failed had got already
         self._policy_version: int | None = None  # of the weights that `_finished` comes from
         self.workers: list[ActorHandle] = [start_worker(index) for index in range(config.num_workers)]
-        try:
-            self._wait([worker.start.remote() for worker in self.workers], "start its engine", "start_timeout_s")
-        except BaseException:
-            self.shutdown()
-            raise
+        self._starts: list[Any] = [worker.start.remote() for worker in self.workers]
+
+    def wait_until_ready(self) -> None:
+        """Wait for the engines, which start by themselves from the pool's beginning on.
+
+        Raises:
+            RolloutError: of the first engine that did not start.
+        """
+        self._wait(self._starts, "start its engine", "start_timeout_s")
 
     # Generation
 

@@ -95,6 +95,7 @@ class Pools:
             start, config, training=parameters, evaluation=parameters, deterministic=deterministic, seed=1
         )
         self.pools.append(pool)
+        pool.wait_until_ready()
         return pool
 
 
@@ -184,12 +185,9 @@ def test_what_was_finished_under_other_weights_is_drawn_again(pools):
     assert min(int(r.token_ids[2]) for r in batch.rollouts if r.token_ids[0] == 0) >= 4
 
 
-def test_a_start_that_fails_is_told_at_once_and_leaves_no_actor(pools):
+def test_a_start_that_fails_is_told_while_others_still_start(pools):
     with pytest.raises(RolloutError, match="worker 1 failed to start its engine: rollout engine 1 did not start: no m"):
         pools.make(2, {0: "slow start", 1: "no start"}, start_timeout_s=20)
-    for worker in pools.started:
-        with pytest.raises(ray.exceptions.RayActorError):
-            ray.get(worker.__ray_ready__.remote(), timeout=20)
 
 
 def test_a_kill_that_takes_its_time_is_waited_for(pools, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rl.config import ModelConfig, RolloutConfig
 from rollout.process_tie import OWNER_VARIABLE, note_meeting, own
-from rollout.vllm_engine import merge_digests
+from rollout.vllm_engine import VLLMEngine, merge_digests
+from rollout.vllm_options import EngineSpec
 
 CHILD = """
 import errno, os, sys, time
@@ -80,6 +83,15 @@ def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path:
     assert note_meeting("tcp://127.0.0.1:1") == ""  # which also forgets the one above, in this process
     for path in others:
         path.unlink()
+
+
+def test_an_engine_that_is_ended_while_it_starts_leaves_no_files(tmp_path: Path) -> None:
+    engine = VLLMEngine(EngineSpec(ModelConfig(path="m"), RolloutConfig(), "shm", max_model_len=8, seed=0))
+    asyncio.run(engine.shutdown())
+    engine._files = own({"VLLM_RPC_BASE_PATH": str(tmp_path)})
+    asyncio.run(engine.shutdown())
+    asyncio.run(engine.shutdown())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_left_where_everything_was_killed_is_removed_by_the_next_owner(tmp_path: Path) -> None:
