@@ -65,7 +65,7 @@ class Routers:
         self._pass: _Pass | None = None
         self._load: Tensor  # [D, E] float64, tokens sent to each expert
         self._entropy: Tensor  # [D] float64, sum over tokens
-        self._tokens: int
+        self._tokens: Tensor  # [] int64
         self._reset()
         for layer, router in enumerate(self._routers):
             router.register_forward_hook(self._hook(layer))
@@ -108,12 +108,13 @@ class Routers:
         losses = []
         for logits, experts in self._pass.seen.values():
             probs, load = _probs_and_load(logits, experts, self._pass.real)
-            losses.append(logits.shape[-1] * (load / len(probs) * probs.mean(0)).sum())
+            tokens = self._pass.real.sum()
+            losses.append(logits.shape[-1] * (load / tokens * probs.sum(0) / tokens).sum())
         return torch.stack(losses).mean()
 
     def take_sums(self) -> tuple[Tensor, Tensor, int]:
         """(load [D, E], entropy sums [D], tokens) since the last call."""
-        sums = (self._load, self._entropy, self._tokens)
+        sums = (self._load, self._entropy, int(self._tokens))
         self._reset()
         return sums
 
@@ -121,7 +122,7 @@ class Routers:
         experts = max((int(router.num_experts) for router in self._routers), default=0)  # type: ignore[arg-type]
         self._load = torch.zeros(len(self._routers), experts, dtype=torch.float64, device=self._device)
         self._entropy = torch.zeros(len(self._routers), dtype=torch.float64, device=self._device)
-        self._tokens = 0
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self._device)
 
     def _hook(self, layer: int) -> Callable[..., Any]:
         def hook(router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
@@ -148,13 +149,18 @@ class Routers:
         self._load[layer] += load
         self._entropy[layer] += torch.special.entr(probs).sum()
         if layer == 0:
-            self._tokens += len(probs)
+            self._tokens += real.sum()
 
 
 def _probs_and_load(logits: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """(router probabilities of real tokens [n, E], tokens sent to each expert [E]), float32."""
-    probs = torch.softmax(logits, dim=-1, dtype=torch.float)[real]
-    return probs, torch.bincount(experts[real].flatten(), minlength=logits.shape[-1]).to(probs.dtype)
+    """(router probabilities, 0 on padding [N, E]; real tokens sent to each expert [E]), float32.
+
+    Neither makes the host wait for the GPU, as picking the real tokens or `bincount` would, in every layer.
+    """
+    weights = real.to(torch.float)
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float) * weights[:, None]
+    load = weights.new_zeros(logits.shape[-1])
+    return probs, load.index_add(0, experts.flatten(), weights.repeat_interleave(experts.shape[-1]))
 
 
 def router_metrics(load: Tensor, entropy: Tensor, tokens: int) -> dict[str, float]:

@@ -259,6 +259,27 @@ def test_experts_from_samples_follow_their_tokens_into_every_layout(load: Any, f
             torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
 
 
+def test_routers_are_measured_over_real_tokens_and_balanced_by_them(load: Any) -> None:
+    model = load("qwen3_moe")
+    routers, head = Routers(model, "cpu"), LogprobHead(model, 16)
+    micro = collate(sequences(), "bucketed", model_config=model.config, device="cpu")
+    assert not bool(micro.real.all())
+    with routers.forward_pass(micro.real, measure=True):
+        run(model, head, micro)
+        balance = routers.aux_loss()
+        seen = [routers._pass.seen[layer] for layer in range(2)]  # type: ignore[union-attr]
+    chosen = [(logits[micro.real].softmax(-1), experts[micro.real]) for logits, experts in seen]
+    counts = [torch.stack([(experts == e).sum() for e in range(probs.shape[1])]) for probs, experts in chosen]
+    load_sums, entropy, tokens = routers.take_sums()
+    assert tokens == int(micro.real.sum())
+    assert torch.equal(load_sums, torch.stack(counts).double())
+    expected = torch.stack([-(probs * probs.log()).sum() for probs, _ in chosen])
+    torch.testing.assert_close(entropy, expected.double(), rtol=1e-5, atol=1e-5)
+    losses = [probs.shape[1] * (c / tokens * probs.mean(0)).sum() for (probs, _), c in zip(chosen, counts, strict=True)]
+    torch.testing.assert_close(balance, torch.stack(losses).mean())
+    assert routers.take_sums()[2] == 0
+
+
 def test_prompts_with_other_experts_are_not_shared(load: Any) -> None:
     """The sampler may have computed a group's prompt twice, and rounding chosen another expert: each sample is replayed
     with its own record, whichever it meets in a micro-batch."""
@@ -335,11 +356,17 @@ def test_the_leak_test_finds_logits_that_change_after_the_head(load: Any) -> Non
         check_layout(engine, head, "bucketed", device=torch.device("cpu"), dtype=torch.float32)
 
 
-def test_rounding_that_comes_with_the_number_of_rows_is_no_leak(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load("qwen3").to(torch.bfloat16)
+# Rounding sends tokens to other experts, so that of their models may go further.
+@pytest.mark.parametrize(
+    ("family", "small", "large", "most"), [("qwen3", 0.1, 2.0, "3e-01"), ("qwen3_moe", 0.5, 10.0, "1e.00")]
+)
+def test_rounding_that_comes_with_the_number_of_rows_is_no_leak(
+    load: Any, monkeypatch: pytest.MonkeyPatch, family: Family, small: float, large: float, most: str
+) -> None:
+    model = load(family).to(torch.bfloat16)
     head = LogprobHead(model, 16)
     rows: list[int] = []
-    size = 0.1
+    size = small
 
     def round_by_rows(_: Any, inputs: Any, output: Any) -> Any:
         rows.append(len(inputs[0]))
@@ -357,8 +384,8 @@ def test_rounding_that_comes_with_the_number_of_rows_is_no_leak(load: Any, monke
         patch.setattr("rl.learner_checks._ROUNDINGS", 0.0)
         with pytest.raises(LearnerError, match="differs from the same sequence alone .* .allowed 5e-02."):
             check()
-    size = 2.0
-    with pytest.raises(LearnerError, match="differs from the same sequence alone .* .allowed 3e-01."):
+    size = large
+    with pytest.raises(LearnerError, match=f"differs from the same sequence alone .* .allowed {most}."):
         check()
 
 
