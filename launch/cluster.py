@@ -1,35 +1,34 @@
-"""The Ray cluster of a run: joins a running one, or starts a local one that ends with the run; and placement.
+"""The Ray cluster of a run: joins a running one, or starts a local one that ends with the run.
 
-Left out: what the workers do, and starting clusters of several machines (Ray, Slurm and KubeRay do that).
+Left out: where the workers go (`launch.placement`), and starting clusters of several machines (Ray, Slurm and KubeRay
+do that).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import ray
 import torch
 from ray._common.utils import get_system_memory
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.environment import cluster_address, installed_version
-from rl.config import RayConfig, RunConfig, TrainConfig
+from rl.config import RayConfig, RunConfig
 from rl.errors import ConfigError
 
 _OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most
 _SHARED_MEMORY = "/dev/shm"
-_CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
-_PLACEMENT_TIMEOUT_S = 120.0
 _START_ATTEMPTS = 3
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in which Ray hands a submitted job its configuration
 
 
 @contextmanager
@@ -57,6 +56,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             "object_store_memory": _object_store_bytes(get_system_memory(), shutil.disk_usage(_SHARED_MEMORY).free),
             "_node_ip_address": "127.0.0.1",
         }
+    elif forwarded := _forwarded(config.forward_env):
+        options["runtime_env"] = {"env_vars": forwarded}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         _init(address, options)
@@ -91,86 +92,23 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
             ray.shutdown()
 
 
+def _forwarded(patterns: Sequence[str]) -> dict[str, str]:
+    """What of this process's environment the workers of a joined cluster get: theirs is otherwise that of `ray start`.
+    What a job was submitted with reaches them anyway, and Ray refuses to be told twice."""
+    job = json.loads(os.environ.get(_JOB_VARIABLE, "{}"))
+    known = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name not in known and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
 def _object_store_bytes(memory: int, shared_memory: int) -> int:
     """A sixteenth of the memory (of the container, where there is a limit), as far as shared memory has room; only what
     rollouts fill of it is taken. What fits nowhere else Ray keeps on disk."""
     least, most = _OBJECT_STORE_BYTES
     return max(min(memory // 16, shared_memory * 9 // 10, most), least)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where each worker goes: options for `ActorClass.options`, one a worker."""
-
-    learners: tuple[dict[str, Any], ...]
-    rollouts: tuple[dict[str, Any], ...]
-    group: PlacementGroup | None = None
-
-    def release(self) -> None:
-        if self.group is not None:
-            remove_placement_group(self.group)
-
-
-def place_train_workers(config: TrainConfig, *, device: str) -> Placement:
-    """Reserve what the learner and rollout workers need.
-
-    On GPUs one placement group holds a bundle a learner (one GPU) and a bundle a rollout worker (tensor_parallel_size
-    GPUs); with ray.colocate a bundle a GPU is shared by one learner and one rollout worker.
-
-    Raises:
-        ConfigError: the cluster does not have the resources, with the numbers.
-    """
-    learners, rollouts = config.learner.num_workers, config.rollout.num_workers
-    if device == "cpu":
-        _refuse_gpu_engine()
-    elif config.ray.colocate:
-        return _place_together(learners, rollouts, config.ray)
-    return _place_apart(learners, rollouts, config.rollout.tensor_parallel_size, config.ray, device=device)
-
-
-def place_rollouts(config: TrainConfig, *, device: str) -> Placement:
-    """Reserve what the rollout workers of an evaluation need; it has no learner."""
-    if device == "cpu":
-        _refuse_gpu_engine()
-    rollout = config.rollout
-    return _place_apart(0, rollout.num_workers, rollout.tensor_parallel_size, config.ray, device=device)
-
-
-def place_learners(count: int, config: RayConfig, *, device: str) -> Placement:
-    """Reserve what the learner workers of a supervised run need."""
-    return _place_apart(count, 0, 1, config, device=device)
-
-
-def _place_together(learners: int, rollouts: int, config: RayConfig) -> Placement:
-    bundles = [{"CPU": 2.0, "GPU": 1.0, **config.learner_resources} for _ in range(learners)]
-    for bundle in bundles[:rollouts]:
-        for key, amount in config.rollout_resources.items():
-            bundle[key] = bundle.get(key, 0.0) + amount
-    group = _reserve(bundles)
-    return Placement(
-        tuple(_in_bundle(group, i, num_gpus=0.5, resources=config.learner_resources) for i in range(learners)),
-        tuple(_in_bundle(group, i, num_gpus=0.5, resources=config.rollout_resources) for i in range(rollouts)),
-        group,
-    )
-
-
-def _place_apart(learners: int, rollouts: int, width: int, config: RayConfig, *, device: str) -> Placement:
-    """`width`: GPUs of a rollout worker."""
-    if device == "cpu":
-        return Placement(
-            tuple(_on_cpu(config.learner_resources) for _ in range(learners)),
-            tuple(_on_cpu(config.rollout_resources) for _ in range(rollouts)),
-        )
-    bundles = [{"CPU": 1.0, "GPU": 1.0, **config.learner_resources} for _ in range(learners)]
-    bundles += [{"CPU": 1.0, "GPU": float(width), **config.rollout_resources} for _ in range(rollouts)]
-    group = _reserve(bundles)
-    return Placement(
-        tuple(_in_bundle(group, i, num_gpus=1, resources=config.learner_resources) for i in range(learners)),
-        tuple(
-            _in_bundle(group, learners + i, num_gpus=width, resources=config.rollout_resources) for i in range(rollouts)
-        ),
-        group,
-    )
 
 
 def resolve_device(config: RunConfig) -> str:
@@ -179,7 +117,7 @@ def resolve_device(config: RunConfig) -> str:
     Raises:
         ConfigError: there is no such device, or it cannot keep what the configuration promises.
     """
-    device = _find_device(config.device)
+    device = _find_device(config.device, joined=cluster_address(config.ray.address) is not None)
     if device == "cuda" and config.deterministic:
         raise ConfigError(
             "deterministic promises the same weights bit for bit, which GPUs do not keep; set it to false, or device "
@@ -188,16 +126,13 @@ def resolve_device(config: RunConfig) -> str:
     return device
 
 
-def _find_device(device: str) -> str:
+def _find_device(device: str, *, joined: bool) -> str:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     can_use_them = torch.backends.cuda.is_built()  # Ray counts GPUs whatever torch is installed
     if device == "auto":
         return "cuda" if has_gpus and can_use_them else "cpu"
-    if device == "cuda" and not has_gpus:
-        raise ConfigError(
-            "device is cuda, but no node that has joined the Ray cluster by now has a GPU; set device to cpu, or join "
-            "a cluster with GPUs"
-        )
+    if device == "cuda" and not has_gpus and not joined:  # the placement waits for the nodes of a cluster
+        raise ConfigError("device is cuda, but this machine has no GPU; set device to cpu, or join a cluster with GPUs")
     if device == "cuda" and not can_use_them:
         raise ConfigError(
             f"device is cuda, but torch {torch.__version__} of this environment is a build for CPUs; use one that "
@@ -212,47 +147,10 @@ def engine_for_gpus() -> str | None:
     return None if version is None or "cpu" in version else version
 
 
-def _refuse_gpu_engine() -> None:
+def refuse_gpu_engine() -> None:
     if version := engine_for_gpus():
         raise ConfigError(
             f"the run is on CPUs (device cpu, or auto and no GPU), but vllm {version} of this environment is a build "
-            "for GPUs; use an environment that `make setup` made, or a cluster with GPUs"
+            "for GPUs; use an environment that `make setup` made, or a cluster with GPUs (device cuda waits for nodes "
+            "that have not joined yet)"
         )
-
-
-def _on_cpu(resources: dict[str, float]) -> dict[str, Any]:
-    """Options of a worker that must not see a GPU, though its torch could use one that is there."""
-    hidden = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if torch.backends.cuda.is_built() else {}
-    return {"num_cpus": _CPUS_PER_WORKER, "resources": resources, **hidden}
-
-
-def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
-    needed = sum(bundle.get("GPU", 0.0) for bundle in bundles)
-    available = ray.cluster_resources().get("GPU", 0.0)
-    if needed > available:
-        raise ConfigError(
-            f"the run needs {needed:g} GPUs (learner.num_workers, where it has learners, and rollout.num_workers x "
-            f"rollout.tensor_parallel_size, where it has engines), but the cluster has {available:g} on "
-            "the nodes that have joined it by now"
-        )
-    group = placement_group(bundles, strategy="PACK")
-    if not group.wait(_PLACEMENT_TIMEOUT_S):
-        remove_placement_group(group)
-        raise ConfigError(
-            f"the cluster could not place {bundles} within {_PLACEMENT_TIMEOUT_S:g} s; it has "
-            f"{ray.available_resources()} free"
-        )
-    return group
-
-
-def _in_bundle(group: PlacementGroup, index: int, *, num_gpus: float, resources: dict[str, float]) -> dict[str, Any]:
-    return {
-        "num_cpus": 1,
-        "num_gpus": num_gpus,
-        "resources": resources,
-        # Where a cluster tells Ray not to hide other GPUs from an actor, all would work on the first one.
-        "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}},
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
-        ),
-    }

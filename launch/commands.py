@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,10 +15,11 @@ from pathlib import Path
 
 import typer
 
-from launch.cluster import place_learners, ray_cluster, resolve_device
+from launch.cluster import ray_cluster, resolve_device
 from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
 from launch.data import CheckedRun, checked_evaluation, checked_sft, checked_training
 from launch.display import ProgressDisplay
+from launch.placement import place_learners
 from rl.checkpoint import LEARNER, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
@@ -30,6 +33,7 @@ from rl.workers import LearnerSpec
 MODEL = "model"  # the folder of the exported model in a run directory
 _CONFIG = "config.yaml"
 CRITIC = "critic"  # and of the exported critic, where there is one
+_LOCK = ".lock"  # held, and told whose, while a run is alive
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems on which nobody can claim a folder
 _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 
@@ -83,7 +87,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         _warn_of_a_lost_run_dir(run_dir, display)
         stack.enter_context(ray_cluster(config.ray))
         device = resolve_device(config)
-        placement = place_learners(config.learner.num_workers, config.ray, device=device)
+        placement = place_learners(config.learner.num_workers, config.ray, device=device, report=display.message)
         stack.callback(placement.release)
         spec = LearnerSpec(
             config.learner,
@@ -96,6 +100,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         )
         learners = start_learners(spec, actor_options=placement.learners)
         stack.callback(learners.shutdown)
+        learners.check_run_dir(run_dir)
         run = SupervisedRun(
             checked.examples,
             learners,
@@ -124,7 +129,10 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
         raise ConfigError(
             f"run_dir {run_dir} already holds an evaluation ({results.name}); choose another run_dir, or remove it"
         )
-    with ProgressDisplay(config.name) as display, evaluator_of(checked_evaluation(config, display)) as evaluator:
+    with (
+        ProgressDisplay(config.name) as display,
+        evaluator_of(checked_evaluation(config, display), display.message) as evaluator,
+    ):
         metrics = evaluator.evaluate(run_dir / "samples", "final")
     (run_dir / "eval_config.yaml").write_text(to_yaml(config))
     results.write_text(json.dumps({"model": config.model.path, **metrics}, indent=1) + "\n")
@@ -224,19 +232,25 @@ def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
 def _locked(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     """Claim a run directory. One that is new, and claimed, goes again where its configuration was refused."""
     try:
-        lock = (run_dir / ".lock").open("w")
+        lock = (run_dir / _LOCK).open("a+")  # what a living run wrote into it stays
     except OSError as error:  # another user's, say
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError as error:
+            lock.seek(0)
             raise ConfigError(
-                f"run_dir {run_dir} belongs to a run that is alive; choose another, or end that run first"
+                f"run_dir {run_dir} belongs to a run that is alive ({lock.read() or 'of an unknown process'}); choose "
+                "another, or end that run first. A network file system can take a while to notice that a node is lost: "
+                f"if it is, remove {run_dir / _LOCK}"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
         try:
             yield
         finally:

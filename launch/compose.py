@@ -14,8 +14,9 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from launch.cluster import place_rollouts, place_train_workers, ray_cluster, resolve_device
+from launch.cluster import ray_cluster, resolve_device
 from launch.data import CheckedRun
+from launch.placement import Report, place_rollouts, place_train_workers
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
@@ -24,13 +25,14 @@ from rl.config import AlgorithmConfig, RolloutConfig, RunConfig, TrainConfig
 from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.evaluation import Evaluator
+from rl.learner_group import LearnerGroup
 from rl.metrics import JsonlSink, MetricSink, Record, TensorBoardSink, WandbSink
 from rl.models import has_experts, load_config
 from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import Transport, resolve_transport
-from rl.workers import LearnerGroup, LearnerSpec, LearnerWorker, SyncSpec
+from rl.workers import LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
 from rollout.vllm_options import EngineSpec
 from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
@@ -57,7 +59,7 @@ def build_engine(index: int, spec: EngineSpec) -> tuple[RolloutEngine, DecodeRes
 
 
 def start_rollout_pool(
-    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool
+    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool, report: Report
 ) -> RolloutPool:
     """Begin to start the rollout workers. `trained`: a learner will send them their weights."""
     worker_class: Any = ray.remote(RolloutWorker)
@@ -92,6 +94,7 @@ def start_rollout_pool(
         evaluation_samples=evaluation.samples_per_prompt,
         seed=config.seed,
         deterministic=config.deterministic,
+        report=report,
     )
 
 
@@ -151,13 +154,14 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
         transport = resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=config.ray.colocate)
-        placement = place_train_workers(config, device=device)
+        placement = place_train_workers(config, device=device, report=display.message)
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
             config,
             transport=transport,
             actor_options=placement.rollouts,
             trained=True,
+            report=display.message,
         )
         stack.callback(rollouts.shutdown)
         if config.ray.colocate:  # an engine measures how much memory its GPU has left
@@ -168,6 +172,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             receivers=lambda: rollouts.workers,
         )
         stack.callback(learners.shutdown)
+        learners.check_run_dir(run_dir)
         rollouts.wait_until_ready()
         source, new_groups = shape_data(config, checked.prompts)
         controller = Controller(
@@ -193,7 +198,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
 
 
 @contextmanager
-def evaluator_of(checked: CheckedRun) -> Iterator[Evaluator]:
+def evaluator_of(checked: CheckedRun, report: Report) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
     config = checked.config
     with ExitStack() as stack:
@@ -201,13 +206,14 @@ def evaluator_of(checked: CheckedRun) -> Iterator[Evaluator]:
         device = resolve_device(config)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
-        placement = place_rollouts(config, device=device)
+        placement = place_rollouts(config, device=device, report=report)
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
             config,
             transport=resolve_transport("auto", cuda=device == "cuda", colocate=False),  # no learner sends anything
             actor_options=placement.rollouts,
             trained=False,
+            report=report,
         )
         stack.callback(rollouts.shutdown)
         rollouts.wait_until_ready()

@@ -27,6 +27,7 @@ from rl.config import RewardConfig
 from rl.errors import RewardError
 
 T = TypeVar("T")
+_CPUS = 0.01  # none would put workers on a head node, too, that was started with 0 CPUs to be left alone
 ACTOR_START_TIMEOUT_S = START_TIMEOUT_S + 60.0  # a Ray worker process comes on top
 
 
@@ -72,7 +73,7 @@ class RewardPool:
         self._config = config
         self._spec = ScoringSpec(functions, config.clip, config.timeout_s)
         self._combined = CombinedReward(functions, config.clip)
-        self._actor = ray.remote(max_restarts=0, num_cpus=0, scheduling_strategy="SPREAD")(RewardWorker)
+        self._actor = ray.remote(max_restarts=0, num_cpus=_CPUS, scheduling_strategy="SPREAD")(RewardWorker)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
         self._thread.start()

@@ -1,37 +1,34 @@
-"""Ray learner actors, and their group, which the controller drives as one learner. No mathematics here.
+"""The Ray learner actors. A `LearnerWorker` is one rank of the ZeRO-3 process group. No mathematics here.
 
-A `LearnerWorker` is one rank of the ZeRO-3 process group. Left out: vLLM; the rollout workers are only handles here, to
-which rank 0 sends weights.
+Left out: their group (`rl.learner_group`), and vLLM; the rollout workers are only handles here, to which rank 0 sends
+weights.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from rl.actors import Crew, end_actors
+from rl.actors import Crew
 from rl.batch import (
     Annotations,
     FloatArray,
-    ScoredBatch,
     TokenPair,
     TokenSequence,
-    TrainBatch,
     UpdateResult,
     WeightVersion,
 )
-from rl.batching import Layout, MiniBatchShare, balance, collect, plan_update
+from rl.batching import Layout, MiniBatchShare
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
-from rl.errors import FledgeError, LearnerError, WeightSyncError
+from rl.errors import WeightSyncError
 from rl.weight_sync.api import Transport
 
 if TYPE_CHECKING:
@@ -41,14 +38,8 @@ if TYPE_CHECKING:
     from rl.weight_sync.sender import WeightSender
 
 
-_EXIT_TIMEOUT_S = 20.0
-_LEARNERS = Crew(
-    "learner rank",
-    LearnerError,
-    passing=(FledgeError,),
-    remedy="; --resume goes on from the last checkpoint",
-    collective=True,
-)
+_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show what another node wrote
+_LOOK_AGAIN_S = 0.1
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 
@@ -90,17 +81,25 @@ class LearnerWorker:
         self._sender: WeightSender | None = None
         self._receivers: list[ActorHandle] = []
 
-    def host_store(self) -> tuple[str, int]:
-        """Serve the store that the process group meets at, from now on: a port that is only looked for can be another
-        program's by the time all ranks have loaded torch. Returns its address and port."""
+    def meet(self) -> tuple[str, int]:
+        """The address of this rank's node and, of rank 0, the port of the store that the process group meets at. It is
+        served from now on: a port that is only looked for can be another program's once all ranks have loaded torch."""
+        address = ray.util.get_node_ip_address()
+        if self._rank != 0:
+            return address, 0
         from torch.distributed import TCPStore
 
-        address = ray.util.get_node_ip_address()
         self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return address, self._store.port
 
-    def start(self, spec: LearnerSpec, address: tuple[str, int]) -> Layout:
-        """Join the process group and load the model; the layout of its micro-batches."""
+    def start(self, spec: LearnerSpec, address: tuple[str, int], *, ranks_here: int) -> Layout:
+        """Join the process group and load the model; the layout of its micro-batches.
+
+        Args:
+            spec: of all ranks.
+            address: of the store.
+            ranks_here: of this node, which share its cores.
+        """
         os.environ.update(
             RANK=str(self._rank),
             WORLD_SIZE=str(self._world_size),
@@ -119,7 +118,7 @@ class LearnerWorker:
         if spec.algorithm is not None:
             load_plugins(spec.algorithm.plugins)
         if spec.device == "cpu" or spec.learner.offload_optimizer:  # Ray leaves an actor one thread
-            threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // self._world_size)
+            threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks_here)
             torch.set_num_threads(threads)
         learner_class = Learner if spec.critic is None else partial(LearnerWithCritic, critic=spec.critic)
         self._learner = learner_class(
@@ -134,6 +133,16 @@ class LearnerWorker:
             fixed_length=spec.fixed_length,
         )
         return self._learner.layout
+
+    def leave_mark(self, directory: str) -> bool:
+        """Write a file with this rank's number into a directory that the driver has made; False: it is not there."""
+        path, deadline = Path(directory), time.monotonic() + _SHARED_FILES_TIMEOUT_S
+        while not path.is_dir():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_AGAIN_S)
+        (path / str(self._rank)).touch()
+        return True
 
     def annotate(self, sequences: Sequence[TokenSequence], *, old_logprobs: bool) -> Annotations:
         annotations = self._learner.annotate(list(sequences), old_logprobs=old_logprobs)
@@ -179,6 +188,8 @@ class LearnerWorker:
             raise WeightSyncError("this learner was started without rollout workers to send weights to")
         if self._sender is not None:
             self._sender.close()
+            if self._spec.device == "cuda":  # NCCL allocates beside torch, and the cache is as large as the last update
+                torch.cuda.empty_cache()
         bucket_bytes = sync.config.bucket_mib << 20
         source = Zero3WeightSource(
             self._learner.module,
@@ -247,152 +258,3 @@ class RayWeightSyncClient:
         _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0) if calls else ([], [])
         members = [index for index, call in enumerate(calls) if call in waiting]
         return f"{_RECEIVERS.member}s {members} have not answered" if members else ""
-
-
-@dataclass(slots=True)
-class LearnerGroup:
-    """N learner workers as one; implements `rl.controller.Learners`.
-
-    Build it with `LearnerGroup.start`. `receivers` gives the rollout workers that hold the weights now, because lost
-    ones are replaced during a run.
-    """
-
-    spec: LearnerSpec
-    workers: list[ActorHandle]
-    receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
-    policy_version: int = 0
-    empty_in_a_row: int = 0  # updates without a token to learn from
-    share_prefixes: bool = False  # whether a prompt costs a rank once, however many of its samples the rank has
-
-    @classmethod
-    def start(
-        cls,
-        start_worker: Callable[[int], ActorHandle],
-        spec: LearnerSpec,
-        *,
-        receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
-    ) -> LearnerGroup:
-        """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
-        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], receivers)
-        try:
-            address = group._wait(
-                [group.workers[0].host_store.remote()], "serve the process group's store", "start_timeout_s"
-            )[0]
-            layouts = group._all("start", spec, address, setting="start_timeout_s")
-        except BaseException:
-            group.shutdown()
-            raise
-        group.share_prefixes = layouts[0] == "shared_prefix"
-        return group
-
-    @property
-    def needs_old_logprobs(self) -> bool:
-        """With more than one optimizer step a batch, the first one moves the policy that the rest compares with."""
-        learner, algorithm = self.spec.learner, self.spec.algorithm
-        return learner.epochs * learner.mini_batches > 1 or (
-            algorithm is not None and algorithm.kl.placement == "reward"
-        )
-
-    def annotate(self, scored: ScoredBatch) -> Annotations:
-        """See `rl.controller.Learners`; does no work when the algorithm needs nothing.
-
-        Samples that are not valid get zeros: an engine that gave a request up has recorded no experts for it.
-        """
-        algorithm = self.spec.algorithm
-        needs_reference = algorithm is not None and algorithm.kl.placement != "none"
-        if not (self.needs_old_logprobs or needs_reference or self.spec.critic):
-            return Annotations()
-        rollouts = scored.batch.rollouts
-        valid = [i for i, is_valid in enumerate(scored.valid) if is_valid]
-        sequences = [
-            TokenSequence(
-                np.asarray(scored.batch.prompt_of(rollouts[i]).token_ids, dtype=np.int32),
-                rollouts[i].token_ids,
-                rollouts[i].routed_experts,
-            )
-            for i in valid
-        ]
-        shares = balance(sequences, len(self.workers), share_prefixes=self.share_prefixes)
-        parts = self._wait(
-            [
-                w.annotate.remote([sequences[i] for i in share], old_logprobs=self.needs_old_logprobs)
-                for w, share in zip(self.workers, shares, strict=True)
-            ],
-            "annotate",
-        )
-        places, lengths = [[valid[i] for i in share] for share in shares], [r.length for r in rollouts]
-        return Annotations(
-            old_logprobs=collect([p.old_logprobs for p in parts], places, lengths),
-            ref_logprobs=collect([p.ref_logprobs for p in parts], places, lengths),
-            values=collect([p.values for p in parts], places, lengths),
-            kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
-        )
-
-    def update(self, batch: TrainBatch) -> UpdateResult:
-        """All optimizer steps of one batch. Raises LearnerError when too many batches in a row had nothing to learn."""
-        started = time.perf_counter()
-        learner = self.spec.learner
-        self._count_empty(batch)
-        plan = plan_update(
-            batch,
-            num_ranks=len(self.workers),
-            mini_batches=learner.mini_batches,
-            epochs=learner.epochs,
-            seed=self.spec.seed + self.policy_version,
-            share_prefixes=self.share_prefixes,
-        )
-        results: list[UpdateResult] = self._wait(
-            [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)], "update"
-        )
-        self.policy_version = results[0].policy_version
-        return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
-
-    def _count_empty(self, batch: TrainBatch) -> None:
-        """A batch without a token to learn from moves nothing; too many of them in a row end the run."""
-        self.empty_in_a_row = 0 if batch.num_loss_tokens else self.empty_in_a_row + 1
-        if self.empty_in_a_row > self.spec.learner.max_skipped_steps:
-            raise LearnerError(
-                f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored, rejected "
-                f"or masked), in {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
-                f"{self.spec.learner.max_skipped_steps}); see the status and error fields of the last samples file"
-            )
-
-    def publish_weights(self) -> WeightVersion:
-        """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""
-        versions: list[WeightVersion] = self._all("publish_weights", list(self.receivers()))
-        return versions[0]
-
-    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
-        """[pair] -> [R] at temperature 1. All ranks compute all pairs: a probe is small, and gathers are collective."""
-        return self._all("score_logprobs", list(pairs))[0]
-
-    def save_checkpoint(self, directory: Path) -> None:
-        self._all("save_checkpoint", str(directory.resolve()))
-
-    def load_checkpoint(self, directory: Path) -> None:
-        """Load parameters, optimizer, schedule, random state and the policy version."""
-        versions = self._all("load_checkpoint", str(directory.resolve()))
-        self.policy_version = versions[0]
-
-    def export_hf(self, directory: Path) -> None:
-        """Write a Hugging Face checkpoint."""
-        self._all("export_hf", str(directory.resolve()))
-
-    def export_critic(self, directory: Path) -> None:
-        """Write the critic as a Hugging Face checkpoint, for `critic.path` of another run."""
-        self._all("export_critic", str(directory.resolve()))
-
-    def shutdown(self) -> None:
-        """End every rank. Never raises: it runs while other errors are on their way out."""
-        calls: list[Any] = [worker.close.remote() for worker in self.workers]
-        ray.wait(calls, num_returns=len(calls), timeout=_EXIT_TIMEOUT_S)
-        end_actors(self.workers)
-        self.workers = []
-
-    def _all(self, method: str, *arguments: Any, setting: str = "timeout_s") -> list[Any]:
-        return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], method, setting)
-
-    def _wait(self, calls: Sequence[Any], what: str, setting: str = "timeout_s") -> list[Any]:
-        """Results by rank, within a deadline of the learner's."""
-        timeout_s = getattr(self.spec.learner, setting)
-        return _LEARNERS.wait(calls, what, timeout_s=timeout_s, setting=f"learner.{setting}")

@@ -1,7 +1,7 @@
 """Ray rollout actors, and the pool that the controller drives.
 
-A `RolloutWorker` holds one engine and decodes what it generates; the `RolloutPool` routes groups to workers, stamps
-nothing itself, and replaces workers that died. Left out: vLLM (`rollout.vllm_engine`), rewards, and the learner.
+A `RolloutWorker` holds one engine and decodes what it generates; the `RolloutPool` routes groups to workers, and
+replaces workers that died. Left out: vLLM (`rollout.vllm_engine`), rewards, and the learner.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class RolloutPool:
         evaluation_samples: responses a prompt in evaluation.
         seed: of the run; every sample's own seed is derived from it.
         deterministic: fixed routing, one call a worker.
+        report: is told when workers are lost, before others start in their place.
     """
 
     def __init__(
@@ -144,8 +145,10 @@ class RolloutPool:
         evaluation_samples: int = 1,
         seed: int = 0,
         deterministic: bool = False,
+        report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._start_worker = start_worker
+        self._report = report
         self._config = config
         self._training = training
         self._evaluation = evaluation
@@ -153,6 +156,7 @@ class RolloutPool:
         self._seed = seed
         self._deterministic = deterministic
         self._restarts = 0
+        self._losses_in_a_row = 0  # of one worker or of many at once, as with a node; without a batch in between
         self._memory_peak_gib = 0.0
         self._finished: dict[GroupRequest, list[Rollout]] = {}  # what a call that failed had got already
         self._policy_version: int | None = None  # of the weights that `_finished` comes from
@@ -205,6 +209,7 @@ class RolloutPool:
             made = self._generate_fixed(groups, parameters)
         else:
             made = self._generate_balanced(groups, parameters, lambda g: on_group(prompts[g[0].prompt_index], g))
+        self._losses_in_a_row = 0
         rollouts = [rollout for group in made for rollout in group]
         rollouts.sort(key=lambda r: (r.prompt_index, r.sample_index))
         return RolloutBatch(tuple(prompts), tuple(rollouts), time.perf_counter() - started)
@@ -306,15 +311,22 @@ class RolloutPool:
         A new worker serves the initial weights: sync before generating.
 
         Raises:
-            RolloutError: rollout.max_restarts is used up, or a new worker did not start.
+            RolloutError: more than rollout.max_restarts losses in a row, or a new worker did not start.
         """
         checks: list[Any] = [worker.check_health.remote() for worker in self.workers]
         ray.wait(checks, num_returns=len(checks), timeout=_HEALTH_TIMEOUT_S)
         lost = [index for index, check in enumerate(checks) if not _is_well(check)]
         self._restarts += len(lost)
-        if self._restarts > self._config.max_restarts:
+        self._losses_in_a_row += bool(lost)
+        if self._losses_in_a_row > self._config.max_restarts:
             raise RolloutError(
-                f"rollout workers {lost} are lost and rollout.max_restarts {self._config.max_restarts} is used up"
+                f"rollout workers {lost} are lost, and rollout.max_restarts {self._config.max_restarts} is used up: so "
+                "many losses in a row, without a batch in between, are borne"
+            )
+        if lost:
+            self._report(
+                f"rollout workers {lost} are lost; others are started in their place, which may take up to "
+                f"rollout.start_timeout_s {self._config.start_timeout_s:g} s (`ray status` shows whether there is room)"
             )
         # In order, where they still can: an engine's memory and files are then free when its successor starts.
         _end_workers([self.workers[index] for index in lost])

@@ -66,7 +66,9 @@ class RolloutConfig(Section):
     enable_prefix_caching: bool = Field(True, description="keep the keys and values of prompts")
     timeout_s: PositiveFloat = Field(1800.0, description="of generation without a group of samples finished")
     start_timeout_s: PositiveFloat = Field(900.0, description="for an engine to load and warm up")
-    max_restarts: NonNegativeInt = Field(3, description="engine restarts a run before it gives up")
+    max_restarts: NonNegativeInt = Field(
+        3, description="losses in a row, of one engine or of many at once, without a batch in between, that are borne"
+    )
     engine_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to vLLM's AsyncEngineArgs; see docs/running.md"
     )

@@ -60,6 +60,14 @@ class RayConfig(Section):
 
     address: str | None = Field(None, description="null: RAY_ADDRESS, else a local cluster that ends with the run")
     colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
+    placement_timeout_s: PositiveFloat = Field(
+        120.0, description="seconds to wait for GPUs, where nodes are still joining the cluster or others hold them"
+    )
+    forward_env: tuple[str, ...] = Field(
+        ("GLOO_*", "HF_*", "NCCL_*", "OPENAI_API_KEY"),
+        description="names, or patterns with *, of this process's environment variables that workers on a joined "
+        "cluster get; there they have those of `ray start` otherwise",
+    )
     rollout_resources: dict[str, NonNegativeFloat] = Field(
         default_factory=dict, description="custom resources a rollout worker"
     )

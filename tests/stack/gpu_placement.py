@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from launch.cluster import Placement, place_train_workers
+from launch.placement import Placement, place_train_workers
 from rl.config import TrainConfig
 from rl.config.loading import load_config
 from rl.errors import ConfigError
@@ -43,7 +43,7 @@ def describe(placement: Placement) -> dict[str, Any]:
 def place(config_path: str, *overrides: str) -> Any:
     config = load_config(config_path, overrides, TrainConfig)
     try:
-        return describe(place_train_workers(config, device="cuda"))
+        return describe(place_train_workers(config, device="cuda", report=print))
     except ConfigError as error:
         return str(error)
 

@@ -76,7 +76,7 @@ class Pools:
     """Makes pools, and ends them."""
 
     def __init__(self):
-        self.pools, self.started = [], []
+        self.pools, self.started, self.told = [], [], []
 
     def make(self, workers, faults=None, **settings):
         faults = dict(faults or {})
@@ -92,7 +92,13 @@ class Pools:
             return worker
 
         pool = RolloutPool(
-            start, config, training=parameters, evaluation=parameters, deterministic=deterministic, seed=1
+            start,
+            config,
+            training=parameters,
+            evaluation=parameters,
+            deterministic=deterministic,
+            seed=1,
+            report=self.told.append,
         )
         self.pools.append(pool)
         pool.wait_until_ready()
@@ -209,9 +215,17 @@ def test_a_lost_engine_ends_in_order_before_the_next_one_starts(pools, tmp_path)
     assert lives.read_text().splitlines() == ["0 starts", "0 ends", "0 starts"]
 
 
-def test_restarts_are_used_up(pools):
-    pool = pools.make(1, {0: "dies"}, max_restarts=0)
-    with pytest.raises(RolloutError, match="was lost"):
-        pool.generate(PROMPTS, group_size=1, step=0)
-    with pytest.raises(RolloutError, match=r"workers \[0\] are lost and rollout.max_restarts 0 is used up"):
+def test_losses_count_once_however_many_workers_they_take_and_are_forgotten_after_a_batch(pools):
+    pool = pools.make(3, {0: "dies", 1: "dies"}, max_restarts=1)
+    for _ in range(2):
+        with pytest.raises(RolloutError, match="was lost"):
+            pool.generate(PROMPTS, group_size=1, step=0)
+            for worker in pool.workers[:2]:  # the second time: as if their node were gone
+                ray.kill(worker)
+            pool.generate(PROMPTS, group_size=1, step=0)
+        assert pool.replace_lost_workers() == 2
+    assert pool.metrics()["rollout/worker_restarts"] == 4
+    assert all("rollout workers [0, 1] are lost; others are started" in text for text in pools.told)
+    ray.kill(pool.workers[0])
+    with pytest.raises(RolloutError, match=r"workers \[0\] are lost, and rollout.max_restarts 1 is used up"):
         pool.replace_lost_workers()

@@ -434,7 +434,9 @@ def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
     with _claimed_run_dir(config, resume=False):
         for resume in (False, True):
             with (
-                pytest.raises(ConfigError, match=r"belongs to a run that is alive"),
+                pytest.raises(
+                    ConfigError, match=rf"that is alive \(process {os.getpid()} on .*\); .* remove .*/\.lock"
+                ),
                 _claimed_run_dir(config, resume=resume),
             ):
                 pass

@@ -22,8 +22,9 @@ from rl.batch import (
     UpdateResult,
 )
 from rl.config import AlgorithmConfig, LearnerConfig, ModelConfig
-from rl.errors import LearnerError, RolloutError, WeightSyncError
-from rl.workers import LearnerGroup, LearnerSpec, RayWeightSyncClient
+from rl.errors import ConfigError, LearnerError, RolloutError, WeightSyncError
+from rl.learner_group import LearnerGroup
+from rl.workers import LearnerSpec, LearnerWorker, RayWeightSyncClient
 
 
 def batch(masked):
@@ -55,6 +56,31 @@ def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
         group._count_empty(batch(masked))
     with pytest.raises(LearnerError, match="none of the 1 samples has a token to learn from .* in 3 steps in a row"):
         group._count_empty(batch(masked=True))
+
+
+class Rank:
+    """One whose node sees what the driver writes into run_dir, or does not, and the other way round."""
+
+    def __init__(self, rank, sees=True, is_seen=True):
+        self.rank, self.sees, self.is_seen, self.leave_mark = rank, sees, is_seen, self
+
+    def remote(self, directory):
+        if self.sees and self.is_seen:
+            assert LearnerWorker(self.rank, 4).leave_mark(directory)
+        return self.sees
+
+
+def test_a_run_dir_that_learners_do_not_share_is_found_before_the_first_step(calls_are_results, monkeypatch, tmp_path):
+    monkeypatch.setattr("rl.learner_group._SHARED_FILES_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("rl.workers._SHARED_FILES_TIMEOUT_S", 0.0)
+    well = LearnerGroup(spec(), [Rank(0), Rank(1)], nodes=["a", "a"])
+    well.check_run_dir(tmp_path)
+    ranks = [Rank(0), Rank(1, sees=False), Rank(2, is_seen=False), Rank(3)]
+    group = LearnerGroup(spec(), ranks, nodes=["a", "b", "c", "d"])
+    with pytest.raises(ConfigError, match=rf"learner ranks \[1, 2\] on b, c do not share run_dir {tmp_path} with"):
+        group.check_run_dir(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert not LearnerWorker(0, 1).leave_mark(str(tmp_path / "elsewhere"))
 
 
 class Worker:

@@ -1,0 +1,212 @@
+"""Where the workers of a run go on a Ray cluster.
+
+On GPUs all of a run's workers are reserved at once, in a placement group, so that two runs cannot each hold half of
+what both need. Left out: the cluster (`launch.cluster`), and what the workers do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.cluster import refuse_gpu_engine
+from launch.environment import cluster_address
+from rl.config import RayConfig, TrainConfig
+from rl.errors import ConfigError
+
+_CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
+_LOOK_EVERY_S = 2.0
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each worker goes: options for `ActorClass.options`, one a worker. Ranks on one node are neighbours."""
+
+    learners: tuple[dict[str, Any], ...]
+    rollouts: tuple[dict[str, Any], ...]
+    group: PlacementGroup | None = None
+
+    def release(self) -> None:
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+def place_train_workers(config: TrainConfig, *, device: str, report: Report) -> Placement:
+    """Reserve what the learner and rollout workers need.
+
+    On GPUs one placement group holds a bundle a learner (one GPU) and a bundle a rollout worker (tensor_parallel_size
+    GPUs); with ray.colocate a bundle a GPU is shared by one learner and one rollout worker.
+
+    `report` is told what is waited for.
+
+    Raises:
+        ConfigError: the cluster does not have the resources within ray.placement_timeout_s, with the numbers.
+    """
+    learners, rollouts = config.learner.num_workers, config.rollout.num_workers
+    if device == "cpu":
+        refuse_gpu_engine()
+    elif config.ray.colocate:
+        return _place_together(learners, rollouts, config.ray, report)
+    width = config.rollout.tensor_parallel_size
+    return _place_apart(learners, rollouts, width, config.ray, device=device, report=report)
+
+
+def place_rollouts(config: TrainConfig, *, device: str, report: Report) -> Placement:
+    """Reserve what the rollout workers of an evaluation need; it has no learner."""
+    if device == "cpu":
+        refuse_gpu_engine()
+    rollout = config.rollout
+    width = rollout.tensor_parallel_size
+    return _place_apart(0, rollout.num_workers, width, config.ray, device=device, report=report)
+
+
+def place_learners(count: int, config: RayConfig, *, device: str, report: Report) -> Placement:
+    """Reserve what the learner workers of a supervised run need."""
+    return _place_apart(count, 0, 1, config, device=device, report=report)
+
+
+def _place_together(learners: int, rollouts: int, config: RayConfig, report: Report) -> Placement:
+    bundles = [{"CPU": 2.0, "GPU": 1.0, **config.learner_resources} for _ in range(learners)]
+    for bundle in bundles[:rollouts]:
+        for key, amount in config.rollout_resources.items():
+            bundle[key] = bundle.get(key, 0.0) + amount
+    group = _reserve(bundles, config, report)
+    nodes = _nodes(group)
+    shared = sorted(range(rollouts), key=lambda i: (nodes[i], i))
+    alone = sorted(range(rollouts, learners), key=lambda i: (nodes[i], i))
+    return Placement(
+        tuple(_in_bundle(group, i, num_gpus=0.5, resources=config.learner_resources) for i in shared + alone),
+        tuple(_in_bundle(group, i, num_gpus=0.5, resources=config.rollout_resources) for i in shared),
+        group,
+    )
+
+
+def _place_apart(
+    learners: int, rollouts: int, width: int, config: RayConfig, *, device: str, report: Report
+) -> Placement:
+    """`width`: GPUs of a rollout worker."""
+    if device == "cpu":
+        return Placement(
+            tuple(_on_cpu(config.learner_resources) for _ in range(learners)),
+            tuple(_on_cpu(config.rollout_resources) for _ in range(rollouts)),
+        )
+    bundles = [{"CPU": 1.0, "GPU": 1.0, **config.learner_resources} for _ in range(learners)]
+    bundles += [{"CPU": 1.0, "GPU": float(width), **config.rollout_resources} for _ in range(rollouts)]
+    group = _reserve(bundles, config, report)
+    of_learners, of_rollouts = gather_learners(bundles, _nodes(group), learners)
+    return Placement(
+        tuple(_in_bundle(group, i, num_gpus=1, resources=config.learner_resources) for i in of_learners),
+        tuple(_in_bundle(group, i, num_gpus=width, resources=config.rollout_resources) for i in of_rollouts),
+        group,
+    )
+
+
+def gather_learners(
+    bundles: Sequence[Mapping[str, float]], nodes: Sequence[str], learners: int
+) -> tuple[list[int], list[int]]:
+    """Which bundles the learners take, and which are left to the engines, each node's together.
+
+    Ray keeps a group on few nodes, but of bundles that are equal it promises no order, and one learner away from the
+    others slows every gather down. So learners take, of the bundles that suit them, those of the fullest nodes.
+
+    Args:
+        bundles: those of learners come first.
+        nodes: [bundle] where Ray has put it.
+        learners: how many.
+    """
+    suited = [i for i, bundle in enumerate(bundles) if learners and bundle == bundles[0]]
+    crowd = Counter(nodes[i] for i in suited)
+    chosen = sorted(suited, key=lambda i: (-crowd[nodes[i]], nodes[i], i))[:learners]
+    left = sorted(set(range(len(bundles))) - set(chosen), key=lambda i: (nodes[i], i))
+    return chosen, left
+
+
+def _nodes(group: PlacementGroup) -> list[str]:
+    """[bundle] the node that it is on."""
+    table: dict[Any, str] = placement_group_table(group)["bundles_to_node_id"]
+    return [table[index] for index in range(group.bundle_count)]
+
+
+def _on_cpu(resources: dict[str, float]) -> dict[str, Any]:
+    """Options of a worker that must not see a GPU, though its torch could use one that is there."""
+    hidden = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if torch.backends.cuda.is_built() else {}
+    return {"num_cpus": _CPUS_PER_WORKER, "resources": resources, **hidden}
+
+
+def _reserve(bundles: Sequence[dict[str, float]], config: RayConfig, report: Report) -> PlacementGroup:
+    """Nodes of a joined cluster may still be on their way, or an autoscaler may start them for this group."""
+    joined = cluster_address(config.address) is not None
+    group = placement_group(list(bundles), strategy="PACK")
+    deadline = time.monotonic() + config.placement_timeout_s
+    told = False
+    while not group.wait(_LOOK_EVERY_S):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        lack = lacking(bundles, nodes)
+        waited = time.monotonic() >= deadline
+        if waited or (lack and not joined):
+            remove_placement_group(group)
+            raise ConfigError(
+                f"the cluster has no room for the run: {lack or _in_use()}"
+                + (f" (after ray.placement_timeout_s {config.placement_timeout_s:g} s)" if waited else "")
+            )
+        if not told:
+            report(f"waiting up to {config.placement_timeout_s:g} s for room on the cluster: {lack or _in_use()}")
+        told = True
+    return group
+
+
+def lacking(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str:
+    """What of it the cluster cannot have room for, even if it were empty; "" where nothing is known to lack.
+
+    Args:
+        bundles: each of which must be on one node.
+        nodes: what each has in all.
+    """
+    for bundle in bundles:
+        if not any(all(node.get(key, 0.0) >= amount for key, amount in bundle.items()) for node in nodes):
+            most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+            wanted = ", ".join(f"{amount:g} {key}" for key, amount in bundle.items())
+            return (
+                f"one worker needs a node with {wanted} (engines: rollout.tensor_parallel_size GPUs), which none "
+                f"of {len(nodes)} nodes has; the most GPUs of one are {most:g}"
+            )
+    needed, there = (sum(one.get("GPU", 0.0) for one in those) for those in (bundles, nodes))
+    if needed > there:
+        return (
+            f"the run needs {needed:g} GPUs (learner.num_workers, where it has learners, and rollout.num_workers x "
+            f"rollout.tensor_parallel_size, where it has engines), but the cluster has {there:g}"
+        )
+    return ""
+
+
+def _in_use() -> str:
+    free = ray.available_resources()
+    return f"what it needs is in use; {free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are free"
+
+
+def _in_bundle(group: PlacementGroup, index: int, *, num_gpus: float, resources: dict[str, float]) -> dict[str, Any]:
+    return {
+        "num_cpus": 1,
+        "num_gpus": num_gpus,
+        "resources": resources,
+        # Where a cluster tells Ray not to hide other GPUs from an actor, all would work on the first one.
+        "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}},
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
+        ),
+    }

@@ -1,0 +1,218 @@
+"""The learner workers as one learner, which the controller drives.
+
+Left out: what a rank does (`rl.workers`), and where it runs (`launch.cluster`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from rl.actors import Crew, end_actors
+from rl.batch import (
+    Annotations,
+    FloatArray,
+    ScoredBatch,
+    TokenPair,
+    TokenSequence,
+    TrainBatch,
+    UpdateResult,
+    WeightVersion,
+)
+from rl.batching import balance, collect, plan_update
+from rl.errors import ConfigError, FledgeError, LearnerError
+from rl.workers import LearnerSpec
+
+_EXIT_TIMEOUT_S = 20.0
+_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show what another node wrote
+_LOOK_AGAIN_S = 0.1
+_LEARNERS = Crew(
+    "learner rank",
+    LearnerError,
+    passing=(FledgeError,),
+    remedy="; --resume goes on from the last checkpoint",
+    collective=True,
+)
+
+
+@dataclass(slots=True)
+class LearnerGroup:
+    """N learner workers as one; implements `rl.controller.Learners`.
+
+    Build it with `LearnerGroup.start`. `receivers` gives the rollout workers that hold the weights now, because lost
+    ones are replaced during a run.
+    """
+
+    spec: LearnerSpec
+    workers: list[ActorHandle]
+    receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
+    policy_version: int = 0
+    empty_in_a_row: int = 0  # updates without a token to learn from
+    nodes: list[str] = field(default_factory=list)  # [rank] address of its node
+    share_prefixes: bool = False  # whether a prompt costs a rank once, however many of its samples the rank has
+
+    @classmethod
+    def start(
+        cls,
+        start_worker: Callable[[int], ActorHandle],
+        spec: LearnerSpec,
+        *,
+        receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+    ) -> LearnerGroup:
+        """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
+        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], receivers)
+        try:
+            meetings: list[tuple[str, int]] = group._all("meet", setting="start_timeout_s")
+            group.nodes = [node for node, _ in meetings]
+            ranks_on = Counter(group.nodes)
+            starts = [
+                worker.start.remote(spec, meetings[0], ranks_here=ranks_on[node])
+                for worker, node in zip(group.workers, group.nodes, strict=True)
+            ]
+            layouts = group._wait(starts, "start", "start_timeout_s")
+        except BaseException:
+            group.shutdown()
+            raise
+        group.share_prefixes = layouts[0] == "shared_prefix"
+        return group
+
+    def check_run_dir(self, run_dir: Path) -> None:
+        """Raise ConfigError where the driver and a rank do not see each other's files in the run directory; the first
+        checkpoint would find out, hours later."""
+        ranks = range(len(self.workers))
+        with TemporaryDirectory(prefix=".shared_", dir=run_dir) as made:
+            directory = Path(made).absolute()
+            sees = self._all("leave_mark", str(directory), setting="start_timeout_s")
+            deadline = time.monotonic() + _SHARED_FILES_TIMEOUT_S
+            while blind := [rank for rank in ranks if not sees[rank] or not (directory / str(rank)).exists()]:
+                if not all(sees) or time.monotonic() > deadline:
+                    break
+                time.sleep(_LOOK_AGAIN_S)
+        if blind:
+            nodes = ", ".join(sorted({self.nodes[rank] for rank in blind}))
+            raise ConfigError(
+                f"learner ranks {blind} on {nodes} do not share run_dir {run_dir.absolute()} with this process: what "
+                "one writes there the other does not see, so no checkpoint could be saved; choose a folder on a file "
+                "system that every node shares"
+            )
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """With more than one optimizer step a batch, the first one moves the policy that the rest compares with."""
+        learner, algorithm = self.spec.learner, self.spec.algorithm
+        return learner.epochs * learner.mini_batches > 1 or (
+            algorithm is not None and algorithm.kl.placement == "reward"
+        )
+
+    def annotate(self, scored: ScoredBatch) -> Annotations:
+        """See `rl.controller.Learners`; does no work when the algorithm needs nothing.
+
+        Samples that are not valid get zeros: an engine that gave a request up has recorded no experts for it.
+        """
+        algorithm = self.spec.algorithm
+        needs_reference = algorithm is not None and algorithm.kl.placement != "none"
+        if not (self.needs_old_logprobs or needs_reference or self.spec.critic):
+            return Annotations()
+        rollouts = scored.batch.rollouts
+        valid = [i for i, is_valid in enumerate(scored.valid) if is_valid]
+        sequences = [
+            TokenSequence(
+                np.asarray(scored.batch.prompt_of(rollouts[i]).token_ids, dtype=np.int32),
+                rollouts[i].token_ids,
+                rollouts[i].routed_experts,
+            )
+            for i in valid
+        ]
+        shares = balance(sequences, len(self.workers), share_prefixes=self.share_prefixes)
+        parts = self._wait(
+            [
+                w.annotate.remote([sequences[i] for i in share], old_logprobs=self.needs_old_logprobs)
+                for w, share in zip(self.workers, shares, strict=True)
+            ],
+            "annotate",
+        )
+        places, lengths = [[valid[i] for i in share] for share in shares], [r.length for r in rollouts]
+        return Annotations(
+            old_logprobs=collect([p.old_logprobs for p in parts], places, lengths),
+            ref_logprobs=collect([p.ref_logprobs for p in parts], places, lengths),
+            values=collect([p.values for p in parts], places, lengths),
+            kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
+        )
+
+    def update(self, batch: TrainBatch) -> UpdateResult:
+        """All optimizer steps of one batch. Raises LearnerError when too many batches in a row had nothing to learn."""
+        started = time.perf_counter()
+        learner = self.spec.learner
+        self._count_empty(batch)
+        plan = plan_update(
+            batch,
+            num_ranks=len(self.workers),
+            mini_batches=learner.mini_batches,
+            epochs=learner.epochs,
+            seed=self.spec.seed + self.policy_version,
+            share_prefixes=self.share_prefixes,
+        )
+        results: list[UpdateResult] = self._wait(
+            [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)], "update"
+        )
+        self.policy_version = results[0].policy_version
+        return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
+
+    def _count_empty(self, batch: TrainBatch) -> None:
+        """A batch without a token to learn from moves nothing; too many of them in a row end the run."""
+        self.empty_in_a_row = 0 if batch.num_loss_tokens else self.empty_in_a_row + 1
+        if self.empty_in_a_row > self.spec.learner.max_skipped_steps:
+            raise LearnerError(
+                f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored, rejected "
+                f"or masked), in {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
+                f"{self.spec.learner.max_skipped_steps}); see the status and error fields of the last samples file"
+            )
+
+    def publish_weights(self) -> WeightVersion:
+        """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""
+        versions: list[WeightVersion] = self._all("publish_weights", list(self.receivers()))
+        return versions[0]
+
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
+        """[pair] -> [R] at temperature 1. All ranks compute all pairs: a probe is small, and gathers are collective."""
+        return self._all("score_logprobs", list(pairs))[0]
+
+    def save_checkpoint(self, directory: Path) -> None:
+        self._all("save_checkpoint", str(directory.absolute()))
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Load parameters, optimizer, schedule, random state and the policy version."""
+        versions = self._all("load_checkpoint", str(directory.absolute()))
+        self.policy_version = versions[0]
+
+    def export_hf(self, directory: Path) -> None:
+        """Write a Hugging Face checkpoint."""
+        self._all("export_hf", str(directory.absolute()))
+
+    def export_critic(self, directory: Path) -> None:
+        """Write the critic as a Hugging Face checkpoint, for `critic.path` of another run."""
+        self._all("export_critic", str(directory.absolute()))
+
+    def shutdown(self) -> None:
+        """End every rank. Never raises: it runs while other errors are on their way out."""
+        calls: list[Any] = [worker.close.remote() for worker in self.workers]
+        ray.wait(calls, num_returns=len(calls), timeout=_EXIT_TIMEOUT_S)
+        end_actors(self.workers)
+        self.workers = []
+
+    def _all(self, method: str, *arguments: Any, setting: str = "timeout_s") -> list[Any]:
+        return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], method, setting)
+
+    def _wait(self, calls: Sequence[Any], what: str, setting: str = "timeout_s") -> list[Any]:
+        """Results by rank, within a deadline of the learner's."""
+        timeout_s = getattr(self.spec.learner, setting)
+        return _LEARNERS.wait(calls, what, timeout_s=timeout_s, setting=f"learner.{setting}")
