@@ -70,11 +70,6 @@ class CombinedReward:
         self._row_parts: dict[str, _Part] = {}
         self._runner: asyncio.Runner | None = None
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The breakdown key of each configured part, in order."""
-        return tuple(part.label for part in self._parts)
-
     def validate_ground_truth(
         self, ground_truth: Any, reward: str | None = None, extra: Mapping[str, Any] | None = None
     ) -> None:

@@ -1,6 +1,6 @@
 """Score without Ray: the same rewards, deadlines and accounting, in child processes of this one.
 
-For `fledge reward score`, tests and notebooks. Left out: the cluster (`rewards.workers`).
+For `fledge reward score` and notebooks. Left out: the cluster (`rewards.workers`).
 """
 
 from __future__ import annotations
@@ -62,9 +62,3 @@ class LocalScorer:
             return process.score(samples)
         finally:
             self._idle.put(process)
-
-
-def score_local(samples: Sequence[RewardInput], config: RewardConfig) -> tuple[Score, ...]:
-    """Score once, and end the processes."""
-    with LocalScorer(config) as scorer:
-        return scorer.score(samples)

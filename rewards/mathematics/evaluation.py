@@ -34,8 +34,8 @@ class UndefinedError(Exception):
 class Budget:
     """Bits of exact arithmetic that one comparison may still use."""
 
-    def __init__(self, bits: int = 4_000_000) -> None:
-        self.bits = bits
+    def __init__(self) -> None:
+        self.bits = 4_000_000
 
     def spend(self, value: Fraction) -> Fraction:
         size = value.numerator.bit_length() + value.denominator.bit_length()

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def whiten(rows: tuple[Tensor, ...], in_loss: Tensor, *, epsilon: float = 1e-8) -> tuple[Tensor, ...]:
+def whiten(rows: tuple[Tensor, ...], in_loss: Tensor) -> tuple[Tensor, ...]:
     """N x [R] -> N x [R]: mean 0 and variance 1 over all tokens of samples in the loss; 0 for the others.
 
-    (x - mean) / sqrt(var + epsilon) with the unbiased variance, as verl's masked_whiten. With fewer than two tokens, or
+    (x - mean) / sqrt(var + 1e-8) with the unbiased variance, as verl's masked_whiten. With fewer than two tokens, or
     with all values equal, the result is 0: there is no spread to measure in.
     """
     keep = in_loss.tolist()
@@ -17,5 +17,5 @@ def whiten(rows: tuple[Tensor, ...], in_loss: Tensor, *, epsilon: float = 1e-8) 
     tokens = torch.cat(used) if used else torch.zeros(0, dtype=torch.float64)
     if len(tokens) < 2 or bool(tokens.max() == tokens.min()):
         return tuple(torch.zeros_like(row) for row in rows)
-    mean, scale = tokens.mean(), (tokens.var() + epsilon).rsqrt()
+    mean, scale = tokens.mean(), (tokens.var() + 1e-8).rsqrt()
     return tuple((row - mean) * scale if ok else torch.zeros_like(row) for row, ok in zip(rows, keep, strict=True))

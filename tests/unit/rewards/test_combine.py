@@ -155,7 +155,6 @@ def test_weighted_sum_and_breakdown() -> None:
     assert one.reward == 2.0 * 1.0 + 0.5 * -1.0 + 1.0
     assert one.breakdown == {"task": 1.0, "shaping": -1.0, "shaping/inner": 0.25, "task#2": 1.0}
     assert one.unshaped_reward == 3.0
-    assert reward.labels == ("task", "shaping", "task#2")
 
 
 def test_a_closed_gate_takes_the_reward_but_not_the_penalty() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rewards.combine import CombinedReward
+from rewards.api import RewardInput
 from rewards.loading import BUILTIN_REWARDS
+from rewards.local import LocalScorer
 from rl.config import RewardConfig
 
 PAGES = Path(__file__).parents[3] / "docs" / "rewards"
@@ -34,7 +35,9 @@ def test_the_plugin_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(test, {})
     [config] = blocks("writing-a-reward.md", "yaml")
     reward = RewardConfig.model_validate(yaml.safe_load(config)["reward"])
-    assert CombinedReward(reward.functions[1:]).labels == ("politeness",)
+    with LocalScorer(reward.model_copy(update={"functions": reward.functions[1:]})) as scorer:
+        [score] = scorer.score([RewardInput(prompt="", response="Thank you!", answer="", ground_truth=None)])
+    assert list(score.breakdown) == ["politeness"]
 
 
 def test_the_configs_of_the_pages_load() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewards.api import RewardInput
-from rewards.local import LocalScorer, score_local
+from rewards.local import LocalScorer
 from rewards.scoring_process import ScoringProcess, ScoringSpec
 from rl.batch import RewardStatus
 from rl.config import RewardConfig, RewardFunctionConfig
@@ -131,7 +131,7 @@ def test_local_scorer_keeps_the_order_over_several_processes(plugin: Path) -> No
 def test_options_are_checked_before_any_process_starts() -> None:
     functions = (RewardFunctionConfig(name="exact", options={"ignore_cases": True}),)
     with pytest.raises(ConfigError, match="did you mean ignore_case"):
-        score_local([], RewardConfig(functions=functions))
+        LocalScorer(RewardConfig(functions=functions))
 
 
 def _alive(pid: int) -> bool:
