@@ -239,7 +239,7 @@ def learner_spec(config: TrainConfig, device: str, transport: Transport) -> Lear
 
 def agreement_bounds(config: TrainConfig) -> AgreementBounds:
     experts = has_experts(load_config(config.model))
-    return AgreementBounds.for_dtype(config.model.dtype, config.sync.probe_tolerance, experts=experts)
+    return AgreementBounds.for_dtype(config.model.dtype, config.sync.logprob_tolerance, experts=experts)
 
 
 def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:

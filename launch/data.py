@@ -24,7 +24,7 @@ from launch.preflight import (
 )
 from rewards.combine import CombinedReward
 from rl.batch import Prompt
-from rl.config import SftConfig, TrainConfig
+from rl.config import OptimizerConfig, SftConfig, TrainConfig
 from rl.config.loading import validate
 from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet
@@ -63,6 +63,12 @@ def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
         f"{config.total_steps:,} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} times "
         "the training data"
     )
+    if not any(function.weight for function in config.reward.functions):
+        display.message("note: all of reward.functions have weight 0, so only rows with a reward of their own get one")
+    updates = config.total_steps * config.learner.epochs * config.learner.mini_batches
+    _tell_of_long_warmup(config.learner.optimizer, updates, "learner", display)
+    if config.critic is not None:
+        _tell_of_long_warmup(config.critic.optimizer, updates, "critic", display)
     return CheckedRun(config, prompts, tuple(eval_sets))
 
 
@@ -81,7 +87,9 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
     display.message(f"worked examples {loaded.name}: {len(examples)}{dropped}{verbatim}")
     refuse_unknown_tokens(config.model, (ids for e in examples for ids in (e.prompt_ids, e.response_ids)))
     refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples))
-    return CheckedSft(examples, config.epochs * steps_per_epoch(len(examples), config.batch_size))
+    steps = config.epochs * steps_per_epoch(len(examples), config.batch_size)
+    _tell_of_long_warmup(config.learner.optimizer, steps, "learner", display)
+    return CheckedSft(examples, steps)
 
 
 def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
@@ -93,6 +101,15 @@ def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
     if not eval_sets:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")
     return CheckedRun(config, (), tuple(eval_sets))
+
+
+def _tell_of_long_warmup(optimizer: OptimizerConfig, steps: int, section: str, display: Display) -> None:
+    """No error: short trials of a recipe are like that."""
+    if steps < optimizer.warmup_steps:
+        display.message(
+            f"note: {section}.optimizer.warmup_steps {optimizer.warmup_steps} is more than the run's {steps} optimizer "
+            f"steps, so its learning rate ends at {steps / optimizer.warmup_steps:.0%} of {optimizer.lr:g}"
+        )
 
 
 def _with_steps(config: TrainConfig, num_prompts: int) -> TrainConfig:
@@ -138,7 +155,7 @@ def _load_data(
         eval_sets.append(EvalSet(loaded.name, loaded.prompts))
     everything = itertools.chain(prompts, *(held_out.prompts for held_out in eval_sets))
     refuse_unknown_tokens(config.model, (prompt.token_ids for prompt in everything))
-    if not config.data.keep_held_out:
+    if not config.data.train_on_eval_prompts:
         prompts = _held_out_dropped(prompts, eval_sets, display)
     return prompts, eval_sets
 
@@ -149,10 +166,12 @@ def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], dis
     if prompts and not kept:
         raise ConfigError(
             f"all {len(prompts)} prompts of data.train are in data.eval too, so none is left to train on; use other "
-            "prompts for one of them, or set data.keep_held_out=true to train on them all the same"
+            "prompts for one of them, or set data.train_on_eval_prompts=true to train on them all the same"
         )
     if dropped := len(prompts) - len(kept):
-        display.message(f"training data: {dropped} prompts dropped that are in data.eval too (data.keep_held_out)")
+        display.message(
+            f"training data: {dropped} prompts dropped that are in data.eval too (data.train_on_eval_prompts)"
+        )
     return kept
 
 

@@ -30,13 +30,11 @@ def describe_evaluation(config: TrainConfig) -> None:
     """Check what `fledge eval` would run, and show it."""
     display = _display(config)
     checked = checked_evaluation(config, display)
-    evaluation = config.evaluation
-    most = evaluation.max_response_tokens or config.rollout.max_response_tokens
-    display.message(
-        f"evaluation: {evaluation.samples_per_prompt} responses a prompt of at most {most:,} tokens, at temperature "
-        f"{evaluation.temperature:g}"
-    )
-    for line in (_rewards(config), *_prompt(config.model, checked.eval_sets[0].prompts[0])):
+    for line in (
+        f"evaluation: {_eval_samples(config)}",
+        _rewards(config),
+        *_prompt(config.model, checked.eval_sets[0].prompts[0]),
+    ):
         display.message(line)
 
 
@@ -87,6 +85,7 @@ def _training(config: TrainConfig) -> Iterator[str]:
     if algorithm.dynamic_sampling is not None or config.data.curriculum is not None:
         yield "more prompts are drawn than that (algorithm.dynamic_sampling, data.curriculum)"
     yield _rewards(config)
+    yield _evaluation(config)
     yield (
         f"learners {learner.num_workers}, engines {rollout.num_workers} x {rollout.tensor_parallel_size}, reward "
         f"workers {config.reward.num_workers}"
@@ -105,6 +104,23 @@ def _optimizer(optimizer: OptimizerConfig, steps: int) -> str:
 def _rewards(config: TrainConfig) -> str:
     parts = [f"{f.weight:g} x {f.name}" + (" (gate)" if f.gate else "") for f in config.reward.functions]
     return f"reward {' + '.join(parts)}"
+
+
+def _evaluation(config: TrainConfig) -> str:
+    evaluation = config.evaluation
+    times = {"before the first step": evaluation.at_start, f"every {evaluation.every} steps": evaluation.every}
+    if any(times.values()):
+        return f"evaluation {' and '.join(time for time, asked in times.items() if asked)}: {_eval_samples(config)}"
+    return "no evaluation" + (" (evaluation.every is 0, so data.eval has no use)" if config.data.eval else "")
+
+
+def _eval_samples(config: TrainConfig) -> str:
+    evaluation = config.evaluation
+    most = evaluation.max_response_tokens or config.rollout.max_response_tokens
+    return (
+        f"{evaluation.samples_per_prompt} responses a prompt of at most {most:,} tokens, at temperature "
+        f"{evaluation.temperature:g}"
+    )
 
 
 def _prompt(model: ModelConfig, prompt: Prompt) -> Iterator[str]:

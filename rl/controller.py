@@ -76,8 +76,8 @@ class RewardPool(Protocol):
     """The reward workers."""
 
     def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
-        """Start to score a group while others are still generated, for `score` to find; that scores what was not begun,
-        and forgets what it is not asked for."""
+        """Start to score a group while others are still generated. `score` takes these results, scores the rest, and
+        discards those of rollouts that are not in its batch."""
         ...
 
     def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:

@@ -242,8 +242,8 @@ class Learner:
         moe, objective = self._config.moe, self._objective
         if moe.router_replay and samples and micro.routed_experts is None:
             raise LearnerError(
-                "learner.moe.router_replay is set, but the rollouts carry no routed_experts; record them in the "
-                "rollout engine (vLLM does on GPUs), or set it to false"
+                "learner.moe.router_replay is set, but the engines returned no routed_experts with the rollouts; set "
+                "it to false"
             )
         # The backward pass is within, because checkpointed activations are recomputed with the same experts.
         with self._routers.forward_pass(

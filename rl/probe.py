@@ -28,8 +28,8 @@ class AgreementBounds:
     @classmethod
     def for_dtype(cls, dtype: str, mean: float | None = None, *, experts: bool = False) -> AgreementBounds:
         """float32 agrees to rounding. bfloat16 differs by anything on a rare token; in the mean by 0.002 in tiny models
-        and 0.01 to 0.04 in dense ones of 4 B to 7 B parameters (as the peers' users report), and by more where rounding
-        flips the choice of `experts`. Another bound of the mean moves float32's maximum with it."""
+        and 0.01 to 0.04 in dense ones of 4 B to 7 B parameters (as users of other systems report), and by more where
+        rounding flips the choice of `experts`. Another bound of the mean moves float32's maximum with it."""
         if dtype == "float32":
             return cls(mean=mean or 1e-4, maximum=10 * (mean or 1e-4))
         return cls(mean=mean or (0.3 if experts else 0.1), maximum=float("inf"))
@@ -68,7 +68,7 @@ class WeightProbe:
     def check(
         self, pairs: Sequence[TokenPair], rollout_pool: RolloutPool, learners: Learners, *, policy_version: int
     ) -> dict[str, float]:
-        """Compare; returns the differences as metrics. None where no rollout said anything: the next sync is probed.
+        """Compare; returns the differences as metrics, none where every response was empty: the next sync is probed.
 
         Raises:
             WeightSyncError: a worker's mean or maximal difference is outside the bounds (or not a number).

@@ -79,7 +79,7 @@ class TrainingRun:
         self.display = display
         self.next_step = 0
         self._open_sinks = open_sinks
-        self._last_row = -1  # step of the last row of an earlier life that stands
+        self._last_row = -1  # last step whose row in the metrics is kept
         self._owed: dict[str, float] | None = None  # metrics of the step before `next_step`, which has no whole row
         self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` says beside the learners' part
         self._saved_step = 0
@@ -176,7 +176,7 @@ class TrainingRun:
             f"{mean:.2e} in the mean (bound {self.bounds.mean:.0e}) and {maximum:.2e} at most (bound "
             f"{self.bounds.maximum:.0e}), so the rollouts did not come from the learner's weights; "
             "a sync was missed or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md (where "
-            "the model's numerics alone explain it, sync.probe_tolerance raises the bound of the mean)"
+            "the model's numerics alone explain it, sync.logprob_tolerance raises the bound of the mean)"
         )
 
     def _tell_of_failures(self, result: StepResult, metrics: Mapping[str, float]) -> None:

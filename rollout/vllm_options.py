@@ -44,7 +44,7 @@ class EngineSpec:
 
 
 def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
-    """vLLM's arguments; `rollout.engine_options` has the last word.
+    """vLLM's arguments, and `rollout.engine_options`, which has the last word on what is no key here.
 
     Where weights come from a learner they are dequantised: so the engine of a quantised checkpoint (MXFP4) is built
     without quantisation, and loads none of its tensors.

@@ -5,7 +5,7 @@ Loading and composing files is in `rl.config.loading`. Left out: torch, ray, vll
 """
 
 from rl.config.algorithm import AlgorithmConfig, DynamicSamplingConfig, KLConfig, RolloutCorrectionConfig
-from rl.config.data import CurriculumConfig, DataConfig, DatasetConfig, ModelConfig, SftDataConfig
+from rl.config.data import CurriculumConfig, DataConfig, DatasetConfig, EvalDatasetConfig, ModelConfig, SftDataConfig
 from rl.config.learner import CriticConfig, CriticOptimizerConfig, LearnerConfig, MoEConfig, OptimizerConfig
 from rl.config.rollout import (
     EvaluationConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "DynamicSamplingConfig",
+    "EvalDatasetConfig",
     "EvaluationConfig",
     "KLConfig",
     "LearnerConfig",

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config.types import Float, Int, LocalOrNamed, NonNegativeFloat, PluginName, PositiveFloat, PositiveInt, Section
+from rl.config.types import (
+    Float,
+    Fraction,
+    Int,
+    LocalOrNamed,
+    NonNegativeFloat,
+    PluginName,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class KLConfig(Section):
@@ -44,11 +54,14 @@ class RolloutCorrectionConfig(Section):
 
     mode: Literal["none", "truncate", "mask", "reject"] = Field(
         "truncate",
-        description="cut the ratio, leave tokens outside the bounds out with or without a weight, or only measure",
+        description="truncate: min(ratio, upper) weighs a token; mask: the ratio inside the bounds, else 0; reject: 1 "
+        "inside, else 0; none: only measured",
     )
-    level: Literal["token", "sequence", "geometric"] = Field("token", description="what a ratio is of")
-    upper: PositiveFloat = Field(2.0, description="largest ratio")
-    lower: NonNegativeFloat = Field(0.0, description="for mask and reject: ratios under it are left out too")
+    level: Literal["token", "sequence", "geometric"] = Field(
+        "token", description="a ratio of each token, of the whole response (their product), or that's geometric mean"
+    )
+    upper: Annotated[Float, Field(ge=1)] = Field(2.0, description="largest ratio")
+    lower: Fraction = Field(0.0, description="for mask and reject: ratios under it are left out too")
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutCorrectionConfig:
@@ -75,7 +88,7 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None = (
         Field(None, description="null: the loss's own default")
     )
-    entropy_coefficient: Float = Field(0.0, description="of the bonus; 0: none")
+    entropy_coefficient: Float = Field(0.0, description="weight of the entropy bonus; 0: none")
     kl: KLConfig = Field(KLConfig(), description="divergence from the reference")
     rollout_correction: RolloutCorrectionConfig = Field(
         RolloutCorrectionConfig(), description="for samplers that are not quite the learner"

@@ -68,6 +68,12 @@ class DatasetConfig(Section):
         return ", ".join(self.paths)
 
 
+class EvalDatasetConfig(DatasetConfig):
+    """Where prompts to evaluate on come from: which split is said, lest it be the one that is trained on."""
+
+    split: str = Field("", description="of a folder or hub dataset; may be left out where that has only one")
+
+
 class CurriculumConfig(Section):
     """Prompts by running pass rate p: each is kept with chance 4 p (1 - p), where the order comes to it."""
 
@@ -80,11 +86,13 @@ class DataConfig(Section):
     """Training and evaluation prompts."""
 
     train: DatasetConfig | None = Field(None, description="prompts to learn from; `fledge eval` needs none")
-    eval: tuple[DatasetConfig, ...] = Field((), description="prompts to evaluate on, a dataset each")
+    eval: tuple[EvalDatasetConfig, ...] = Field((), description="prompts to evaluate on, a dataset each")
     shuffle: bool = Field(True, description="in an order of its own each epoch, by seed")
     curriculum: CurriculumConfig | None = Field(None, description="null: every prompt once an epoch")
     max_prompt_tokens: PositiveInt = Field(1024, description="longer prompts are dropped and counted")
-    keep_held_out: bool = Field(False, description="train also on prompts that are in eval; they are dropped otherwise")
+    train_on_eval_prompts: bool = Field(
+        False, description="keep training prompts that are in eval, too; they are dropped otherwise"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -49,7 +49,7 @@ class MoEConfig(Section):
     freeze_router: bool = Field(False, description="learn no routing")
     aux_loss_coefficient: NonNegativeFloat = Field(0.0, description="load balancing loss, of each micro-batch")
     router_replay: bool = Field(
-        False, description="use the experts that the sampler chose again; the rollouts must carry them"
+        False, description="route each token to the experts that the sampler chose, which vLLM records on GPUs only"
     )
 
 
@@ -69,7 +69,9 @@ class LearnerConfig(Section):
     )
     logprob_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits exist at a time")
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward pass")
-    persistence_threshold: NonNegativeInt | None = Field(None, description="elements; see docs/learner.md")
+    persistence_threshold: NonNegativeInt | None = Field(
+        None, description="parameters of fewer elements stay whole on every rank; null: see docs/learner.md"
+    )
     offload_optimizer: bool = Field(False, description="keep optimizer states in CPU memory")
     offload_parameters: bool = Field(False, description="keep parameters in CPU memory")
     offload_reference: bool = Field(True, description="keep the KL reference in CPU memory between its forward passes")

@@ -8,11 +8,22 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rl.config.types import Float, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
-# vLLM's arguments that other settings, placement or weight sync decide
-_ENGINE_OWN = (
-    *("model", "revision", "dtype", "seed", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
-    *("worker_extension_cls", "weight_transfer_config", "logprobs_mode"),
-)
+# vLLM's arguments that are keys here, and so must not be set twice, or that placement and weight sync decide ("")
+_ENGINE_OWN = {
+    "model": "model.path",
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "seed": "seed",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "max_num_seqs": "rollout.max_concurrent_sequences",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "enforce_eager": "rollout.enforce_eager",
+    "enable_prefix_caching": "rollout.enable_prefix_caching",
+    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"), ""),
+    **dict.fromkeys(("worker_extension_cls", "weight_transfer_config", "logprobs_mode"), ""),
+}
 
 _LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for (`vllm.sampling_params._MAX_TEMP`)
 
@@ -64,7 +75,7 @@ class RolloutConfig(Section):
     )
     enforce_eager: bool = Field(False, description="no CUDA graphs and no compilation: starts faster, generates slower")
     enable_prefix_caching: bool = Field(True, description="keep the keys and values of prompts")
-    timeout_s: PositiveFloat = Field(1800.0, description="of generation without a group of samples finished")
+    timeout_s: PositiveFloat = Field(1800.0, description="seconds in which at least one group of samples must finish")
     start_timeout_s: PositiveFloat = Field(900.0, description="for an engine to load and warm up")
     max_restarts: NonNegativeInt = Field(
         3, description="losses in a row, of one engine or of many at once, without a batch in between, that are borne"
@@ -75,11 +86,10 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
-        if taken := [key for key in _ENGINE_OWN if key in self.engine_options]:
-            raise ValueError(
-                f"engine_options holds {', '.join(taken)}, on which placement and weight sync depend; leave it out "
-                "(rollout.tensor_parallel_size, model.path, model.dtype and seed are keys of their own)"
-            )
+        for option, key in _ENGINE_OWN.items():
+            if option in self.engine_options:
+                decided = f"which is {key} here; set that" if key else "which placement and weight sync decide"
+                raise ValueError(f"engine_options holds {option}, {decided}, and leave it out")
         if self.kv_cache_gib is not None and self.sets("gpu_memory_utilization"):
             raise ValueError(
                 f"kv_cache_gib {self.kv_cache_gib:g} fixes the cache, so gpu_memory_utilization "
@@ -94,7 +104,7 @@ class EvaluationConfig(Section):
 
     every: NonNegativeInt = Field(0, description="steps; 0: not in training")
     at_start: bool = Field(False, description="before the first step, too")
-    samples_per_prompt: PositiveInt = Field(1, description="k of avg@k and maj@k")
+    samples_per_prompt: PositiveInt = Field(1, description="responses a prompt, n of avg@n and maj@n")
     pass_at: tuple[PositiveInt, ...] = Field((1,), description="each k of pass@k")
     temperature: Temperature = Field(0.0, description="0: greedy")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")

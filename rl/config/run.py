@@ -22,14 +22,15 @@ class SyncConfig(Section):
         description="shared memory on CPUs; on GPUs NCCL, or CUDA IPC where they are shared; see docs/weight-sync.md",
     )
     bucket_mib: PositiveInt = Field(256, description="of one message, or of one tensor where that is larger")
-    timeout_s: PositiveFloat = Field(300.0, description="of one message; of a whole sync between GPUs")
+    timeout_s: PositiveFloat = Field(300.0, description="seconds for one message; over NCCL, for a whole sync")
     probe_every: NonNegativeInt = Field(
-        20, description="a log-probability probe after the first step, and each so-many-th; 0: never"
+        20, description="steps between log-probability probes, after one at the first step; 0: none"
     )
-    probe_tolerance: PositiveFloat | None = Field(
+    logprob_tolerance: PositiveFloat | None = Field(
         None,
-        description="largest mean |difference| allowed; null: 1e-4 in float32, in bfloat16 0.1, or 0.3 with experts. "
-        "In float32 one token may differ by ten times as much",
+        description="largest mean |log-probability difference| of sampler and learner, at every step and in the probe, "
+        "over which the run ends; null: 1e-4 in float32, in bfloat16 0.1, or 0.3 with experts. In float32 one token "
+        "may differ by ten times as much",
     )
 
 
@@ -197,9 +198,7 @@ class TrainConfig(RunConfig):
                 f"{rollout.num_workers} with tensor_parallel_size {rollout.tensor_parallel_size}, and "
                 f"learner.num_workers {learner.num_workers}; use at most as many rollout workers, each of size 1"
             )
-        shares = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
-        said = "gpu_memory_utilization" in rollout.model_fields_set or bool(shares & rollout.engine_options.keys())
-        if rollout.kv_cache_gib is None and not said:
+        if rollout.kv_cache_gib is None and "gpu_memory_utilization" not in rollout.model_fields_set:
             raise ValueError(
                 "ray.colocate lets the engine take rollout.gpu_memory_utilization "
                 f"{rollout.gpu_memory_utilization:g} of the GPU before the learner loads; set it to the engine's "

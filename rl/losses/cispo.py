@@ -16,7 +16,7 @@ def cispo(inputs: LossInputs, *, clip_low: float = 1.0, clip_high: float = 4.0) 
     The paper gives no number for the upper bound; weights up to 5 are what its users train with (verl's default is
     1.2).
     """
-    check_clip_range("cispo", clip_low, clip_high)
+    check_clip_range(clip_low, clip_high)
     log_ratio = inputs.log_ratio()
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)

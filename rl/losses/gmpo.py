@@ -16,17 +16,20 @@ from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
     default_aggregation="sequence_mean_token_mean",
     allowed_aggregations=("sequence_mean_token_mean",),
 )
-def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float = 0.4) -> PolicyLossOutput:
+def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float | None = None) -> PolicyLossOutput:
     """-A exp(mean_t c_t), c_t the log-ratio clipped to [-clip_low, clip_high] on the side that the sign of A asks for.
 
-    The bounds are distances in log space (0.4: ratios from 0.67 to 1.49). Every token carries the sequence's value;
-    rollout weights multiply it token by token, so that a left-out token does not silence its sequence (verl's
-    `geo_mean` takes the geometric mean of the weights).
+    The bounds are distances in log space (0.4: ratios from 0.67 to 1.49), and `clip_high` None means equal to
+    `clip_low`. Every token carries the sequence's value; rollout weights multiply it token by token, so that a left-out
+    token does not silence its sequence (verl's `geo_mean` takes the geometric mean of the weights).
     """
-    if clip_low < 0.0 or clip_high < 0.0:
-        raise ConfigError(f"gmpo: clip_low is {clip_low} and clip_high is {clip_high}; both must be at least 0")
+    upper = clip_low if clip_high is None else clip_high
+    if not clip_low >= 0.0 or not upper >= 0.0:  # NaN too
+        raise ConfigError(
+            f"algorithm.loss_options: clip_low is {clip_low} and clip_high is {upper}; both must be at least 0"
+        )
     log_ratio = inputs.log_ratio()
-    clipped = log_ratio.clamp(-clip_low, clip_high)
+    clipped = log_ratio.clamp(-clip_low, upper)
     sign = inputs.advantages.sign()
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * clipped)
     ratio = inputs.sequence_mean(pessimistic).exp()[inputs.sequence_index]

@@ -24,7 +24,7 @@ def gspo(inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4)
     Only the mean in a sequence, then over sequences, is the paper's objective; any other aggregation would weigh the
     sequence's one ratio by its length.
     """
-    check_clip_range("gspo", clip_low, clip_high)
+    check_clip_range(clip_low, clip_high)
     log_ratio = inputs.log_ratio()
     sequence_ratio = inputs.sequence_mean(log_ratio.detach()).exp()[inputs.sequence_index]
     # The value is the sequence's ratio; the gradient is that of the token's log-probability.

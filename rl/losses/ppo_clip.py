@@ -21,9 +21,11 @@ def ppo_clip(
     `clip_high` None means equal to `clip_low`. Errors: ConfigError for bounds that make no sense.
     """
     upper = clip_low if clip_high is None else clip_high
-    check_clip_range("ppo_clip", clip_low, upper)
+    check_clip_range(clip_low, upper)
     if dual_clip is not None and dual_clip <= 1.0:
-        raise ConfigError(f"ppo_clip: dual_clip is {dual_clip}; it bounds the ratio from above and must exceed 1")
+        raise ConfigError(
+            f"algorithm.loss_options: dual_clip is {dual_clip}; it bounds the ratio from above and must exceed 1"
+        )
     advantages = inputs.advantages
     log_ratio = inputs.log_ratio()
     ratio = log_ratio.exp()
@@ -42,10 +44,10 @@ def ppo_clip(
     return PolicyLossOutput(inputs.weighted(loss), metrics)
 
 
-def check_clip_range(name: str, low: float, high: float, *, low_limit: float = 1.0) -> None:
-    """Raise ConfigError unless 0 <= low <= low_limit and high >= 0."""
-    if not 0.0 <= low <= low_limit or not high >= 0.0:  # NaN too
+def check_clip_range(low: float, high: float) -> None:
+    """Raise ConfigError unless 0 <= low <= 1 and high >= 0."""
+    if not 0.0 <= low <= 1.0 or not high >= 0.0:  # NaN too
         raise ConfigError(
-            f"{name}: clip_low is {low} and clip_high is {high}; they are distances from ratio 1, "
-            f"clip_low from 0 to {low_limit:g} and clip_high at least 0"
+            f"algorithm.loss_options: clip_low is {low} and clip_high is {high}; they are distances from ratio 1, "
+            "clip_low from 0 to 1 and clip_high at least 0"
         )

@@ -1,6 +1,7 @@
 """The clipped loss under the names that papers gave it: same function, each paper's bounds and aggregation.
 
-Left out: everything else that a paper's recipe holds (advantages, dynamic sampling, penalties).
+`clip_high` None means equal to `clip_low`. Left out: everything else that a paper's recipe holds (advantages, dynamic
+sampling, penalties).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from rl.losses.ppo_clip import ppo_clip
 
 @register_policy_loss("grpo", default_aggregation="sequence_mean_token_mean")
 def grpo(
-    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
 ) -> PolicyLossOutput:
     """Shao et al. 2024, arXiv 2402.03300, eq. 3: symmetric clipping, mean over each sequence, then over sequences."""
     return ppo_clip(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
@@ -19,7 +20,7 @@ def grpo(
 
 @register_policy_loss("dr_grpo", default_aggregation="fixed_length")
 def dr_grpo(
-    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
 ) -> PolicyLossOutput:
     """Liu et al. 2025, arXiv 2503.20783, section 3: symmetric clipping, every token divided by the same constant."""
     return ppo_clip(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)

@@ -152,17 +152,17 @@ def _read_folder(config: DatasetConfig, path: Path) -> Iterator[Located]:
         if saved:
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(str(path), config.subset, split=config.split)
+            loaded = datasets.load_dataset(str(path), config.subset, split=config.split or None)
     except Exception as error:  # the loaders raise whatever their file formats raise
         raise DataError(f"dataset folder {path}: cannot load it: {error}") from error
-    return _rows_of(_pick_split(loaded, config, path) if saved else loaded, f"{path}[{config.split}]")
+    return _rows_of(*_pick_split(loaded, config, str(path), saved=saved))
 
 
 def _read_hub(config: DatasetConfig, name: str) -> Iterator[Located]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, config.subset, split=config.split)
+        loaded = datasets.load_dataset(name, config.subset, split=config.split or None)
     except ConnectionError as error:
         raise DataError(
             f"dataset {name}: no such file or folder here, and the hub cannot be reached ({error}); check the "
@@ -172,19 +172,27 @@ def _read_hub(config: DatasetConfig, name: str) -> Iterator[Located]:
         raise DataError(
             f"dataset {name}: no such file or folder here, and the hub does not give it: {error}"
         ) from error
-    return _rows_of(loaded, f"{name}[{config.split}]")
+    return _rows_of(*_pick_split(loaded, config, name, saved=False))
 
 
-def _pick_split(loaded: Any, config: DatasetConfig, path: Path) -> Any:
+def _pick_split(loaded: Any, config: DatasetConfig, name: str, *, saved: bool) -> tuple[Any, str]:
+    """The split that is asked for, or the only one; and how its rows are called. `saved`: by `save_to_disk`, not picked
+    by the loader."""
     import datasets
 
-    if isinstance(loaded, datasets.DatasetDict):
-        if config.split not in loaded:
-            raise DataError(f"dataset {path} has no split {config.split!r}; it has {', '.join(loaded)}")
-        return loaded[config.split]
-    if config.split != "train":
-        raise DataError(f"dataset {path} was saved without splits, but split is {config.split!r}; leave split out")
-    return loaded
+    if not isinstance(loaded, datasets.DatasetDict):
+        if saved and config.sets("split") and config.split != loaded.split:
+            raise DataError(
+                f"dataset {name} was saved without splits, but split is {config.split!r}; leave split out"
+                + (f" (it was {loaded.split})" if loaded.split else "")
+            )
+        return loaded, f"{name}[{config.split or loaded.split or 'train'}]"
+    if not config.split and len(loaded) > 1:
+        raise DataError(f"dataset {name} has the splits {', '.join(loaded)}; set split to one of them")
+    split = config.split or next(iter(loaded))
+    if split not in loaded:
+        raise DataError(f"dataset {name} has no split {split!r}; it has {', '.join(loaded)}")
+    return loaded[split], f"{name}[{split}]"
 
 
 def _rows_of(dataset: Any, name: str) -> Iterator[Located]:

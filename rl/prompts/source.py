@@ -78,8 +78,8 @@ class PromptSource:
             raise CheckpointError(
                 f"the training data changed since the checkpoint: it had {state['num_prompts']} prompts with "
                 f"fingerprint {state['fingerprint']}, now {own['num_prompts']} with {own['fingerprint']}; "
-                "restore the data (and data.max_prompt_tokens, data.eval and data.keep_held_out, on which it depends), "
-                "or start a new run from the exported weights"
+                "restore the data (and data.max_prompt_tokens, data.eval and data.train_on_eval_prompts, on which it "
+                "depends), or start a new run from the exported weights"
             )
         for key, setting in (("seed", "seed"), ("shuffle", "data.shuffle")):
             if state[key] != own[key]:

@@ -151,7 +151,7 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
 def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, ray_cluster):
     config = config_dict(tmp_path, "gpt_oss", total_steps=4)
     config["model"]["dtype"] = "bfloat16"
-    config["sync"]["probe_tolerance"] = 0.1  # the default makes room for large models, whose experts flip
+    config["sync"]["logprob_tolerance"] = 0.1  # the default makes room for large models, whose experts flip
     with run_here(config) as run:
         run.controller.sync_weights()
         for _ in range(2):

@@ -65,7 +65,7 @@ def test_engines_share_the_cores_whatever_ray_left_the_actor(monkeypatch, config
 
 
 def test_engine_options_have_the_last_word(model):
-    assert arguments(model, engine_options={"max_num_seqs": 7}).max_num_seqs == 7
+    assert arguments(model, engine_options={"block_size": 32}).block_size == 32
 
 
 def test_an_engine_that_is_trained_loads_no_quantised_tensor(tmp_path):

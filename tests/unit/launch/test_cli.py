@@ -214,6 +214,16 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     assert "leave --resume out" in fledge("train", path, "--dry-run", "--resume")[1]
     said = fledge("train", path, "--dry-run", "algorithm={advantage: gae, dynamic_sampling: {}}", "critic={}")[1]
     assert "2 optimizer steps: adamw, learning rate 1e-05" in said and "more prompts are drawn than that" in said
+    assert "no evaluation\n" in said
+    held_out = f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}, name: held}}]"
+    said = fledge("train", path, "--dry-run", held_out, "data.train_on_eval_prompts=true")[1]
+    assert "no evaluation (evaluation.every is 0, so data.eval has no use)" in said
+    evaluated = ("evaluation={every: 2, at_start: true}", held_out, "data.train_on_eval_prompts=true")
+    said = fledge("train", path, "--dry-run", *evaluated, "learner.optimizer.warmup_steps=20")[1]
+    assert "evaluation before the first step and every 2 steps: 1 responses a prompt of at most 1,024 tokens" in said
+    assert "learner.optimizer.warmup_steps 20 is more than the run's 2 optimizer steps, so its learning" in said
+    said = fledge("train", path, "--dry-run", "reward.functions=[{name: exact, weight: 0}]")[1]
+    assert "note: all of reward.functions have weight 0" in said
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ratio :x: 1\\t2", "ground_truth": "2"}\n')
     assert "ratio :x: 1" in fledge("train", path, "--dry-run")[1]
     exit_code, said = fledge("eval", path, "--dry-run", f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}}}]")

@@ -100,9 +100,11 @@ def test_prompts_of_the_evaluation_are_not_trained_on(tmp_path):
     assert [p.text for p in prompts] == [f"{i}+1" for i in (0, 1, 2, 4, 6, 7)]
     assert [p.text for p in held_out.prompts] == ["3+1", "5+1", "9+1"]
     assert "2 prompts dropped that are in data.eval too" in said[-1]
-    prompts, _ = load_data(config(model=model, data=data | {"keep_held_out": True}), said)
+    prompts, _ = load_data(config(model=model, data=data | {"train_on_eval_prompts": True}), said)
     assert len(prompts) == 8
-    with pytest.raises(ConfigError, match=r"all 8 prompts of data.train are in data.eval too.*data.keep_held_out=true"):
+    with pytest.raises(
+        ConfigError, match=r"all 8 prompts of data.train are in data.eval too.*data.train_on_eval_prompts=true"
+    ):
         load_data(config(model=model, data=data | {"eval": [{**data["train"], "name": "same"}]}), said)
 
 

@@ -144,9 +144,10 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("algorithm.kl.adaptive_target=0.1", "kl.adaptive_target is set but kl.placement is none"),
         ("algorithm.kl.reference=x", "kl.reference is set but kl.placement is none"),
         (
-            "algorithm.rollout_correction={mode: mask, lower: 2}",
-            "lower 2 is not under upper 2: every token would be left out",
+            "algorithm.rollout_correction={mode: mask, lower: 1, upper: 1}",
+            "lower 1 is not under upper 1: every token would be left out",
         ),
+        ("algorithm.rollout_correction.upper=0.5", "upper is 0.5: input should be greater than or equal to 1"),
         ("evaluation.samples_per_prompt=8", "samples_per_prompt is 8, but at temperature 0 all of them are the same"),
         ("algorithm.dynamic_sampling.max_rounds=1", "max_rounds is 1: input should be greater than or equal to 2"),
         ("algorithm.dynamic_sampling.rounds=3", "unknown key algorithm.dynamic_sampling.rounds; did you mean max_rou"),
@@ -198,8 +199,12 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
         (["learner.optimizer={name: sgd, eps: 0.1}"], "eps has no effect with optimizer.name sgd"),
         (["learner.optimizer.min_lr_ratio=0.1"], "min_lr_ratio has no effect with schedule constant"),
         (
-            ["rollout.engine_options={tensor_parallel_size: 2, max_num_seqs: 3}"],
-            "engine_options holds tensor_parallel_size, on which placement and weight sync depend",
+            ["rollout.engine_options={block_size: 16, max_num_seqs: 3}"],
+            "engine_options holds max_num_seqs, which is rollout.max_concurrent_sequences here; set that, and leave it",
+        ),
+        (
+            ["rollout.engine_options.logprobs_mode=raw_logits"],
+            "engine_options holds logprobs_mode, which placement and weight sync decide, and leave it out",
         ),
     ],
 )
@@ -258,7 +263,6 @@ def test_devices_that_cannot_work_together_are_refused(config_file, overrides, m
     [
         "rollout.gpu_memory_utilization=0.85",
         "rollout.kv_cache_gib=2",
-        "rollout.engine_options.gpu_memory_utilization=0.3",
         "device=cpu",
     ],
 )

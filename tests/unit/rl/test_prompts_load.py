@@ -17,7 +17,7 @@ from launch.tiny_models import build_tokenizer
 from rewards.api import GroundTruthError
 from rewards.loading import load_reward
 from rl.batch import Prompt
-from rl.config import DatasetConfig
+from rl.config import DatasetConfig, EvalDatasetConfig
 from rl.errors import ConfigError, DataError
 from rl.prompts import PromptSet, load_prompts
 from rl.prompts.rows import dataset_name
@@ -35,7 +35,10 @@ def write_jsonl(path: Path, *rows: Any) -> Path:
 
 def load(path: Path | str | list[Path], tokenizer: Any, max_prompt_tokens: int = 500, **settings: Any) -> PromptSet:
     several = [str(item) for item in path] if isinstance(path, list) else str(path)
-    config = DatasetConfig(path=several, **settings)
+    return load_set(DatasetConfig(path=several, **settings), tokenizer, max_prompt_tokens)
+
+
+def load_set(config: DatasetConfig, tokenizer: Any, max_prompt_tokens: int = 500) -> PromptSet:
     return load_prompts(config, tokenizer, max_prompt_tokens=max_prompt_tokens, chat_template_options={})
 
 
@@ -170,10 +173,20 @@ def test_dataset_folders(tmp_path, tokenizer, saved, monkeypatch):
     if saved == "save_to_disk":
         with pytest.raises(DataError, match="saved without splits, but split is 'test'"):
             load(folder, tokenizer, split="test")
+        assert len(load_set(EvalDatasetConfig(path=str(folder)), tokenizer).prompts) == 2
+        split = datasets.Dataset.from_list(list(rows), split="train")
+        split.save_to_disk(tmp_path / "of_train")
+        with pytest.raises(DataError, match=r"but split is 'test'; leave split out \(it was train\)"):
+            load(tmp_path / "of_train", tokenizer, split="test")
         return
     assert [p.ground_truth for p in load(folder, tokenizer, split="test").prompts] == ["3"]
     with pytest.raises(DataError, match=r"(?i)split ['\"]tset['\"].*train.*test"):
         load(folder, tokenizer, split="tset")
+    with pytest.raises(DataError, match="has the splits train, test; set split to one of them"):
+        load_set(EvalDatasetConfig(path=str(folder)), tokenizer)
+    if saved == "data_files":
+        (folder / "test.jsonl").unlink()
+        assert len(load_set(EvalDatasetConfig(path=str(folder)), tokenizer).prompts) == 2
 
 
 def test_several_sources_are_one_dataset_in_their_order(tmp_path, tokenizer):
