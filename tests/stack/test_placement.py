@@ -28,8 +28,14 @@ RUNS = {
 @pytest.fixture(scope="module")
 def placed() -> dict[str, Any]:
     """What `gpu_placement` says of each run on a cluster with 8 GPUs."""
-    script = subprocess.run(
-        [sys.executable, HERE / "gpu_placement.py", "8", json.dumps(list(RUNS.values()), default=str)],
+    runs = json.dumps(list(RUNS.values()), default=str)
+    return dict(zip(RUNS, output_of("gpu_placement.py", "8", runs), strict=True))
+
+
+def output_of(script: str, *arguments: str) -> Any:
+    """What a script of this folder writes as JSON, on a cluster of its own."""
+    ended = subprocess.run(
+        [sys.executable, HERE / script, *arguments],
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         | {"PYTHONPATH": str(HERE.parents[1]), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"},  # as some clusters
         capture_output=True,
@@ -37,8 +43,8 @@ def placed() -> dict[str, Any]:
         timeout=120,
         check=False,
     )
-    assert script.returncode == 0, script.stderr
-    return dict(zip(RUNS, json.loads(script.stdout.splitlines()[-1]), strict=True))
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def test_every_worker_has_gpus_of_its_own(placed: dict[str, Any]) -> None:
@@ -59,3 +65,15 @@ def test_colocated_workers_share_the_gpu_that_cuda_ipc_needs_them_to_share(place
 
 def test_too_few_gpus_are_an_error_with_the_numbers(placed: dict[str, Any]) -> None:
     assert "the run needs 9 GPUs" in placed["too large"] and "but the cluster has 8" in placed["too large"]
+
+
+def test_nodes_that_join_late_are_waited_for_and_learners_share_one() -> None:
+    placed = output_of("growing_cluster.py")
+    [told] = placed["waited"]["told"]
+    assert told.startswith("waiting up to 60 s for room on the cluster: one worker needs a node with 1 CPU, 1 GPU")
+    learners, rollouts = placed["waited"]["learners"], placed["waited"]["rollouts"]
+    assert len({node for node, _ in learners}) == 1
+    assert len({node for node, _ in learners + rollouts}) == 2
+    assert {value for _, value in learners + rollouts} == {"of the shell"}
+    assert "1 CPU, 4 GPU (engines: rollout.tensor_parallel_size GPUs), which none of 3" in placed["too wide"]["error"]
+    assert "(after ray.placement_timeout_s 1 s)" in placed["too wide"]["error"]
