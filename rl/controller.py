@@ -97,6 +97,16 @@ class Learners(Protocol):
         ...
 
     def update(self, batch: TrainBatch) -> UpdateResult: ...
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an interrupt has left an update under way."""
+        ...
+
+    def finish_update(self) -> UpdateResult | None:
+        """The last update, which is waited for where an interrupt has left it under way; None before the first."""
+        ...
+
     def publish_weights(self) -> WeightVersion: ...
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]: ...
     def save_checkpoint(self, directory: Path) -> None: ...
@@ -199,6 +209,11 @@ class Controller:
         clock.lap("sync")
         workers = {**self.rollout_pool.metrics(), **self.reward_pool.metrics()}
         return StepResult(step, scored, batch, update, weights, shaping, workers, clock.seconds())
+
+    def finish_update(self) -> None:
+        """After an interrupt: let the update end that it may have cut short, so that what was learned can be saved."""
+        if (update := self.learners.finish_update()) is not None:
+            self.last_update, self.steps_learned = update, update.policy_version
 
     def _sample(self, step: int, clock: _Clock) -> tuple[ScoredBatch, Mapping[str, float]]:
         """Generate and score until the step has its groups; all rounds come from the same weights."""

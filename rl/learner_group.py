@@ -58,6 +58,8 @@ class LearnerGroup:
     policy_version: int = 0
     empty_in_a_row: int = 0  # updates without a token to learn from
     nodes: list[str] = field(default_factory=list)  # [rank] address of its node
+    last_update: UpdateResult | None = None
+    updating: list[Any] = field(default_factory=list)  # calls of an update that has not come back, by rank
     share_prefixes: bool = False  # whether a prompt costs a rank once, however many of its samples the rank has
 
     @classmethod
@@ -161,11 +163,27 @@ class LearnerGroup:
             seed=self.spec.seed + self.policy_version,
             share_prefixes=self.share_prefixes,
         )
-        results: list[UpdateResult] = self._wait(
-            [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)], "update"
-        )
+        for worker, shares in zip(self.workers, plan, strict=True):
+            self.updating.append(worker.update.remote(shares))
+        return self._updated(started)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an interrupt has left an update under way."""
+        return bool(self.updating)
+
+    def finish_update(self) -> UpdateResult | None:
+        """See `rl.controller.Learners`."""
+        if 0 < len(self.updating) < len(self.workers):
+            raise LearnerError("the update was interrupted before every learner rank had it, so it cannot end")
+        return self._updated(time.perf_counter()) if self.updating else self.last_update
+
+    def _updated(self, started: float) -> UpdateResult:
+        results: list[UpdateResult] = self._wait(self.updating, "update")
         self.policy_version = results[0].policy_version
-        return UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
+        self.last_update = UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
+        self.updating = []
+        return self.last_update
 
     def _count_empty(self, batch: TrainBatch) -> None:
         """A batch without a token to learn from moves nothing; too many of them in a row end the run."""

@@ -83,6 +83,7 @@ class TrainingRun:
         self._owed: dict[str, float] | None = None  # metrics of the step before `next_step`, which has no whole row
         self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` says beside the learners' part
         self._saved_step = 0
+        self._is_saving = False
         self._told_of: set[RewardStatus] = set()
 
     def restore(self) -> bool:
@@ -117,8 +118,8 @@ class TrainingRun:
                 while self.next_step < plan.total_steps:
                     metrics = self._step(record)
                 return metrics
-            except (RolloutError, RewardError):
-                self._save_what_was_learned()
+            except (RolloutError, RewardError, KeyboardInterrupt) as error:
+                self._save_what_was_learned(interrupted=isinstance(error, KeyboardInterrupt))
                 raise
 
     def _step(self, record: Record) -> dict[str, float]:
@@ -218,17 +219,24 @@ class TrainingRun:
         return {"metrics": dict(metrics), "prompt_source": self.controller.prompt_source.state_dict()}
 
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
+        self._is_saving = True
         path = self.checkpoints.save(step, state, self.controller.learners.save_checkpoint)
-        self._saved_step = step
+        self._saved_step, self._is_saving = step, False
         self.display.message(f"checkpoint {path}")
 
-    def _save_what_was_learned(self) -> None:
-        """Where rollouts or rewards fail for good, the learners are well, and what they learned since the last
-        checkpoint is kept. Of a step that failed after its update the metrics of the update are known."""
-        step, update = self.controller.steps_learned, self.controller.last_update
-        if step == self._saved_step:
+    def _save_what_was_learned(self, *, interrupted: bool) -> None:
+        """Where rollouts or rewards fail for good, or somebody interrupts, the learners are well, and what they learned
+        since the last checkpoint is kept. Of a step that ended after its update the metrics of the update are known."""
+        controller = self.controller
+        if controller.steps_learned == self._saved_step and not controller.learners.is_updating:
             return
+        if self._is_saving:  # the learners still write what was interrupted, and another save would meet them there
+            return
+        if interrupted:
+            self.display.message("what was learned is saved first; interrupt again to stop at once")
         try:
+            controller.finish_update()
+            step, update = controller.steps_learned, controller.last_update
             if step != self.next_step and update is not None:
                 self._check_agreement(update.metrics)
                 self._state = self._run_state(update.metrics)

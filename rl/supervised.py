@@ -12,7 +12,7 @@ import numpy as np
 
 from rl.batch import TrainBatch, TrainSample, UpdateResult
 from rl.checkpoint import LEARNER, CheckpointStore
-from rl.errors import CheckpointError
+from rl.errors import CheckpointError, FledgeError
 from rl.metrics import Record
 from rl.prompts import SftExample
 from rl.run import Display
@@ -22,6 +22,9 @@ class SupervisedLearners(Protocol):
     """The learner group, as supervised training uses it."""
 
     def update(self, batch: TrainBatch) -> UpdateResult: ...
+    @property
+    def is_updating(self) -> bool: ...
+    def finish_update(self) -> UpdateResult | None: ...
     def save_checkpoint(self, directory: Path) -> None: ...
     def load_checkpoint(self, directory: Path) -> None: ...
 
@@ -58,6 +61,8 @@ class SupervisedRun:
         self.steps_per_epoch = steps_per_epoch(len(examples), batch_size)
         self.total_steps = epochs * self.steps_per_epoch
         self.next_step = 0
+        self._saved_step = 0
+        self._is_saving = False
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint; False when there is none.
@@ -76,7 +81,7 @@ class SupervisedRun:
                 "exported weights"
             )
         self._learners.load_checkpoint(path / LEARNER)
-        self.next_step = int(state["step"])
+        self.next_step = self._saved_step = int(state["step"])
         self._display.message(found.describe())
         return True
 
@@ -84,16 +89,39 @@ class SupervisedRun:
         """Run to the end; returns the metrics of the last step."""
         metrics: dict[str, float] = {}
         with open_sinks(self.next_step) as record:
-            while self.next_step < self.total_steps:
-                result = self._learners.update(self._batch(self.next_step))
-                metrics = {**result.metrics, "time/step_s": result.seconds}
-                self.next_step += 1
-                record(self.next_step, metrics)
-                self._display.step(self.next_step, metrics)
-                last = self.next_step == self.total_steps
-                if last or (self._checkpoint_every and self.next_step % self._checkpoint_every == 0):
-                    self._save()
+            try:
+                while self.next_step < self.total_steps:
+                    metrics = self._record(record, self._learners.update(self._batch(self.next_step)))
+                    last = self.next_step == self.total_steps
+                    if last or (self._checkpoint_every and self.next_step % self._checkpoint_every == 0):
+                        self._save()
+            except KeyboardInterrupt:
+                self._save_what_was_learned(record)
+                raise
         return metrics
+
+    def _record(self, record: Record, result: UpdateResult) -> dict[str, float]:
+        """The end of a step."""
+        metrics = {**result.metrics, "time/step_s": result.seconds}
+        self.next_step += 1
+        record(self.next_step, metrics)
+        self._display.step(self.next_step, metrics)
+        return metrics
+
+    def _save_what_was_learned(self, record: Record) -> None:
+        """After an interrupt, which may have found the learners in an update."""
+        if self.next_step == self._saved_step and not self._learners.is_updating:
+            return
+        if self._is_saving:  # the learners still write what was interrupted, and another save would meet them there
+            return
+        self._display.message("what was learned is saved first; interrupt again to stop at once")
+        try:
+            update = self._learners.finish_update()
+            if update is not None and update.policy_version > self.next_step:
+                self._record(record, update)
+            self._save()
+        except (FledgeError, OSError) as error:  # not in the place of the interrupt
+            self._display.message(f"the steps since the last checkpoint could not be saved: {error}")
 
     def _batch(self, step: int) -> TrainBatch:
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -102,7 +130,9 @@ class SupervisedRun:
         return TrainBatch.from_samples(tuple(_train_sample(self._examples[i]) for i in chosen))
 
     def _save(self) -> None:
+        self._is_saving = True
         path = self._checkpoints.save(self.next_step, {"examples": self._digest}, self._learners.save_checkpoint)
+        self._saved_step, self._is_saving = self.next_step, False
         self._display.message(f"checkpoint {path}")
 
 

@@ -213,8 +213,7 @@ class SkipsOneSync:
 
 @pytest.mark.processes
 def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_path):
-    directory, expected, straight_rows = straight_run
-    config = config_dict(directory, total_steps=1000, deterministic=True, run_dir=str(tmp_path / "run"))
+    config = config_dict(straight_run[0], total_steps=1000, deterministic=True, run_dir=str(tmp_path / "run"))
     config["checkpoint"] = {"every": 2}
     path = save_config(tmp_path, config)
     command = Command(tmp_path, "train", str(path))
@@ -226,21 +225,26 @@ def test_a_killed_and_resumed_run_arrives_at_the_same_weights(straight_run, tmp_
     resumed = Command(tmp_path, "train", str(path), f"total_steps={STEPS}", "--resume")
     assert resumed.wait() == 0, resumed.output()
     assert "resumed from" in resumed.output()
-    rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["rollout/tokens"] for row in rows] == [row["rollout/tokens"] for row in straight_rows]
-    assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in straight_rows]
-    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(weights[name], tensor), f"{name} differs by {(weights[name] - tensor).abs().max()}"
+    assert_the_run_is_the_straight_one(straight_run, tmp_path / "run")
     assert gone(agents, timeout_s=120) == []
 
 
-def in_the_third_step(model_dir, directory):
-    """A run that saves every step: the command, its processes, and Ray's agents."""
-    config = config_dict(model_dir, total_steps=1000, run_dir=str(directory / "run"))
-    config["checkpoint"] = {"every": 1}
+def assert_the_run_is_the_straight_one(straight_run, run_dir):
+    _, expected, straight_rows = straight_run
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["rollout/tokens"] for row in rows] == [row["rollout/tokens"] for row in straight_rows]
+    assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in straight_rows]
+    weights = load_file(run_dir / "model" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), f"{name} differs by {(weights[name] - tensor).abs().max()}"
+
+
+def in_the_third_step(model_dir, directory, *, saves_every):
+    """A run: the command, its processes, and Ray's agents."""
+    config = config_dict(model_dir, total_steps=1000, deterministic=True, run_dir=str(directory / "run"))
+    config["checkpoint"] = {"every": saves_every}
     command = Command(directory, "train", str(save_config(directory, config)))
     command.wait_for(directory / "run" / "metrics.jsonl", '"step": 2')
     return command, *command.descendants()
@@ -248,8 +252,8 @@ def in_the_third_step(model_dir, directory):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run, tmp_path, number):
-    command, children, agents = in_the_third_step(straight_run[0], tmp_path)
+def test_an_interrupt_in_the_middle_of_a_step_costs_no_step_and_leaves_nothing_behind(straight_run, tmp_path, number):
+    command, children, agents = in_the_third_step(straight_run[0], tmp_path, saves_every=0)
     if number == signal.SIGINT:
         os.killpg(command.process.pid, number)  # as a terminal does
     else:
@@ -257,22 +261,28 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(straight_run
     assert command.wait(timeout_s=90) == 130
     assert "interrupted" in command.output()
     assert "Traceback" not in command.output()
-    assert_nothing_is_left_but_a_whole_checkpoint(command, children + agents, tmp_path)
+    newest = assert_nothing_is_left_but_a_whole_checkpoint(command, children + agents, tmp_path)
+    assert newest >= 2, "what was learned is saved"
+    if number == signal.SIGINT:
+        resumed = Command(tmp_path, "train", str(tmp_path / "config.yaml"), f"total_steps={STEPS}", "--resume")
+        assert resumed.wait() == 0, resumed.output()
+        assert_the_run_is_the_straight_one(straight_run, tmp_path / "run")
 
 
 def assert_nothing_is_left_but_a_whole_checkpoint(command, processes, directory):
     assert gone(processes) == []
     assert command.files_left() == []
-    newest = CheckpointStore(directory / "run" / "checkpoints", keep=2).latest()
-    assert read_state(newest)["step"] >= 1
+    newest = read_state(CheckpointStore(directory / "run" / "checkpoints", keep=2).latest())["step"]
+    assert newest >= 1
     export(directory / "run", directory / "exported")
     weights = load_file(directory / "exported" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+    return newest
 
 
 @pytest.mark.processes
 def test_a_lost_learner_ends_the_run_by_its_name(straight_run, tmp_path):
-    command, children, agents = in_the_third_step(straight_run[0], tmp_path)
+    command, children, agents = in_the_third_step(straight_run[0], tmp_path, saves_every=1)
     learners = sorted((p for p in children if "ray::Learner" in p.cmdline()[0]), key=lambda p: p.create_time())
     assert len(learners) == 2
     learners[0].kill()

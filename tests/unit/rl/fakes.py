@@ -134,6 +134,9 @@ class FakeLearners:
     version: int = 0
     logprob_diff: float = 0.0
     skipped_steps: float = 0.0
+    interrupted_in: int = 0  # the update, of which it is
+    is_updating: bool = False
+    last_update: UpdateResult | None = None
 
     def annotate(self, scored: ScoredBatch) -> Annotations:
         return Annotations()
@@ -146,7 +149,15 @@ class FakeLearners:
             "rollout/logprob_diff_max": self.logprob_diff,
             "learner/skipped_steps": self.skipped_steps,
         }
-        return UpdateResult(self.version, metrics)
+        self.last_update = UpdateResult(self.version, metrics)
+        if self.version == self.interrupted_in:
+            self.is_updating = True
+            raise KeyboardInterrupt
+        return self.last_update
+
+    def finish_update(self) -> UpdateResult | None:
+        self.is_updating = False
+        return self.last_update
 
     def publish_weights(self) -> WeightVersion:
         return WeightVersion(self.version, num_bytes=8)

@@ -58,6 +58,37 @@ def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
         group._count_empty(batch(masked=True))
 
 
+class Updates:
+    """Returns the version that its update made; one of them is not asked, because an interrupt came first."""
+
+    def __init__(self, interrupt=False):
+        self.update, self.interrupt = self, interrupt
+
+    def remote(self, shares):
+        if self.interrupt:
+            raise KeyboardInterrupt
+        return UpdateResult(7, {"loss": 0.5})
+
+
+def test_an_update_that_was_interrupted_can_be_waited_for_unless_a_rank_never_got_it(calls_are_results, monkeypatch):
+    group = LearnerGroup(spec(num_workers=2), [Updates(), Updates()])
+    assert group.finish_update() is None
+    wait = LearnerGroup._wait
+    monkeypatch.setattr(LearnerGroup, "_wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        group.update(batch(masked=False))
+    assert (group.is_updating, group.policy_version) == (True, 0)
+    monkeypatch.setattr(LearnerGroup, "_wait", wait)
+    assert group.finish_update().policy_version == group.policy_version == 7
+    assert not group.is_updating
+    assert group.finish_update() is group.last_update
+    cut = LearnerGroup(spec(num_workers=2), [Updates(), Updates(interrupt=True)])
+    with pytest.raises(KeyboardInterrupt):
+        cut.update(batch(masked=False))
+    with pytest.raises(LearnerError, match="interrupted before every learner rank had it"):
+        cut.finish_update()
+
+
 class Rank:
     """One whose node sees what the driver writes into run_dir, or does not, and the other way round."""
 

@@ -186,14 +186,15 @@ def raise_(error):
 class FailingRewards(FakeRewardPool):
     """Scores so many batches, then never again."""
 
-    def __init__(self, good: int) -> None:
+    def __init__(self, good: int, error: BaseException | None = None) -> None:
         super().__init__(frozenset({"p0", "p3"}))
         self.good = good
+        self.error = error or RewardError("the reward fails on every sample")
 
     def score(self, rollouts, *, earlier=()):
         self.good -= 1
         if self.good < 0:
-            raise RewardError("the reward fails on every sample")
+            raise self.error
         return super().score(rollouts, earlier=earlier)
 
 
@@ -212,6 +213,45 @@ def test_rewards_that_fail_for_good_cost_no_step_that_was_learned(tmp_path):
     assert resumed.restore()
     resumed.execute()
     assert drawn(tmp_path / "failed") == drawn(tmp_path / "straight"), "the failed step drew its prompts again"
+
+
+@pytest.mark.parametrize("where", ["rewards", "update", "sync"])
+def test_an_interrupt_costs_no_step_that_was_learned(tmp_path, where):
+    learners = FakeLearners(interrupted_in=3 if where == "update" else 0)
+    rewards = FailingRewards(2, KeyboardInterrupt()) if where == "rewards" else None
+    run = make_run(tmp_path, learners=learners, shaping={"rewards": rewards}, checkpoint_every=0, total_steps=5)
+    if where == "sync":
+        learners.publish_weights = lambda publish=learners.publish_weights: (
+            raise_(KeyboardInterrupt()) if learners.version == 3 else publish()
+        )
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    learned = 2 if where == "rewards" else 3
+    assert run.display.messages[-2:] == [
+        "what was learned is saved first; interrupt again to stop at once",
+        f"checkpoint {tmp_path}/checkpoints/step_{learned:06d}",
+    ]
+    learners, source = FakeLearners(), FakePromptSource()
+    resumed = make_run(tmp_path, learners=learners, source=source, total_steps=5)
+    assert resumed.restore()
+    assert (resumed.next_step, learners.version, source.drawn) == (learned, learned, 2 * learned)
+    resumed.execute()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_an_interrupted_save_is_not_met_by_another_and_what_is_on_disk_is_not_saved_again(tmp_path):
+    run = make_run(tmp_path, total_steps=3)
+    saves = []
+    run.checkpoints.save = lambda step, *_: saves.append(step) or raise_(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    assert saves == [2]
+    run = make_run(tmp_path, shaping={"rewards": FailingRewards(2, KeyboardInterrupt())})
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    assert [text for text in run.display.messages if "saved" in text or "checkpoint" in text] == [
+        f"checkpoint {tmp_path}/checkpoints/step_000002"
+    ]
 
 
 def test_samples_without_a_reward_are_told_of_once_a_kind(tmp_path):

@@ -26,11 +26,22 @@ class Learners:
     """Remember what they were given."""
 
     seen: list = field(default_factory=list)
+    interrupted_in: int = 0  # the update, of which it is
+    is_updating: bool = False
+    last_update: UpdateResult | None = None
 
     def update(self, batch):
         assert batch.num_loss_tokens == 3 * len(batch.samples)
         self.seen.append([int(sample.response_ids[0]) for sample in batch.samples])
-        return UpdateResult(len(self.seen), {"learner/loss": 1.0})
+        self.last_update = UpdateResult(len(self.seen), {"learner/loss": 1.0})
+        if len(self.seen) == self.interrupted_in:
+            self.is_updating = True
+            raise KeyboardInterrupt
+        return self.last_update
+
+    def finish_update(self):
+        self.is_updating = False
+        return self.last_update
 
     def save_checkpoint(self, directory):
         (directory / "seen").write_text(str(len(self.seen)))
@@ -70,16 +81,30 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
     class Sink:
         def write(self, step, metrics):
             if step == 5:
-                raise KeyboardInterrupt
+                raise RuntimeError("killed")
 
         def close(self): ...
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="killed"):
         run_in(tmp_path / "cut", cut, 2).execute(lambda done: nullcontext(Sink().write))
     again = run_in(tmp_path / "cut", resumed, 2)
     assert again.restore()
     again.execute(lambda done: nullcontext(lambda step, metrics: None))
     assert resumed.seen[4:] == straight.seen[4:]
+
+
+def test_an_interrupt_costs_no_step_that_was_learned(tmp_path):
+    straight, cut, resumed = Learners(), Learners(interrupted_in=3), Learners()
+    run_in(tmp_path / "straight", straight, 0).execute(lambda done: nullcontext(lambda step, metrics: None))
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "cut", cut, 0).execute(lambda done: nullcontext(lambda step, metrics: rows.append(step)))
+    assert rows == [1, 2, 3]
+    again = run_in(tmp_path / "cut", resumed, 0)
+    assert again.restore()
+    again.execute(lambda done: nullcontext(lambda step, metrics: rows.append(step)))
+    assert rows == [1, 2, 3, 4, 5, 6]
+    assert resumed.seen[3:] == straight.seen[3:]
 
 
 def test_changed_examples_are_not_resumed_on(tmp_path):
