@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rl.errors import FledgeError
 
@@ -23,6 +23,9 @@ _NEWS_OF_A_LOSS_S = 5.0  # that Ray may take to tell of a dead actor
 # Of the text of ray.exceptions.OutOfMemoryError, which goes on for 4,000 characters about Ray's settings.
 _NODE_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),.*?was (\S+) used / (\S+) limit")
 _MEMORY_USER = re.compile(r"^\d+\t([\d.]+)\t(\S+)", re.MULTILINE)
+
+
+_GUESSES = " Some common causes include"  # follow, at length, in Ray's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,17 @@ def _lost(calls: Sequence[Any]) -> Any:
     return next((call for call in ended if _is_lost(call)), None)
 
 
+def has_failed(call: Any) -> bool:
+    """Whether a call has ended with an error; False while it goes on."""
+    try:
+        ray.get(call, timeout=0)
+    except GetTimeoutError:
+        return False
+    except RayError:
+        return True
+    return False
+
+
 def _is_lost(call: Any) -> bool:
     """Whether the member of a call that has ended is gone."""
     try:
@@ -121,7 +135,8 @@ def _why(error: RayError) -> str:
             f"Ray's memory monitor ended it, because node {node} had {used} of {limit} in use (most by {users}); "
             "what to lower is in docs/running.md under Memory"
         )
-    return " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t"))
+    plain = " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t"))
+    return plain.partition(_GUESSES)[0]
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:

@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rl.actors import Crew, end_actors
+from rl.actors import Crew, end_actors, has_failed
 from rl.batch import FloatArray, OnGroup, Prompt, Rollout, RolloutBatch, TokenPair, WeightVersion
 from rl.config import EvaluationConfig, RolloutConfig
 from rl.errors import FledgeError, RolloutError, WeightSyncError
@@ -316,25 +316,42 @@ class RolloutPool:
         checks: list[Any] = [worker.check_health.remote() for worker in self.workers]
         ray.wait(checks, num_returns=len(checks), timeout=_HEALTH_TIMEOUT_S)
         lost = [index for index, check in enumerate(checks) if not _is_well(check)]
+        if lost:
+            self._start_again(lost)
+        return len(lost)
+
+    def _start_again(self, lost: Sequence[int]) -> None:
+        """Start new workers in these places, and again where one fails to start, as far as rollout.max_restarts goes."""
+        starts: dict[int, Any] = {}
+        failed = list(lost)
+        while True:
+            self._count_loss(failed)
+            self._report(
+                f"rollout workers {failed} are lost; others are started in their place, which may take up to "
+                f"rollout.start_timeout_s {self._config.start_timeout_s:g} s (`ray status` shows whether there is room)"
+            )
+            # In order, where they still can: an engine's memory and files are then free when its successor starts.
+            _end_workers([self.workers[index] for index in failed])
+            for index in failed:
+                self.workers[index] = self._start_worker(index)
+                starts[index] = self.workers[index].start.remote()
+            try:
+                self._wait([starts[index] for index in lost], "start again", "start_timeout_s", members=lost)
+                return
+            except RolloutError as error:
+                failed = [index for index in lost if has_failed(starts[index])]
+                if not failed:  # late, which another try would be, too
+                    raise
+                self._report(str(error))
+
+    def _count_loss(self, lost: Sequence[int]) -> None:
         self._restarts += len(lost)
-        self._losses_in_a_row += bool(lost)
+        self._losses_in_a_row += 1
         if self._losses_in_a_row > self._config.max_restarts:
             raise RolloutError(
                 f"rollout workers {lost} are lost, and rollout.max_restarts {self._config.max_restarts} is used up: so "
                 "many losses in a row, without a batch in between, are borne"
             )
-        if lost:
-            self._report(
-                f"rollout workers {lost} are lost; others are started in their place, which may take up to "
-                f"rollout.start_timeout_s {self._config.start_timeout_s:g} s (`ray status` shows whether there is room)"
-            )
-        # In order, where they still can: an engine's memory and files are then free when its successor starts.
-        _end_workers([self.workers[index] for index in lost])
-        for index in lost:
-            self.workers[index] = self._start_worker(index)
-        starts = [self.workers[index].start.remote() for index in lost]
-        self._wait(starts, "start again", "start_timeout_s", members=lost)
-        return len(lost)
 
     def _wait(
         self,

@@ -79,7 +79,7 @@ class Pools:
         self.pools, self.started, self.told = [], [], []
 
     def make(self, workers, faults=None, **settings):
-        faults = dict(faults or {})
+        faults = self.faults = dict(faults or {})
         deterministic = settings.pop("deterministic", False)
         config = RolloutConfig(num_workers=workers, **({"timeout_s": 20, "start_timeout_s": 60} | settings))
         parameters = SamplingParameters(max_tokens=2)
@@ -213,6 +213,25 @@ def test_a_lost_engine_ends_in_order_before_the_next_one_starts(pools, tmp_path)
         pool.generate(PROMPTS, group_size=1, step=0)
     assert pool.replace_lost_workers() == 1
     assert lives.read_text().splitlines() == ["0 starts", "0 ends", "0 starts"]
+
+
+def test_a_worker_that_fails_while_it_starts_again_is_another_loss(pools):
+    pool = pools.make(2, {0: "dies"}, max_restarts=2)
+    with pytest.raises(RolloutError, match="was lost"):
+        pool.generate(PROMPTS, group_size=1, step=0)
+    pools.faults[0] = "no start"
+    assert pool.replace_lost_workers() == 1
+    assert pool.metrics()["rollout/worker_restarts"] == 2
+    assert "rollout worker 0 failed to start again: rollout engine 0 did not start: no memory" in pools.told
+    assert len(pool.generate(PROMPTS, group_size=1, step=0).rollouts) == 6
+
+    pools.faults[1] = "slow start"
+    ray.kill(pool.workers[1])
+    pool._config = pool._config.model_copy(update={"start_timeout_s": 2})
+    with pytest.raises(
+        RolloutError, match=r"rollout workers \[1\] did not start again within rollout.start_timeout_s 2 s"
+    ):
+        pool.replace_lost_workers()
 
 
 def test_losses_count_once_however_many_workers_they_take_and_are_forgotten_after_a_batch(pools):
