@@ -321,7 +321,7 @@ class RolloutPool:
         return len(lost)
 
     def _start_again(self, lost: Sequence[int]) -> None:
-        """Start new workers in these places, and again where one fails to start, as far as rollout.max_restarts goes."""
+        """Start new workers in these places, and again where one fails to start, within rollout.max_restarts."""
         starts: dict[int, Any] = {}
         failed = list(lost)
         while True:

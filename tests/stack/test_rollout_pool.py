@@ -216,7 +216,7 @@ def test_a_lost_engine_ends_in_order_before_the_next_one_starts(pools, tmp_path)
 
 
 def test_a_worker_that_fails_while_it_starts_again_is_another_loss(pools):
-    pool = pools.make(2, {0: "dies"}, max_restarts=2)
+    pool = pools.make(2, {0: "dies"}, max_restarts=2, start_timeout_s=10)
     with pytest.raises(RolloutError, match="was lost"):
         pool.generate(PROMPTS, group_size=1, step=0)
     pools.faults[0] = "no start"
@@ -227,10 +227,7 @@ def test_a_worker_that_fails_while_it_starts_again_is_another_loss(pools):
 
     pools.faults[1] = "slow start"
     ray.kill(pool.workers[1])
-    pool._config = pool._config.model_copy(update={"start_timeout_s": 2})
-    with pytest.raises(
-        RolloutError, match=r"rollout workers \[1\] did not start again within rollout.start_timeout_s 2 s"
-    ):
+    with pytest.raises(RolloutError, match=r"rollout workers \[1\] did not start again within rollout.start_timeout"):
         pool.replace_lost_workers()
 
 
