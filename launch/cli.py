@@ -34,14 +34,20 @@ app = typer.Typer(
 
 app.add_typer(reward_app)
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration", metavar="CONFIG")]
+ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration file", metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, for example rollout.group_size=16", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="keys to override, for example rollout.group_size=16", metavar="[KEY=VALUE]..."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in run_dir")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="continue from the newest checkpoint in run_dir, if there is one")
+]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="check configuration, model, data and rewards, show what would run, start nothing"),
+    typer.Option(
+        "--dry-run",
+        help="check the configuration, model, data and rewards, and show what would run, without starting anything",
+    ),
 ]
 
 INTERRUPTED = 130
@@ -57,7 +63,7 @@ def _show_version(wanted: bool) -> None:
 def options(
     *,
     version: Annotated[
-        bool, typer.Option("--version", help="show the version", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="show the version and exit", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """What every command shares."""
@@ -109,10 +115,12 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, *, dry_run: DryRun
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="run directory")],
-    out_dir: Annotated[Path, typer.Argument(help="folder for the Hugging Face checkpoint")],
+    run_dir: Annotated[Path, typer.Argument(help="the run_dir of a run")],
+    out_dir: Annotated[Path, typer.Argument(help="new or empty folder to write the Hugging Face checkpoint to")],
     *,
-    step: Annotated[int | None, typer.Option(min=1, help="of the checkpoint; the newest where it is left out")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="step of the checkpoint to export; default: the newest checkpoint")
+    ] = None,
 ) -> None:
     """Turn a run's checkpoint into a Hugging Face checkpoint."""
     from launch.commands import export as run
@@ -122,7 +130,7 @@ def export(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+def report(run_dir: Annotated[Path, typer.Argument(help="the run_dir of a run")]) -> None:
     """Write report.html, one self-contained page with the run's curves and samples."""
     from launch.report import write_report
 

@@ -44,13 +44,18 @@ def list_command() -> None:
 def score(
     name: Annotated[str, typer.Argument(help="a listed name, package.module:function or path/to/file.py:function")],
     options: Annotated[
-        list[str] | None, typer.Argument(help="the reward's options, key=value", metavar="[KEY=VALUE]...")
+        list[str] | None,
+        typer.Argument(help="options of the reward, for example max_tokens=4096", metavar="[KEY=VALUE]..."),
     ] = None,
     *,
-    input_path: Annotated[Path, typer.Option("--input", help="JSONL rows with response and ground_truth, or tests")],
-    output_path: Annotated[Path, typer.Option("--output", help="the same rows with reward, breakdown and error")],
-    workers: Annotated[int, typer.Option(min=1, help="processes that score")] = 2,
-    timeout: Annotated[float, typer.Option(min=0.001, max=1e9, help="deadline of one sample, seconds")] = 30.0,
+    input_path: Annotated[
+        Path, typer.Option("--input", help="JSONL file whose rows hold response, and ground_truth or tests")
+    ],
+    output_path: Annotated[
+        Path, typer.Option("--output", help="file to write: the same rows with reward, breakdown and error")
+    ],
+    workers: Annotated[int, typer.Option(min=1, help="number of scoring processes")] = 2,
+    timeout: Annotated[float, typer.Option(min=0.001, max=1e9, help="seconds allowed for scoring one sample")] = 30.0,
 ) -> None:
     """Score the responses of a JSONL file.
 
@@ -70,7 +75,9 @@ def score(
 
 
 @reward_app.command()
-def new(name: Annotated[str, typer.Argument(help="of the package and of the reward, for example my-reward")]) -> None:
+def new(
+    name: Annotated[str, typer.Argument(help="name of the package and of its reward, for example my-reward")],
+) -> None:
     """Start a plugin package in the folder NAME: a reward, its entry point and its tests."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ConfigError(f"reward name {name!r} must be lower-case words joined by hyphens, for example my-reward")

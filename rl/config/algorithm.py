@@ -23,17 +23,28 @@ class KLConfig(Section):
     """Divergence from the frozen reference."""
 
     placement: Literal["none", "loss", "reward"] = Field(
-        "none", description="in the loss, or taken from the token rewards"
+        "none",
+        description="where the KL penalty is applied: loss adds it to each token's loss, reward subtracts it from "
+        "each token's reward",
     )
-    coefficient: NonNegativeFloat = Field(0.0, description="of the divergence")
+    coefficient: NonNegativeFloat = Field(
+        0.0, description="weight of the KL penalty; with adaptive_target, its initial value"
+    )
     estimator: Literal["k1", "k2", "k3", "k1_straight_through", "k3_straight_through"] = Field(
-        "k3", description="see docs/algorithms.md"
+        "k3", description="estimator of the KL divergence of one token; see docs/algorithms.md"
     )
-    adaptive_target: PositiveFloat | None = Field(None, description="adaptive coefficient: the KL to hold")
+    adaptive_target: PositiveFloat | None = Field(
+        None,
+        description="mean KL per token, in nats, that the coefficient is adapted to hold; null keeps the coefficient "
+        "constant",
+    )
     adaptive_horizon: PositiveInt = Field(
-        10000, description="samples over which the coefficient moves by about a fifth at most"
+        10000, description="samples over which an adaptive coefficient changes by at most about a fifth"
     )
-    reference: LocalOrNamed | None = Field(None, description="checkpoint of the reference; null: the initial policy")
+    reference: LocalOrNamed | None = Field(
+        None,
+        description="checkpoint of the reference model, as a local folder or hub name; null uses the initial policy",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> KLConfig:
@@ -54,14 +65,18 @@ class RolloutCorrectionConfig(Section):
 
     mode: Literal["none", "truncate", "mask", "reject"] = Field(
         "truncate",
-        description="truncate: min(ratio, upper) weighs a token; mask: the ratio inside the bounds, else 0; reject: 1 "
-        "inside, else 0; none: only measured",
+        description="token weight from the ratio of learner to sampler probability; truncate: min(ratio, upper); "
+        "mask: the ratio within bounds, else 0; reject: 1 within bounds, else 0; none: 1",
     )
     level: Literal["token", "sequence", "geometric"] = Field(
-        "token", description="a ratio of each token, of the whole response (their product), or that's geometric mean"
+        "token",
+        description="what the ratio is computed over: each token, the whole response (product of token ratios), or "
+        "the response's geometric mean",
     )
-    upper: Annotated[Float, Field(ge=1)] = Field(2.0, description="largest ratio")
-    lower: Fraction = Field(0.0, description="for mask and reject: ratios under it are left out too")
+    upper: Annotated[Float, Field(ge=1)] = Field(2.0, description="upper bound of the ratio")
+    lower: Fraction = Field(
+        0.0, description="lower bound of the ratio, for mask and reject only; 0 means no lower bound"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutCorrectionConfig:
@@ -75,27 +90,53 @@ class RolloutCorrectionConfig(Section):
 class DynamicSamplingConfig(Section):
     """Replace groups whose task rewards are all equal by groups of further prompts (DAPO)."""
 
-    max_rounds: Annotated[Int, Field(ge=2)] = Field(10, description="generations a step, the first included")
+    max_rounds: Annotated[Int, Field(ge=2)] = Field(
+        10, description="maximum number of generation rounds per step, including the first"
+    )
 
 
 class AlgorithmConfig(Section):
     """Advantages, policy loss and what is around them."""
 
-    advantage: str = Field("grpo", description="a registered estimator, or verl:NAME")
-    advantage_options: dict[str, Any] = Field(default_factory=dict, description="the estimator's keyword arguments")
-    loss: str = Field("ppo_clip", description="a registered policy loss, or verl:NAME")
-    loss_options: dict[str, Any] = Field(default_factory=dict, description="the loss's keyword arguments")
+    advantage: str = Field(
+        "grpo",
+        description="advantage estimator: a registered name (docs/algorithms.md), or verl:NAME for one of verl's",
+    )
+    advantage_options: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the advantage estimator"
+    )
+    loss: str = Field(
+        "ppo_clip", description="policy loss: a registered name (docs/algorithms.md), or verl:NAME for one of verl's"
+    )
+    loss_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the policy loss")
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"] | None = (
-        Field(None, description="null: the loss's own default")
+        Field(
+            None,
+            description="how token losses are combined into the loss of a mini-batch (docs/algorithms.md); null uses "
+            "the policy loss's default",
+        )
     )
-    entropy_coefficient: Float = Field(0.0, description="weight of the entropy bonus; 0: none")
-    kl: KLConfig = Field(KLConfig(), description="divergence from the reference")
+    entropy_coefficient: Float = Field(0.0, description="weight of the entropy bonus in the loss; 0 disables it")
+    kl: KLConfig = Field(KLConfig(), description="KL penalty relative to a frozen reference model")
     rollout_correction: RolloutCorrectionConfig = Field(
-        RolloutCorrectionConfig(), description="for samplers that are not quite the learner"
+        RolloutCorrectionConfig(),
+        description="weights that correct for differences between the sampler's and the learner's probabilities",
     )
-    mask_truncated: bool = Field(False, description="responses cut at the token limit take no part in the loss")
-    whiten_advantages: bool = Field(False, description="to mean 0 and standard deviation 1 over the batch")
-    dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="null: learn from every group")
+    mask_truncated: bool = Field(
+        False,
+        description="exclude responses that were cut off at the token limit from the loss; they still count in group "
+        "statistics",
+    )
+    whiten_advantages: bool = Field(
+        False,
+        description="normalise advantages to mean 0 and standard deviation 1 over all tokens of the batch that are in "
+        "the loss",
+    )
+    dynamic_sampling: DynamicSamplingConfig | None = Field(
+        None,
+        description="replace groups whose task rewards are all equal with groups of further prompts; null learns from "
+        "every group",
+    )
     plugins: tuple[PluginName, ...] = Field(
-        (), description="modules or files to import, that register estimators or losses"
+        (), description="modules or .py files to import because they register estimators or losses"
     )

@@ -12,23 +12,30 @@ from rl.config.types import Float, LocalOrNamed, OneOrSeveral, PositiveInt, Sect
 class ModelConfig(Section):
     """The policy."""
 
-    path: LocalOrNamed = Field(description="local folder or hub name of a Hugging Face checkpoint")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    path: LocalOrNamed = Field(description="Hugging Face checkpoint of the policy: a local folder or hub name")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a hub checkpoint; null uses the hub's default branch"
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="of the weights in learner and engine; the optimizer's are float32"
+        "bfloat16",
+        description="dtype of the weights in learner and engines; the optimizer keeps its own weights in float32",
     )
     head_dtype: Literal["model", "float32"] = Field(
-        "model", description="of the logits, in learner and engine; see docs/learner.md"
+        "model",
+        description="dtype in which logits are computed, in learner and engines; model means the same as dtype; see "
+        "docs/learner.md",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
-        "auto", description="the learner's attention; auto takes the best exact one for the model and the device"
+        "auto",
+        description="attention implementation of the learner; auto chooses the best exact one for the model and device",
     )
-    trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
+    trust_remote_code: bool = Field(False, description="allow Python code that comes with the checkpoint to run")
     chat_template: LocalOrNamed | None = Field(
-        None, description="file with a Jinja chat template, in place of the tokenizer's"
+        None, description="file with a Jinja chat template; null uses the tokenizer's own template"
     )
     chat_template_options: dict[str, Any] = Field(
-        default_factory=dict, description="passed to the template, e.g. enable_thinking or reasoning_effort"
+        default_factory=dict,
+        description="variables passed to the chat template, e.g. enable_thinking or reasoning_effort",
     )
 
     @model_validator(mode="after")
@@ -43,19 +50,39 @@ class DatasetConfig(Section):
 
     path: OneOrSeveral = Field(
         description="JSONL or Parquet file, local dataset folder, hub name, or reasoning_gym:TASK; a list of files, "
-        "folders and names is one dataset, in their order"
+        "folders and hub names is read in order as one dataset"
     )
-    name: str | None = Field(None, description="how metrics and files call it; default: from the path")
-    split: str = Field("train", description="of a folder or hub dataset")
-    subset: str | None = Field(None, description="a hub dataset's configuration name")
-    prompt_field: str = Field("prompt", description="a column with text, or with chat messages")
-    ground_truth_field: str | None = Field("ground_truth", description="null: the rewards need no ground truth")
-    system_prompt: str | None = Field(None, description="put before conversations without a system message")
-    prompt_suffix: str = Field("", description="appended to the user's message, e.g. how to give the answer")
-    size: PositiveInt | None = Field(None, description="use only the first rows; for reasoning_gym, how many to make")
-    seed: Seed = Field(0, description="for generated tasks")
-    options: dict[str, Any] = Field(default_factory=dict, description="for reasoning_gym: the task's own settings")
-    reward: str | None = Field(None, description="reward for these rows in place of the config's")
+    name: str | None = Field(
+        None, description="name of the dataset in metrics and file names; null derives it from path"
+    )
+    split: str = Field("train", description="split to read; applies to dataset folders and hub datasets")
+    subset: str | None = Field(
+        None,
+        description="configuration to load; applies to hub datasets and folders of data files; null uses the default "
+        "one",
+    )
+    prompt_field: str = Field(
+        "prompt", description="column that holds the prompt, as text or as a list of chat messages"
+    )
+    ground_truth_field: str | None = Field(
+        "ground_truth", description="column that holds the ground truth; null if the rewards need none"
+    )
+    system_prompt: str | None = Field(
+        None, description="system message added to conversations that have none; null adds nothing"
+    )
+    prompt_suffix: str = Field("", description="text appended to the last user message, e.g. the answer format to use")
+    size: PositiveInt | None = Field(
+        None,
+        description="use only this many rows, from the start; for reasoning_gym, the number of tasks to generate; "
+        "null uses all rows, or the task's own default",
+    )
+    seed: Seed = Field(0, description="seed for generating reasoning_gym tasks")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the reasoning_gym task")
+    reward: str | None = Field(
+        None,
+        description="reward for rows that name none themselves, in place of the task rewards in reward.functions; "
+        "null keeps those",
+    )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -71,27 +98,49 @@ class DatasetConfig(Section):
 class EvalDatasetConfig(DatasetConfig):
     """Where prompts to evaluate on come from: which split is said, lest it be the one that is trained on."""
 
-    split: str = Field("", description="of a folder or hub dataset; may be left out where that has only one")
+    split: str = Field(
+        "",
+        description="split to read; applies to dataset folders and hub datasets, and may be left out if there is only "
+        "one",
+    )
 
 
 class CurriculumConfig(Section):
     """Prompts by running pass rate p: each is kept with chance 4 p (1 - p), where the order comes to it."""
 
-    decay: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5, description="weight of the old rate in the running mean")
-    floor: Annotated[Float, Field(ge=0.01, le=1)] = Field(0.05, description="smallest chance, so that none is lost")
-    right_above: Float = Field(0.0, description="a response is right when its task reward is above this")
+    decay: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.5,
+        description="weight of the old value when a prompt's running pass rate is updated; 0 keeps only the latest "
+        "pass rate",
+    )
+    floor: Annotated[Float, Field(ge=0.01, le=1)] = Field(
+        0.05, description="minimum probability of using a prompt when its turn comes, so that none is lost for good"
+    )
+    right_above: Float = Field(0.0, description="a response counts as right if its task reward is above this value")
 
 
 class DataConfig(Section):
     """Training and evaluation prompts."""
 
-    train: DatasetConfig | None = Field(None, description="prompts to learn from; `fledge eval` needs none")
-    eval: tuple[EvalDatasetConfig, ...] = Field((), description="prompts to evaluate on, a dataset each")
-    shuffle: bool = Field(True, description="in an order of its own each epoch, by seed")
-    curriculum: CurriculumConfig | None = Field(None, description="null: every prompt once an epoch")
-    max_prompt_tokens: PositiveInt = Field(1024, description="longer prompts are dropped and counted")
+    train: DatasetConfig | None = Field(None, description="prompts to learn from; `fledge eval` does not need them")
+    eval: tuple[EvalDatasetConfig, ...] = Field((), description="datasets of prompts to evaluate on")
+    shuffle: bool = Field(
+        True,
+        description="visit the prompts in a different order each epoch, determined by seed; false keeps the order of "
+        "the rows",
+    )
+    curriculum: CurriculumConfig | None = Field(
+        None,
+        description="prefer prompts that are solved sometimes, neither always nor never; null uses every prompt once "
+        "per epoch",
+    )
+    max_prompt_tokens: PositiveInt = Field(
+        1024,
+        description="maximum length of a prompt in tokens, chat template included; longer prompts are dropped and "
+        "counted",
+    )
     train_on_eval_prompts: bool = Field(
-        False, description="keep training prompts that are in eval, too; they are dropped otherwise"
+        False, description="keep training prompts that are also in data.eval; by default they are dropped"
     )
 
     @model_validator(mode="after")
@@ -109,5 +158,9 @@ class SftDataConfig(Section):
     """Worked examples: rows with a prompt and a response."""
 
     train: DatasetConfig = Field(description="rows with a prompt and a response, or with `messages`")
-    response_field: str = Field("response", description="the column with the response")
-    max_tokens: PositiveInt = Field(2048, description="longer examples are dropped and counted")
+    response_field: str = Field("response", description="column that holds the response")
+    max_tokens: PositiveInt = Field(
+        2048,
+        description="maximum length of an example (prompt and response) in tokens; longer examples are dropped and "
+        "counted",
+    )

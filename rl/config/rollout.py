@@ -42,46 +42,78 @@ Temperature = Annotated[NonNegativeFloat, AfterValidator(_sampled_as_asked)]
 class RejectDegenerateConfig(Section):
     """What counts as endless repetition: one block of tokens, again and again up to the end of the response."""
 
-    min_tokens: PositiveInt = Field(256, description="the repetition is at least so long")
-    min_repeats: Annotated[Int, Field(ge=2)] = Field(8, description="and holds the block at least so often")
-    max_period: PositiveInt = Field(64, description="tokens of the longest block that is looked for")
+    min_tokens: PositiveInt = Field(256, description="minimum length of the repetition in tokens")
+    min_repeats: Annotated[Int, Field(ge=2)] = Field(
+        8, description="minimum number of times that the block is repeated"
+    )
+    max_period: PositiveInt = Field(64, description="maximum length of the repeated block in tokens")
 
 
 class RolloutConfig(Section):
     """Sampling and the vLLM engines."""
 
-    num_workers: PositiveInt = Field(1, description="vLLM engines")
-    tensor_parallel_size: PositiveInt = Field(1, description="GPUs of an engine (on CPUs: processes)")
-    threads_per_worker: PositiveInt | None = Field(None, description="CPU threads; null: an even share of the cores")
-    prompts_per_step: PositiveInt = Field(32, description="groups a training step")
-    group_size: Annotated[Int, Field(ge=1, le=1 << 16)] = Field(8, description="responses a prompt")
-    max_response_tokens: PositiveInt = Field(1024, description="longer responses are cut, and say so")
-    temperature: Temperature = Field(1.0, description="of the samples to learn from")
-    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
-    top_k: NonNegativeInt = Field(0, description="0: every token")
-    min_p: Fraction = Field(0.0, description="0: every token")
+    num_workers: PositiveInt = Field(1, description="number of rollout workers, each with one vLLM engine")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs per engine (on CPUs: processes per engine)")
+    threads_per_worker: PositiveInt | None = Field(
+        None,
+        description="CPU threads per process of an engine; null uses an even share of the machine's cores; has no "
+        "effect on GPUs",
+    )
+    prompts_per_step: PositiveInt = Field(32, description="prompts, and so groups of responses, per training step")
+    group_size: Annotated[Int, Field(ge=1, le=1 << 16)] = Field(8, description="responses per prompt")
+    max_response_tokens: PositiveInt = Field(
+        1024, description="maximum length of a response in tokens; longer responses are cut off and marked as truncated"
+    )
+    temperature: Temperature = Field(
+        1.0, description="sampling temperature of training rollouts; 0 means greedy decoding"
+    )
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="sample only from the most likely tokens whose probabilities add up to this value; 1 means all "
+        "tokens",
+    )
+    top_k: NonNegativeInt = Field(0, description="sample only from this many most likely tokens; 0 means all tokens")
+    min_p: Fraction = Field(
+        0.0, description="minimum probability of a token, relative to the most likely one; 0 means all tokens"
+    )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="strings that end a response, and stay in it, beside the end of the turn"
+        (), description="strings that end a response, in addition to the end of the turn; they stay in the response"
     )
     reject_degenerate: RejectDegenerateConfig | None = Field(
-        None, description="take responses that end in endless repetition out of the loss; null: keep them"
+        None,
+        description="exclude responses that end in endless repetition from the loss and from group statistics; null "
+        "keeps them",
     )
-    max_concurrent_sequences: PositiveInt = Field(256, description="that an engine generates at a time")
+    max_concurrent_sequences: PositiveInt = Field(
+        256, description="maximum number of sequences that an engine generates at a time"
+    )
     kv_cache_gib: PositiveFloat | None = Field(
-        None, description="fixed KV cache an engine; null: 1 on CPUs, measured on GPUs"
+        None,
+        description="size of the KV cache in GiB per GPU (on CPUs: per process); null means 1 on CPUs, and what "
+        "gpu_memory_utilization leaves on GPUs",
     )
     gpu_memory_utilization: Annotated[Float, Field(gt=0, lt=1)] = Field(
-        0.85, description="the engine's share of its GPUs, weights included"
+        0.85,
+        description="fraction of each GPU's memory that the engine may use, weights included; has no effect on CPUs "
+        "or with kv_cache_gib",
     )
-    enforce_eager: bool = Field(False, description="no CUDA graphs and no compilation: starts faster, generates slower")
-    enable_prefix_caching: bool = Field(True, description="keep the keys and values of prompts")
-    timeout_s: PositiveFloat = Field(1800.0, description="seconds in which at least one group of samples must finish")
-    start_timeout_s: PositiveFloat = Field(900.0, description="for an engine to load and warm up")
+    enforce_eager: bool = Field(
+        False, description="turn off CUDA graphs and compilation: engines start faster but generate more slowly"
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="reuse the cached keys and values of prompts; deterministic turns this off"
+    )
+    timeout_s: PositiveFloat = Field(
+        1800.0, description="seconds within which at least one group of responses must finish"
+    )
+    start_timeout_s: PositiveFloat = Field(900.0, description="seconds allowed for an engine to load and warm up")
     max_restarts: NonNegativeInt = Field(
-        3, description="losses in a row, of one engine or of many at once, without a batch in between, that are borne"
+        3,
+        description="tolerated number of engine losses in a row without a finished batch in between; several engines "
+        "lost at once count as one",
     )
     engine_options: dict[str, Any] = Field(
-        default_factory=dict, description="passed to vLLM's AsyncEngineArgs; see docs/running.md"
+        default_factory=dict, description="further arguments for vLLM's AsyncEngineArgs; see docs/running.md"
     )
 
     @model_validator(mode="after")
@@ -102,15 +134,28 @@ class RolloutConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation on data.eval, in training and by `fledge eval`."""
 
-    every: NonNegativeInt = Field(0, description="steps; 0: not in training")
-    at_start: bool = Field(False, description="before the first step, too")
-    samples_per_prompt: PositiveInt = Field(1, description="responses a prompt, n of avg@n and maj@n")
-    pass_at: tuple[PositiveInt, ...] = Field((1,), description="each k of pass@k")
-    temperature: Temperature = Field(0.0, description="0: greedy")
-    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(1.0, description="1: all of the distribution")
-    top_k: NonNegativeInt = Field(0, description="0: every token")
-    min_p: Fraction = Field(0.0, description="0: every token")
-    max_response_tokens: PositiveInt | None = Field(None, description="null: as in rollout")
+    every: NonNegativeInt = Field(
+        0,
+        description="training steps between evaluations, with one more after the last step; 0 disables them",
+    )
+    at_start: bool = Field(False, description="also evaluate before the first training step")
+    samples_per_prompt: PositiveInt = Field(1, description="responses per prompt: the n of avg@n and maj@n")
+    pass_at: tuple[PositiveInt, ...] = Field(
+        (1,), description="values of k for which pass@k is reported; at most samples_per_prompt"
+    )
+    temperature: Temperature = Field(0.0, description="sampling temperature of evaluation; 0 means greedy decoding")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="sample only from the most likely tokens whose probabilities add up to this value; 1 means all "
+        "tokens",
+    )
+    top_k: NonNegativeInt = Field(0, description="sample only from this many most likely tokens; 0 means all tokens")
+    min_p: Fraction = Field(
+        0.0, description="minimum probability of a token, relative to the most likely one; 0 means all tokens"
+    )
+    max_response_tokens: PositiveInt | None = Field(
+        None, description="maximum length of a response in tokens; null uses rollout.max_response_tokens"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
@@ -142,22 +187,26 @@ class RewardFunctionConfig(Section):
     """One reward of the weighted sum."""
 
     name: str = Field(description="registered name, package.module:function, or path/to/file.py:function")
-    weight: Float = Field(1.0, description="in the sum")
-    gate: bool = Field(False, description="the reward is at most 0 unless this part is positive")
-    options: dict[str, Any] = Field(default_factory=dict, description="the reward's own keyword arguments")
+    weight: Float = Field(1.0, description="weight of this reward in the sum")
+    gate: bool = Field(False, description="limit the weighted sum to at most 0 unless this reward is positive")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the reward")
 
 
 class RewardConfig(Section):
     """How responses are scored."""
 
     functions: tuple[RewardFunctionConfig, ...] = Field(
-        (RewardFunctionConfig(name="math"),), description="their weighted sum is the reward"
+        (RewardFunctionConfig(name="math"),), description="rewards whose weighted sum is the reward of a response"
     )
-    clip: tuple[float, float] | None = Field(None, description="bounds of the sum; null: none")
-    num_workers: PositiveInt = Field(2, description="processes that score")
-    timeout_s: PositiveFloat = Field(30.0, description="deadline of one sample")
-    batch_size: PositiveInt = Field(64, description="samples sent to a worker at a time")
-    max_error_fraction: Fraction = Field(0.5, description="end the run when more samples of a step fail to be scored")
+    clip: tuple[float, float] | None = Field(
+        None, description="lower and upper bound of the weighted sum; null means no bounds"
+    )
+    num_workers: PositiveInt = Field(2, description="number of worker processes that score responses")
+    timeout_s: PositiveFloat = Field(30.0, description="seconds allowed for scoring one sample")
+    batch_size: PositiveInt = Field(64, description="number of samples sent to a reward worker at a time")
+    max_error_fraction: Fraction = Field(
+        0.5, description="end the run if more than this fraction of a step's samples cannot be scored"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardConfig:

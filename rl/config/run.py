@@ -19,38 +19,46 @@ class SyncConfig(Section):
 
     transport: Literal["auto", "shm", "nccl", "ipc"] = Field(
         "auto",
-        description="shared memory on CPUs; on GPUs NCCL, or CUDA IPC where they are shared; see docs/weight-sync.md",
+        description="how weights are sent; auto means shm without GPUs, ipc with ray.colocate, else nccl; see "
+        "docs/weight-sync.md",
     )
-    bucket_mib: PositiveInt = Field(256, description="of one message, or of one tensor where that is larger")
-    timeout_s: PositiveFloat = Field(300.0, description="seconds for one message; over NCCL, for a whole sync")
+    bucket_mib: PositiveInt = Field(
+        256, description="maximum size of one message in MiB; a larger tensor is sent in a message of its own"
+    )
+    timeout_s: PositiveFloat = Field(300.0, description="seconds allowed for one message; with nccl, for a whole sync")
     probe_every: NonNegativeInt = Field(
-        20, description="steps between log-probability probes, after one at the first step; 0: none"
+        20, description="steps between log-probability probes, in addition to one at the first step; 0 disables probes"
     )
     logprob_tolerance: PositiveFloat | None = Field(
         None,
-        description="largest mean |log-probability difference| of sampler and learner, at every step and in the probe, "
-        "over which the run ends; null: 1e-4 in float32, in bfloat16 0.1, or 0.3 with experts. In float32 one token "
-        "may differ by ten times as much",
+        description="maximum mean |log-probability difference| between sampler and learner (in float32, ten times "
+        "this for one token), else the run ends; null: float32 1e-4, bfloat16 0.1, with experts 0.3",
     )
 
 
 class CheckpointConfig(Section):
     """Run state on disk."""
 
-    every: NonNegativeInt = Field(50, description="steps; 0: only at the end")
-    keep: PositiveInt | None = Field(2, description="newest checkpoints on disk; null: all")
+    every: NonNegativeInt = Field(50, description="steps between checkpoints; 0 saves only when the run ends")
+    keep: PositiveInt | None = Field(
+        2, description="number of checkpoints to keep on disk, the newest ones; null keeps all"
+    )
 
 
 class LoggingConfig(Section):
     """Where metrics and samples go, beside metrics.jsonl."""
 
-    tensorboard: bool = Field(True, description="write event files to run_dir/tensorboard")
-    wandb_project: str | None = Field(None, description="null: no W&B")
+    tensorboard: bool = Field(True, description="write TensorBoard event files to run_dir/tensorboard")
+    wandb_project: str | None = Field(None, description="Weights & Biases project to log to; null disables W&B")
     wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline: files that `wandb sync` uploads later"
+        "online", description="online, or offline to write files that `wandb sync` uploads later"
     )
-    samples_every: NonNegativeInt = Field(1, description="steps between sample files; 0: none")
-    samples_per_step: PositiveInt = Field(64, description="in a sample file")
+    samples_every: NonNegativeInt = Field(
+        1, description="training steps between sample files in run_dir/samples; 0 writes none"
+    )
+    samples_per_step: PositiveInt = Field(
+        64, description="maximum number of samples in a sample file, the first ones of its step"
+    )
 
 
 _RAYS_OWN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
@@ -59,21 +67,25 @@ _RAYS_OWN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 class RayConfig(Section):
     """The cluster. RAY_ADDRESS in the environment joins a running one."""
 
-    address: str | None = Field(None, description="null: RAY_ADDRESS, else a local cluster that ends with the run")
-    colocate: bool = Field(False, description="rollout and learner workers share the GPUs")
+    address: str | None = Field(
+        None,
+        description="address of the Ray cluster to join; null uses RAY_ADDRESS if set, else a local cluster that ends "
+        "with the run",
+    )
+    colocate: bool = Field(False, description="let rollout and learner workers share GPUs")
     placement_timeout_s: PositiveFloat = Field(
-        120.0, description="seconds to wait for GPUs, where nodes are still joining the cluster or others hold them"
+        120.0, description="seconds to wait for GPUs while nodes are still joining the cluster or other runs hold them"
     )
     forward_env: tuple[str, ...] = Field(
         ("GLOO_*", "HF_*", "NCCL_*", "OPENAI_API_KEY"),
-        description="names, or patterns with *, of this process's environment variables that workers on a joined "
-        "cluster get; there they have those of `ray start` otherwise",
+        description="environment variables (names, or patterns with *) of this process that workers on a joined "
+        "cluster get too; the others come from `ray start`",
     )
     rollout_resources: dict[str, NonNegativeFloat] = Field(
-        default_factory=dict, description="custom resources a rollout worker"
+        default_factory=dict, description="custom Ray resources that each rollout worker requests"
     )
     learner_resources: dict[str, NonNegativeFloat] = Field(
-        default_factory=dict, description="custom resources a learner worker"
+        default_factory=dict, description="custom Ray resources that each learner worker requests"
     )
 
     @model_validator(mode="after")
@@ -90,18 +102,21 @@ class RayConfig(Section):
 class RunConfig(Section):
     """What training and supervised warm start have in common."""
 
-    name: str = Field("run", description="of the run, in displays and loggers")
-    run_dir: Folder = Field("runs/default", description="everything the run writes")
-    seed: Seed = Field(0, description="of everything random")
-    deterministic: bool = Field(False, description="two runs of the same config write the same weights, bit for bit")
+    name: str = Field("run", description="name of the run in displays and loggers")
+    run_dir: Folder = Field("runs/default", description="folder for everything that the run writes")
+    seed: Seed = Field(0, description="seed of everything random")
+    deterministic: bool = Field(
+        False,
+        description="make runs of the same configuration end with the same weights, bit for bit; CPU and float32 only",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: GPUs where the cluster has them and torch can use them"
+        "auto", description="auto uses GPUs if the cluster has them and the installed torch supports them, else CPUs"
     )
     model: ModelConfig = Field(description="the policy")
-    learner: LearnerConfig = Field(LearnerConfig(), description="the learner workers")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="run state on disk")
-    logging: LoggingConfig = Field(LoggingConfig(), description="where metrics go")
-    ray: RayConfig = Field(RayConfig(), description="the cluster")
+    learner: LearnerConfig = Field(LearnerConfig(), description="workers that train the model")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving of the run's state to disk")
+    logging: LoggingConfig = Field(LoggingConfig(), description="where metrics and samples are written")
+    ray: RayConfig = Field(RayConfig(), description="the Ray cluster and where workers run on it")
 
     @model_validator(mode="after")
     def _deterministic_can_work(self) -> RunConfig:
@@ -116,17 +131,25 @@ class RunConfig(Section):
 class TrainConfig(RunConfig):
     """`fledge train` and `fledge eval`."""
 
-    total_steps: PositiveInt = Field(100, description="training steps")
+    total_steps: PositiveInt = Field(100, description="number of training steps")
     total_epochs: PositiveFloat | None = Field(
-        None, description="in place of total_steps: how often every prompt is drawn; null: total_steps says"
+        None,
+        description="length of the run in passes over the training prompts, instead of total_steps; null uses "
+        "total_steps",
     )
-    data: DataConfig = Field(description="prompts")
-    rollout: RolloutConfig = Field(RolloutConfig(), description="sampling and engines")
+    data: DataConfig = Field(description="training and evaluation prompts")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="sampling and the vLLM engines")
     reward: RewardConfig = Field(RewardConfig(), description="how responses are scored")
-    algorithm: AlgorithmConfig = Field(AlgorithmConfig(), description="what is learned from the scores")
-    critic: CriticConfig | None = Field(None, description="null: no critic; {} is one with every default")
-    sync: SyncConfig = Field(SyncConfig(), description="weights to the engines")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="on data.eval")
+    algorithm: AlgorithmConfig = Field(AlgorithmConfig(), description="how the policy learns from the scores")
+    critic: CriticConfig | None = Field(
+        None,
+        description="value model, for advantage estimators that need one; null means no critic, {} one with every "
+        "default",
+    )
+    sync: SyncConfig = Field(SyncConfig(), description="sending weights from the learner to the engines")
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(), description="how data.eval is evaluated, during training and by `fledge eval`"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -240,7 +263,7 @@ class SftConfig(RunConfig):
     """`fledge sft`: supervised warm start with the same learner."""
 
     epochs: PositiveInt = Field(1, description="passes over the examples")
-    batch_size: PositiveInt = Field(32, description="examples an optimizer step")
+    batch_size: PositiveInt = Field(32, description="examples per optimizer step")
     data: SftDataConfig = Field(description="worked examples")
 
     @model_validator(mode="after")

@@ -60,7 +60,7 @@ def config_file(tmp_path):
         ("actor_rollout_ref.rollout.n=16", "n: here it is rollout.group_size; docs"),
         ("actor_rollout_ref.actor.optim.lr=1", "lr: here it is learner.optimizer.lr or critic.optimizer.lr"),
         ("warmup_steps=10", "did you mean learner.optimizer.warmup_steps or "),
-        ("checkpoint.every=-1", "greater than or equal to 0 (steps; 0: only at the end)"),
+        ("checkpoint.every=-1", "greater than or equal to 0 (steps between checkpoints; 0 saves only when"),
         ("ray={rollout_resources: {node: -1}}", "ray.rollout_resources.node is -1: input should be greater"),
         ("sync.n=1", "unknown key sync.n; known keys here"),
         ("algoritm.kl.beta=1", "unknown key algoritm; did you mean algorithm?"),
