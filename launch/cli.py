@@ -170,8 +170,9 @@ def main() -> None:
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         _say(
-            f"error: {frame.filename}, line {frame.lineno}, ended the process with {error.code!r}; code of a reward or "
-            "a plugin must not call exit, and what a script does goes under `if __name__ == '__main__':`"
+            f"error: {frame.filename}, line {frame.lineno}, ended the process with {error.code!r}; rewards and "
+            "plugins must not call exit, and code that only a script should run belongs under `if __name__ == "
+            "'__main__':`"
         )
         sys.exit(ConfigError.exit_code)
     except OSError as error:
@@ -201,7 +202,10 @@ def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Conf
 
 def _refuse_resume(resume: bool) -> None:
     if resume:
-        raise ConfigError("--dry-run looks at no run directory and no checkpoint; leave --resume out")
+        raise ConfigError(
+            "--resume has no effect with --dry-run, which looks at neither run_dir nor its checkpoints; leave "
+            "--resume out"
+        )
 
 
 def _terminate(*_: Any) -> None:

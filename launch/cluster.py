@@ -45,8 +45,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     address = cluster_address(config.address)
     if address is None and (asked := {**config.rollout_resources, **config.learner_resources}):
         raise ConfigError(
-            f"ray.rollout_resources or ray.learner_resources asks for {', '.join(asked)}, which a cluster on this "
-            "machine alone has not; leave it out, or join a cluster whose nodes were started with it"
+            f"ray.rollout_resources or ray.learner_resources asks for {', '.join(asked)}, which a local cluster on "
+            "this machine does not have; leave it out, or join a cluster whose nodes were started with it"
         )
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "fledge"}
@@ -66,8 +66,9 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             raise
         raise ConfigError(
             f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
-            f"{error}; start one with `ray start --head`, or unset it to run on this machine alone. A cluster that "
-            "asks for a token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            f"{error}; start one with `ray start --head`, or unset that setting to run on this machine alone. A "
+            "cluster with token authentication needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token"
         ) from error
     if on_terminate is not None and threading.current_thread() is threading.main_thread():
         # Ray has put a handler of its own in this one's place, under Python's feet: it prints a stack trace and kills
@@ -120,8 +121,8 @@ def resolve_device(config: RunConfig) -> str:
     device = _find_device(config.device, joined=cluster_address(config.ray.address) is not None)
     if device == "cuda" and config.deterministic:
         raise ConfigError(
-            "deterministic promises the same weights bit for bit, which GPUs do not keep; set it to false, or device "
-            "to cpu"
+            "deterministic promises bit-identical weights, which GPUs cannot guarantee; set it to false, or device to "
+            "cpu"
         )
     return device
 
@@ -135,8 +136,8 @@ def _find_device(device: str, *, joined: bool) -> str:
         raise ConfigError("device is cuda, but this machine has no GPU; set device to cpu, or join a cluster with GPUs")
     if device == "cuda" and not can_use_them:
         raise ConfigError(
-            f"device is cuda, but torch {torch.__version__} of this environment is a build for CPUs; use one that "
-            "`make gpu` made, or set device to cpu"
+            f"device is cuda, but the installed torch {torch.__version__} is a build for CPUs; use an environment "
+            "made by `make gpu`, or set device to cpu"
         )
     return device
 
@@ -150,7 +151,7 @@ def engine_for_gpus() -> str | None:
 def refuse_gpu_engine() -> None:
     if version := engine_for_gpus():
         raise ConfigError(
-            f"the run is on CPUs (device cpu, or auto and no GPU), but vllm {version} of this environment is a build "
-            "for GPUs; use an environment that `make setup` made, or a cluster with GPUs (device cuda waits for nodes "
-            "that have not joined yet)"
+            f"the run uses CPUs (device is cpu, or auto without a GPU), but the installed vllm {version} is a build "
+            "for GPUs; use an environment made by `make setup`, or a cluster with GPUs (with device cuda the run "
+            "waits for nodes that have not joined yet)"
         )

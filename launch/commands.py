@@ -127,7 +127,8 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
     results = run_dir / "eval.json"
     if results.exists():
         raise ConfigError(
-            f"run_dir {run_dir} already holds an evaluation ({results.name}); choose another run_dir, or remove it"
+            f"run_dir {run_dir} already holds an evaluation ({results.name}); choose another run_dir, or remove that "
+            "file"
         )
     with (
         ProgressDisplay(config.name) as display,
@@ -145,7 +146,7 @@ def export(run_dir: Path, out_dir: Path, *, step: int | None = None) -> Path:
 
     config_file = run_dir / _CONFIG
     if not config_file.is_file():
-        raise CheckpointError(f"{run_dir} has no config.yaml, so it is no run directory")
+        raise CheckpointError(f"{run_dir} has no config.yaml, so it is not a run directory")
     config = load_config(config_file, (), TrainConfig if _is_train_config(config_file) else SftConfig)
     checkpoints = checkpoint_store(config, run_dir).complete()
     if not checkpoints:
@@ -153,11 +154,13 @@ def export(run_dir: Path, out_dir: Path, *, step: int | None = None) -> Path:
     step = step or max(checkpoints)
     if step not in checkpoints:
         there = ", ".join(map(str, checkpoints))
-        raise CheckpointError(f"{run_dir / 'checkpoints'} holds no checkpoint of step {step}; there are {there}")
+        raise CheckpointError(
+            f"{run_dir / 'checkpoints'} holds no checkpoint of step {step}; it has those of steps {there}"
+        )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if next(out_dir.iterdir(), None) is not None:
-            raise ConfigError(f"{out_dir} holds files already; choose another folder, or remove it")
+            raise ConfigError(f"{out_dir} already holds files; choose another folder, or remove it")
     except OSError as error:
         raise ConfigError(f"{out_dir} cannot be written: {error}; choose another folder") from error
     export_checkpoint(checkpoints[step] / LEARNER, config.model, out_dir)
@@ -181,7 +184,10 @@ def _is_finished(config: TrainConfig | SftConfig, total_steps: int, exported: Se
 
 
 def _nothing_to_do(run_dir: Path, setting: str) -> str:
-    return f"nothing to do: {run_dir} has all its steps, and {run_dir / MODEL} is theirs; raise {setting} to go on"
+    return (
+        f"nothing to do: all steps of {run_dir} are done, and {run_dir / MODEL} is their result; raise {setting} to "
+        "continue"
+    )
 
 
 def _no_checkpoint(run_dir: Path) -> str:
@@ -203,7 +209,8 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
         store = checkpoint_store(config, run_dir)
         if not resume and ((run_dir / METRICS_FILE).exists() or store.latest() is not None):
             raise ConfigError(
-                f"run_dir {run_dir} already holds a run; add --resume to go on, choose another run_dir, or remove it"
+                f"run_dir {run_dir} already holds a run; add --resume to continue it, choose another run_dir, or "
+                "remove this one"
             )
         if resume:
             store.resume()
@@ -211,7 +218,7 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
             yield run_dir
         except KeyboardInterrupt:
             newest = store.latest()
-            where = f"goes on from {newest}" if newest else "starts at the beginning: there is no checkpoint yet"
+            where = f"continues from {newest}" if newest else "starts at the beginning: there is no checkpoint yet"
             typer.echo(f"--resume {where}", err=True)
             raise
 
@@ -223,8 +230,8 @@ def _write_config(run_dir: Path, config: TrainConfig | SftConfig) -> None:
 def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
     if not run_dir.is_absolute() and _JOB_FOLDER in Path.cwd().parts:
         display.message(
-            f"warning: run_dir {run_dir} is relative, and Ray removes this job's copy of the working directory, "
-            f"{Path.cwd()}, with everything in it; set run_dir to an absolute path"
+            f"warning: run_dir {run_dir} is relative, and after this job Ray removes its copy of the working "
+            f"directory, {Path.cwd()}, with everything in it; set run_dir to an absolute path"
         )
 
 
@@ -241,9 +248,9 @@ def _locked(run_dir: Path, *, is_new: bool) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             raise ConfigError(
-                f"run_dir {run_dir} belongs to a run that is alive ({lock.read() or 'of an unknown process'}); choose "
-                "another, or end that run first. A network file system can take a while to notice that a node is lost: "
-                f"if it is, remove {run_dir / _LOCK}"
+                f"run_dir {run_dir} belongs to a run that is still alive ({lock.read() or 'of an unknown process'}); "
+                "choose another run_dir, or end that run first. A network file system can take a while to notice that "
+                f"a node is lost: if that run's node is, remove {run_dir / _LOCK}"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:

@@ -247,8 +247,9 @@ def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:
     if _comparable(config.rollout):
         return agreement_bounds(config)
     display.message(
-        "note: rollout.top_p, top_k, min_p or temperature 0 cuts the sampler's distribution, so its log-probabilities "
-        "are not compared with the learner's at each step; the probe (sync.probe_every) is not affected"
+        "note: rollout.top_p, top_k, min_p or temperature 0 truncates the sampler's distribution, so its "
+        "log-probabilities are not compared with the learner's at each step; the probe (sync.probe_every) is not "
+        "affected"
     )
     return AgreementBounds(float("inf"), float("inf"))
 

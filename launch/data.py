@@ -60,11 +60,13 @@ def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
     config = _with_steps(config, len(prompts))
     drawn = config.total_steps * config.rollout.prompts_per_step
     display.message(
-        f"{config.total_steps:,} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} times "
-        "the training data"
+        f"{config.total_steps:,} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} "
+        "passes over the training data"
     )
     if not any(function.weight for function in config.reward.functions):
-        display.message("note: all of reward.functions have weight 0, so only rows with a reward of their own get one")
+        display.message(
+            "note: every reward in reward.functions has weight 0, so only rows that name their own reward get one"
+        )
     updates = config.total_steps * config.learner.epochs * config.learner.mini_batches
     _tell_of_long_warmup(config.learner.optimizer, updates, "learner", display)
     if config.critic is not None:
@@ -83,7 +85,7 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
     )
     examples = loaded.examples
     dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
-    verbatim = f", {loaded.num_verbatim} encoded as they stand (docs/data.md)" if loaded.num_verbatim else ""
+    verbatim = f", {loaded.num_verbatim} encoded unchanged (docs/data.md)" if loaded.num_verbatim else ""
     display.message(f"worked examples {loaded.name}: {len(examples)}{dropped}{verbatim}")
     refuse_unknown_tokens(config.model, (ids for e in examples for ids in (e.prompt_ids, e.response_ids)))
     refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples))
@@ -107,8 +109,9 @@ def _tell_of_long_warmup(optimizer: OptimizerConfig, steps: int, section: str, d
     """No error: short trials of a recipe are like that."""
     if steps < optimizer.warmup_steps:
         display.message(
-            f"note: {section}.optimizer.warmup_steps {optimizer.warmup_steps} is more than the run's {steps} optimizer "
-            f"steps, so its learning rate ends at {steps / optimizer.warmup_steps:.0%} of {optimizer.lr:g}"
+            f"note: {section}.optimizer.warmup_steps {optimizer.warmup_steps} is more than the run's {steps} "
+            f"optimizer steps, so the learning rate only reaches {steps / optimizer.warmup_steps:.0%} of "
+            f"{optimizer.lr:g}"
         )
 
 
@@ -119,7 +122,7 @@ def _with_steps(config: TrainConfig, num_prompts: int) -> TrainConfig:
     exact = config.total_epochs * num_prompts / config.rollout.prompts_per_step
     steps = max(math.ceil(round(exact, 6)), 1)  # 0.7 x 10 is a little over 7
     plain = config.model_dump() | {"total_steps": steps, "total_epochs": None}
-    return validate(plain, TrainConfig, source=f"total_epochs {config.total_epochs:g} are {steps} steps")
+    return validate(plain, TrainConfig, source=f"total_epochs {config.total_epochs:g} (= {steps} steps)")
 
 
 def load_data(config: TrainConfig, display: Display, *, train: bool = True) -> tuple[tuple[Prompt, ...], list[EvalSet]]:
@@ -142,7 +145,7 @@ def _load_data(
     prompts: tuple[Prompt, ...] = ()
     if train:
         if config.data.train is None:
-            raise ConfigError("data.train is required but not set; give the prompts to learn from")
+            raise ConfigError("data.train is required but not set; set it to the prompts to learn from")
         loaded = load(config.data.train, drop_repeated=True)
         prompts = loaded.prompts
         display.message(_describe("training data", loaded))
@@ -165,12 +168,13 @@ def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], dis
     kept = drop_held_out(prompts, (prompt for held_out in eval_sets for prompt in held_out.prompts))
     if prompts and not kept:
         raise ConfigError(
-            f"all {len(prompts)} prompts of data.train are in data.eval too, so none is left to train on; use other "
-            "prompts for one of them, or set data.train_on_eval_prompts=true to train on them all the same"
+            f"all {len(prompts)} prompts of data.train are also in data.eval, so none are left to train on; use other "
+            "prompts for one of them, or set data.train_on_eval_prompts=true to train on them anyway"
         )
     if dropped := len(prompts) - len(kept):
         display.message(
-            f"training data: {dropped} prompts dropped that are in data.eval too (data.train_on_eval_prompts)"
+            f"training data: {dropped} prompts dropped because they are also in data.eval "
+            "(data.train_on_eval_prompts=true keeps them)"
         )
     return kept
 

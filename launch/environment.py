@@ -56,8 +56,8 @@ def refuse_hidden(folder: Path) -> None:
         for path in (folder / f"{package}.py", folder / package / "__init__.py"):
             if path.exists():
                 raise ConfigError(
-                    f"{path} would hide Fledge's own package {package} from the workers; give it another name, or "
-                    "start from another directory"
+                    f"{path} would hide Fledge's own package {package} from the workers; rename it, or start from "
+                    "another directory"
                 )
 
 

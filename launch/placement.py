@@ -182,21 +182,24 @@ def lacking(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str,
             most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
             wanted = ", ".join(f"{amount:g} {key}" for key, amount in bundle.items())
             return (
-                f"one worker needs a node with {wanted} (engines: rollout.tensor_parallel_size GPUs), which none "
-                f"of {len(nodes)} nodes has; the most GPUs of one are {most:g}"
+                f"one worker needs a node with {wanted} (engines: rollout.tensor_parallel_size GPUs), which none of "
+                f"{len(nodes)} nodes has; the most GPUs on one node are {most:g}"
             )
     needed, there = (sum(one.get("GPU", 0.0) for one in those) for those in (bundles, nodes))
     if needed > there:
         return (
-            f"the run needs {needed:g} GPUs (learner.num_workers, where it has learners, and rollout.num_workers x "
-            f"rollout.tensor_parallel_size, where it has engines), but the cluster has {there:g}"
+            f"the run needs {needed:g} GPUs (learner.num_workers for learners, and rollout.num_workers x "
+            f"rollout.tensor_parallel_size for engines that do not share them), but the cluster has {there:g}"
         )
     return ""
 
 
 def _in_use() -> str:
     free = ray.available_resources()
-    return f"what it needs is in use; {free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are free"
+    return (
+        f"the resources that it needs are in use; {free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are "
+        "free"
+    )
 
 
 def _in_bundle(group: PlacementGroup, index: int, *, num_gpus: float, resources: dict[str, float]) -> dict[str, Any]:

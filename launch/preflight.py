@@ -70,18 +70,18 @@ def check_algorithm(config: TrainConfig) -> None:
     if estimator.needs_critic and config.critic is None:
         raise ConfigError(
             f"algorithm.advantage {algorithm.advantage} needs a critic, and this configuration has none; add a critic "
-            "section (critic: {} has every default), or choose grpo, rloo or another estimator without a critic"
+            "section (`critic: {}` uses every default), or choose grpo, rloo or another estimator without a critic"
         )
     if config.critic is not None and not estimator.needs_critic:
         raise ConfigError(
-            f"critic is set, but algorithm.advantage {algorithm.advantage} does not look at a critic's values; set "
+            f"critic is set, but algorithm.advantage {algorithm.advantage} does not use a critic's values; set "
             "algorithm.advantage to gae, or leave the critic out"
         )
     if estimator.needs_groups and (config.rollout.temperature == 0 or config.rollout.top_k == 1):
         raise ConfigError(
             f"algorithm.advantage {algorithm.advantage} compares the samples of a group, but rollout.temperature "
-            f"{config.rollout.temperature:g} with rollout.top_k {config.rollout.top_k} makes all of them alike; set "
-            "the temperature over 0, and top_k to 0 or more than 1"
+            f"{config.rollout.temperature:g} with rollout.top_k {config.rollout.top_k} makes all of them identical; "
+            "set the temperature above 0, and top_k to 0 or more than 1"
         )
     check_estimator(estimator, algorithm.advantage_options, group_size=config.rollout.group_size)
     check_policy_loss(
@@ -103,7 +103,7 @@ def check_checkpoint(path: str, key: str) -> None:
             f"{key} {path} does not exist (looked in {Path.cwd()}); give a Hugging Face checkpoint folder or a hub name"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{key} {path} has no config.json, so it is no Hugging Face checkpoint{_of_a_run(folder)}")
+        raise ConfigError(f"{key} {path} has no config.json, so it is not a Hugging Face checkpoint{_of_a_run(folder)}")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ConfigError(f"{key} {path} holds no weights (*.safetensors or *.bin)")
     _refuse_cut_weights(folder, key)
@@ -134,7 +134,7 @@ def _of_a_run(folder: Path) -> str:
         if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
             if (run / "model" / "config.json").is_file():
                 return f"; the model of that run is {run / 'model'}"
-            return f"; `fledge export {run} OUT_DIR` makes one of that run's newest checkpoint"
+            return f"; `fledge export {run} OUT_DIR` makes one from that run's newest checkpoint"
     return ""
 
 
@@ -149,8 +149,8 @@ def check_engines(config: TrainConfig) -> None:
     heads = getattr(text, "num_attention_heads", None)
     if heads is not None and heads % config.rollout.tensor_parallel_size:
         raise ConfigError(
-            f"the {heads} attention heads of model.path {config.model.path} do not divide among "
-            f"rollout.tensor_parallel_size {config.rollout.tensor_parallel_size}; choose a divisor"
+            f"the {heads} attention heads of model.path {config.model.path} cannot be divided evenly among "
+            f"rollout.tensor_parallel_size {config.rollout.tensor_parallel_size}; set it to a divisor of their number"
         )
     key = "data.max_prompt_tokens + rollout.max_response_tokens"
     refuse_moving_positions(config.model, config.data.max_prompt_tokens + config.rollout.max_response_tokens, key)
@@ -164,7 +164,7 @@ def check_engines(config: TrainConfig) -> None:
         if longest > limit:
             raise ConfigError(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {section}.max_response_tokens {tokens} = "
-                f"{longest} is over the {limit} positions of model.path {config.model.path}; lower one of them"
+                f"{longest} is more than the {limit} positions of model.path {config.model.path}; lower one of them"
             )
 
 
@@ -173,8 +173,8 @@ def refuse_long_example(model: ModelConfig, longest: int) -> None:
     limit, kinds = _positions(_text_config(model))
     if limit is not None and longest > limit and not _stretched(kinds):
         raise ConfigError(
-            f"an example of data.train has {longest} tokens, over the {limit} positions of model.path {model.path}; "
-            f"set data.max_tokens to {limit} at most, and longer examples are left out"
+            f"an example of data.train has {longest} tokens, more than the {limit} positions of model.path "
+            f"{model.path}; set data.max_tokens to {limit} at most, so that longer examples are dropped"
         )
 
 
@@ -184,7 +184,7 @@ def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] 
     vocabulary = _text_config(model).vocab_size
     if largest >= vocabulary:
         raise ConfigError(
-            f"the tokenizer of model.path {model.path} makes token {largest}, and the model's vocab_size is "
+            f"the tokenizer of model.path {model.path} produces token id {largest}, but the model's vocab_size is "
             f"{vocabulary}: they do not belong together"
         )
 
@@ -197,9 +197,9 @@ def refuse_moving_positions(model: ModelConfig, longest: int, key: str) -> None:
         original = kind.get("original_max_position_embeddings") or limit
         if original is not None and longest > original:
             raise ConfigError(
-                f"model.path {model.path} has {kind['rope_type']} positions: beyond {original} tokens what a sequence "
-                "gets depends on the lengths beside it, here and in the engine, each in its own way; "
-                f"{key} is {longest}, lower it to {original}"
+                f"model.path {model.path} has {kind['rope_type']} positions: beyond {original} tokens, a sequence's "
+                "positions depend on the lengths of the sequences that are computed with it, which differ between "
+                f"learner and engine; {key} is {longest}, lower it to {original}"
             )
 
 
@@ -234,13 +234,13 @@ def check_learner(config: RunConfig) -> Layout | None:
     if checkpoint.model_type not in ROUTED_MODELS and (setting := next((key for key, value in moe if value), None)):
         raise ConfigError(
             f"learner.moe.{setting} is set, but model.path {config.model.path} is a {checkpoint.model_type}, and only "
-            f"the routers of {' and '.join(ROUTED_MODELS)} are known; leave it out"
+            f"the routers of {' and '.join(ROUTED_MODELS)} are supported; leave it out"
         )
     device = _device(config)
     if device == "cpu" and moe.router_replay:
         raise ConfigError(
-            "learner.moe.router_replay is true, but this machine has no GPU, and vLLM records the experts of its "
-            "rollouts on GPUs only; set it to false"
+            "learner.moe.router_replay is true, but this machine has no GPU, and vLLM records the experts that it "
+            "chose on GPUs only; set it to false"
         )
     return None if device is None else _check_exact(config, checkpoint, device)
 
@@ -287,14 +287,14 @@ def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | 
     for token, index in tokenizer.get_vocab().items():
         if meanings.get(index, token) != token:
             raise ConfigError(
-                f"{key} {path} has another tokenizer: token {index} is {meanings[index]!r} there and {token!r} in "
-                f"model.path {config.model.path}; give a checkpoint with the policy's tokenizer"
+                f"{key} {path} has another tokenizer: token {index} is {meanings[index]!r} there, but {token!r} in "
+                f"model.path {config.model.path}; use a checkpoint with the policy's tokenizer"
             )
     tokens = min(len(tokenizer), load_config(config.model).vocab_size)
     if checkpoint.vocab_size < tokens:
         raise ConfigError(
-            f"{key} {path} has a vocabulary of {checkpoint.vocab_size} tokens, and model.path {config.model.path} uses "
-            f"{tokens}; give a checkpoint with the policy's tokenizer"
+            f"{key} {path} has a vocabulary of {checkpoint.vocab_size} tokens, but model.path {config.model.path} "
+            f"uses {tokens}; use a checkpoint with the policy's tokenizer"
         )
 
 
@@ -318,8 +318,8 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
     needed = checkpoint_options(config.model, load_config(config.model), trained=trained)
     if taken := sorted(needed.keys() & config.rollout.engine_options.keys()):
         raise ConfigError(
-            f"rollout.engine_options sets {', '.join(taken)}, which a quantised checkpoint needs itself, and "
-            f"model.head_dtype float32 too; leave it out, or these (model.path {config.model.path})"
+            f"rollout.engine_options sets {', '.join(taken)}, which Fledge sets itself for a quantised checkpoint and "
+            f"for model.head_dtype float32; leave it out, or use neither of these (model.path {config.model.path})"
         )
     asked = subprocess.run([sys.executable, "-c", _PRINT_ENGINE_OPTIONS], capture_output=True, text=True, check=False)
     if asked.returncode:
@@ -329,21 +329,23 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
     limit = config.rollout.engine_options.get("max_model_len")
     if isinstance(limit, int) and limit < longest:
         raise ConfigError(
-            f"rollout.engine_options.max_model_len {limit} is under data.max_prompt_tokens + "
+            f"rollout.engine_options.max_model_len {limit} is less than data.max_prompt_tokens + "
             f"rollout.max_response_tokens, {longest}; leave it out, or raise it"
         )
     for name in config.rollout.engine_options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see the fields of vllm.engine.arg_utils.AsyncEngineArgs"
-            raise ConfigError(f"rollout.engine_options.{name} is no argument of vLLM's engines; {hint}")
+            raise ConfigError(f"rollout.engine_options.{name} is not an argument of vLLM's engines; {hint}")
 
 
 def check_logging(config: RunConfig) -> None:
     """Raise ConfigError where W&B is asked for and would only say when every engine has started that it has no key."""
     project = config.logging.wandb_project
     if project is not None and (wrong := set(project) & set("/\\#?%:")):
-        raise ConfigError(f"logging.wandb_project is {project!r}, but W&B takes no {' '.join(sorted(wrong))} in names")
+        raise ConfigError(
+            f"logging.wandb_project is {project!r}, but names of W&B projects cannot contain {' '.join(sorted(wrong))}"
+        )
     if project is None or config.logging.wandb_mode == "offline":
         return
     import wandb
@@ -354,8 +356,8 @@ def check_logging(config: RunConfig) -> None:
         raise ConfigError(f"logging.wandb_project is set, but W&B refuses its API key: {error}") from error
     if not known:
         raise ConfigError(
-            f"logging.wandb_project is {config.logging.wandb_project}, but W&B has no API key here; run `wandb login`, "
-            "set WANDB_API_KEY, or set logging.wandb_mode to offline"
+            f"logging.wandb_project is {config.logging.wandb_project}, but there is no W&B API key here; run `wandb "
+            "login`, set WANDB_API_KEY, or set logging.wandb_mode to offline"
         )
 
 

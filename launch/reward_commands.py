@@ -71,7 +71,7 @@ def score(
     mean = f", mean reward {total / num_ok:.4f}" if num_ok else ""
     typer.echo(f"{num_rows} rows: {num_ok} scored{failures}{mean} -> {output_path}", err=True)
     if not num_ok:
-        raise RewardError(f"not one of {num_rows} rows could be scored; see the field error in {output_path}")
+        raise RewardError(f"none of the {num_rows} rows could be scored; see the field `error` in {output_path}")
 
 
 @reward_app.command()
@@ -85,10 +85,10 @@ def new(
         raise ConfigError(f"{name!r} is the name of a built-in reward; choose another")
     package = name.replace("-", "_")
     if package in sys.stdlib_module_names or keyword.iskeyword(package):
-        raise ConfigError(f"{name!r} is a name of Python's own, which a package cannot have; choose another")
+        raise ConfigError(f"{name!r} is a name that Python uses itself, so a package cannot have it; choose another")
     folder = Path(name)
     if folder.exists():
-        raise ConfigError(f"{folder} exists already in {Path.cwd()}; choose another name")
+        raise ConfigError(f"{folder} already exists in {Path.cwd()}; choose another name")
     class_name = "".join(word.capitalize() for word in name.split("-"))
     class_name += "" if class_name.endswith("Reward") else "Reward"
     files = {

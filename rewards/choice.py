@@ -140,7 +140,8 @@ class ChoiceReward:
             if letters := self._stated(text, choices):
                 return letters
         raise GroundTruthError(
-            f"choice: the ground truth {ground_truth!r} is no letter of {self._letters}, no index and no choice's text"
+            f"choice: the ground truth {ground_truth!r} is neither a letter of {self._letters}, nor an index, nor the "
+            "text of a choice"
         )
 
 

@@ -93,8 +93,8 @@ class CombinedReward:
                 raise
             except Exception as error:
                 raise RewardError(
-                    f"validate_ground_truth(ground_truth, extra) of the reward {part.label} failed, and should raise "
-                    f"GroundTruthError for what it refuses: {describe_error(error)}"
+                    f"validate_ground_truth(ground_truth, extra) of the reward {part.label} failed: "
+                    f"{describe_error(error)}; for a ground truth that it rejects, it should raise GroundTruthError"
                 ) from error
 
     def validate_prompt(self, prompt: Prompt) -> None:

@@ -55,7 +55,9 @@ class FormatReward:
         try:
             self._pattern = re.compile(pattern, re.DOTALL) if pattern else None
         except re.error as error:
-            raise ConfigError(f"reward 'format': pattern {pattern!r} is no regular expression: {error}") from error
+            raise ConfigError(
+                f"reward 'format': pattern {pattern!r} is not a valid regular expression: {error}"
+            ) from error
         self._thinking = thinking
         self._prompt_opens = prompt_opens_thinking
         self._open, self._close = open_tag, close_tag

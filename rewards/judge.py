@@ -83,7 +83,7 @@ class JudgeReward:
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(
-                f"reward 'judge': base_url {base_url!r} is no http(s) URL, for example http://host:8000/v1"
+                f"reward 'judge': base_url {base_url!r} is not an http(s) URL, for example http://host:8000/v1"
             )
         for name, value in (
             ("max_score", max_score),

@@ -82,7 +82,7 @@ class LanguageReward:
     def __call__(self, sample: RewardInput) -> RewardOutput:
         language = self._language if self._language != "prompt" else language_of(sample.prompt)
         if language is None:
-            raise ValueError("the prompt's language cannot be told; set the reward's option language")
+            raise ValueError("the prompt's language cannot be detected; set the reward's option language")
         reasoning_text, answer_text = split_response(sample)
         reasoning, reasoning_letters = wanted_share(reasoning_text, language)
         answer, answer_letters = wanted_share(answer_text, language)

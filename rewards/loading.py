@@ -156,7 +156,9 @@ def _load_module(name: str, module: str) -> ModuleType:
     except Exception as error:
         package = module.partition(".")[0]
         ours = (
-            f"; {package} is Fledge's own package: name a file of yours by its path" if package in OWN_PACKAGES else ""
+            f"; {package} is Fledge's own package: refer to a file of your own by its path"
+            if package in OWN_PACKAGES
+            else ""
         )
         raise RewardError(f"reward {name!r}: importing {module} failed: {describe_error(error)}{ours}") from error
 
@@ -166,7 +168,7 @@ def _load_file(name: str, location: str) -> ModuleType:
     if not path.is_file():
         raise RewardError(
             f"reward {name!r}: there is no file {path} on {platform.node()}; on a cluster, put it on a shared file "
-            "system or into Ray's working_dir"
+            "system or in Ray's working_dir"
         )
     try:
         return import_user_code(location)

@@ -88,7 +88,7 @@ class MathReward:
 def _truths(ground_truth: Any) -> list[str]:
     if isinstance(ground_truth, Sequence) and not isinstance(ground_truth, str):
         if not 1 <= len(ground_truth) <= MAX_TRUTHS:
-            raise GroundTruthError(f"math: a list of {len(ground_truth)} ground truths; 1 to {MAX_TRUTHS} are possible")
+            raise GroundTruthError(f"math: a list of {len(ground_truth)} ground truths; 1 to {MAX_TRUTHS} are allowed")
         return [_truth(item) for item in ground_truth]
     return [_truth(ground_truth)]
 
@@ -100,7 +100,7 @@ def _truth(ground_truth: Any) -> str:
             f"math: the ground truth is a {type(ground_truth).__name__}; it must be a number, a text or a list of those"
         )
     if isinstance(ground_truth, float) and not math.isfinite(ground_truth):
-        raise GroundTruthError(f"math: the ground truth is {ground_truth}, which is no number")
+        raise GroundTruthError(f"math: the ground truth is {ground_truth}, which is not a finite number")
     text = str(ground_truth)
     boxed = last_box(text)
     truth = boxed if boxed is not None else text.rpartition("####")[2]
@@ -108,7 +108,7 @@ def _truth(ground_truth: Any) -> str:
         raise GroundTruthError(f"math: the ground truth {_shown(text)} is empty")
     if len(truth) > MAX_ANSWER_CHARS:
         raise GroundTruthError(
-            f"math: the ground truth has {len(truth)} characters, over {MAX_ANSWER_CHARS}; box its final answer"
+            f"math: the ground truth has {len(truth)} characters, more than {MAX_ANSWER_CHARS}; box its final answer"
         )
     return truth.strip()
 

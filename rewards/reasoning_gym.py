@@ -64,7 +64,7 @@ class ReasoningGymReward:
             if score >= FULL_MARKS and not _same(decoy, ground_truth):
                 raise GroundTruthError(
                     f"reasoning_gym: the scorer gives full marks to {decoy!r}, though the row's own answer is "
-                    f"{ground_truth!r}; where it does so for each row, the task cannot be trained on"
+                    f"{ground_truth!r}; if it does so for every row, the task cannot be trained on"
                 )
 
     def _dataset(self, data_source: str, extra: Mapping[str, Any]) -> Any:

@@ -148,7 +148,7 @@ class ScoringProcess:
                 self._process.wait(KILL_GRACE_S)
             code = self._process.poll()
             self._kill()
-            how = "did not end when it was through" if code is None else f"ended with code {code}"
+            how = "did not exit when it was done" if code is None else f"ended with code {code}"
             raise RewardError(f"the reward process {how} while it loaded its rewards") from None
         except RewardError:
             self._kill()

@@ -61,10 +61,10 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
     """
     mode, function = _entry(name, target)
     if inspect.isasyncgenfunction(_code_of(function)):
-        raise RewardError(f"reward {name!r} is an asynchronous generator; return the results in place of yielding them")
+        raise RewardError(f"reward {name!r} is an asynchronous generator; return the results instead of yielding them")
     max_concurrent = getattr(target, "max_concurrent", None)
     if max_concurrent is not None and (not isinstance(max_concurrent, int) or max_concurrent < 1):
-        raise RewardError(f"reward {name!r} has max_concurrent {max_concurrent!r}; it must be a whole number over 0")
+        raise RewardError(f"reward {name!r} has max_concurrent {max_concurrent!r}; it must be a whole number above 0")
     parameters = _parameters(name, function)
     names = {p.name for p in parameters}
     is_async = inspect.iscoroutinefunction(_code_of(function))
@@ -208,5 +208,5 @@ def _verl_call(
 def iterate_results(results: Any) -> Iterator[Any]:
     """The results of a batch call one by one. Raises TypeError when they are no sequence or iterator of results."""
     if isinstance(results, str | Mapping) or not isinstance(results, Iterable):
-        raise TypeError(f"a batch reward must return one result a sample, not a {type(results).__name__}")
+        raise TypeError(f"a batch reward must return one result per sample, not a {type(results).__name__}")
     return iter(results)

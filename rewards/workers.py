@@ -252,7 +252,7 @@ def check_error_fraction(scores: Sequence[Score], limit: float) -> None:
     (status, error), count = collections.Counter((s.status.value, s.error) for s in failed).most_common(1)[0]
     raise RewardError(
         f"{len(failed)} of {len(tried)} samples could not be scored, more than reward.max_error_fraction {limit:g} "
-        f"allows; the commonest error ({count} of {len(failed)}) is {status}: {error}"
+        f"allows; the most common error ({count} of {len(failed)}) is {status}: {error}"
     )
 
 

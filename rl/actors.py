@@ -67,7 +67,7 @@ class Crew:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
                 late = [names[calls.index(call)] for call in waiting]
-                raise self.error(f"{self.member}s {late} did not {what} within {setting} {timeout_s:g} s")
+                raise self.error(f"{self.member}s {late} did not {what} within {timeout_s:g} s ({setting})")
             index = calls.index(ready[0])
             try:
                 results[index] = self.get(ready[0], names[index], what)
@@ -132,8 +132,8 @@ def _why(error: RayError) -> str:
         node, used, limit = memory.groups()
         users = ", ".join(f"{name} {size} GB" for size, name in _MEMORY_USER.findall(text)[:3])
         return (
-            f"Ray's memory monitor ended it, because node {node} had {used} of {limit} in use (most by {users}); "
-            "what to lower is in docs/running.md under Memory"
+            f"Ray's memory monitor killed it, because node {node} had {used} of {limit} of memory in use (mostly by "
+            f"{users}); see Memory in docs/running.md for what to lower"
         )
     plain = " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t"))
     return plain.partition(_GUESSES)[0]

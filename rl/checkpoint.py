@@ -72,7 +72,7 @@ class CheckpointStore:
             raise
         if not any((temporary / LEARNER).iterdir()):
             raise CheckpointError(
-                f"the learners wrote nothing that can be seen in {temporary / LEARNER}: run_dir must be on a file "
+                f"nothing that the learners wrote is visible in {temporary / LEARNER}: run_dir must be on a file "
                 "system that every node shares"
             )
         with (temporary / _STATE).open("w") as file:
@@ -117,8 +117,8 @@ class CheckpointStore:
         changed = dict(_differences(state[_SETTINGS], self._settings))
         if refused := [change for key, change in changed.items() if self._is_fixed(key)]:
             raise CheckpointError(
-                f"{path} cannot be resumed under another configuration: {', '.join(refused)}; "
-                "set back what changed, or choose another run_dir"
+                f"{path} cannot be resumed with another configuration: {', '.join(refused)}; restore what changed, or "
+                "choose another run_dir"
             )
         return Resumable(path, state, list(changed.values()))
 
@@ -146,7 +146,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or not {"step", _SETTINGS} <= state.keys():
         raise CheckpointError(
-            f"{path} holds no run state that this version reads; remove {checkpoint} to resume from the one before it"
+            f"{path} holds no run state that this version can read; remove {checkpoint} to resume from the one before "
+            "it"
         )
     return state
 

@@ -132,7 +132,9 @@ class Critic:
         """This micro-batch's share of the mini-batch's loss."""
         old_values, returns = (flat(samples, name, values.device) for name in ("values", "returns"))
         if old_values is None or returns is None:
-            raise LearnerError("samples carry no values and returns; annotate the batch, and use an advantage like gae")
+            raise LearnerError(
+                "samples have no values and returns; annotate the batch, and use an advantage estimator such as gae"
+            )
         mask = loss_mask(samples, values.device)
         inputs = ValueInputs(
             values=values,

@@ -104,7 +104,9 @@ def reject_degenerate(scored: ScoredBatch, limits: RejectDegenerateConfig) -> tu
         count += degenerate
         scores.append(
             replace(
-                score, status=RewardStatus.SKIPPED, error=f"ends in {tokens} tokens that repeat a block of {period}"
+                score,
+                status=RewardStatus.SKIPPED,
+                error=f"ends in {tokens} tokens that repeat a block of {period} tokens",
             )
             if degenerate
             else score

@@ -73,8 +73,8 @@ def refuse_inexact_layout(layout: str, *, config: Any, attention: str, windows_i
     model_type, chunks = config.model_type, getattr(config, "attention_chunk_size", None) is not None
     if layout == "packed" and chunks:
         raise LearnerError(
-            f"{model_type} attends in chunks, which would be cut where the packed row's positions are, not each "
-            "sequence's; set learner.layout to bucketed"
+            f"{model_type} attends in chunks, and in a packed row these would follow the row's positions, not each "
+            "sequence's own; set learner.layout to bucketed"
         )
     if layout == "packed" and model_type in _NEEDS_EXPLICIT_MASKS and attention not in (*FLASH_ATTENTIONS, "eager"):
         raise LearnerError(
@@ -217,7 +217,7 @@ def _routed_experts(
         if routed.shape != (sequence.num_positions, layers, top_k):
             raise LearnerError(
                 f"routed_experts has shape {routed.shape}; this sequence needs "
-                f"{(sequence.num_positions, layers, top_k)} (prompt + response - 1, layers, experts a token)"
+                f"{(sequence.num_positions, layers, top_k)} (prompt + response - 1, layers, experts per token)"
             )
         experts[place] = routed  # a prompt is shared only among equal records (`TokenSequence.prompt_key`)
     return tensor(experts)

@@ -286,7 +286,7 @@ def _routers(policy: nn.Module, config: LearnerConfig, device: torch.device) -> 
     moe = config.moe
     if not len(routers) and (moe.freeze_router or moe.router_replay or moe.aux_loss_coefficient):
         raise LearnerError(
-            f"learner.moe is set, but {type(policy).__name__} has no router that is known here; leave learner.moe out"
+            f"learner.moe is set, but {type(policy).__name__} has no router that Fledge supports; leave learner.moe out"
         )
     if moe.freeze_router:
         routers.freeze()

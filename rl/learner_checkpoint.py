@@ -69,9 +69,9 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
         )
     if (divided := meta.get("sub_group_elements")) != engine.zero_sub_group_size():
         raise CheckpointError(
-            f"{directory} divides the optimizer's state by {divided or 'an older rule'}, this version of Fledge by "
-            f"{engine.zero_sub_group_size()} elements; resume with the version that wrote it, or start anew from its "
-            "export"
+            f"{directory} divides the optimizer's state by {divided or 'an older rule'}, but this version of Fledge "
+            f"divides it by {engine.zero_sub_group_size()} elements; resume with the version that wrote it, or start "
+            "a new run from its export"
         )
     configured = _hyperparameters(engine) if engine.lr_scheduler is not None else None
     try:

@@ -103,16 +103,17 @@ def _compare(
     if not difference <= allowed:
         raise LearnerError(
             f"the {layout} layout is not exact for {type(model).__name__} with {model.config._attn_implementation} "
-            f"attention: what it computes of a token differs from the same sequence alone by {difference:.2e} in the "
-            f"mean (allowed {allowed:.0e}). Set learner.layout to bucketed, or model.attention to another one; if "
-            "the layout is bucketed already, the model is not supported"
+            "attention: what it computes for a token differs from what it computes for the same sequence alone by "
+            f"{difference:.2e} on average (allowed {allowed:.0e}). Set learner.layout to bucketed, or change "
+            "model.attention; if the layout is already bucketed, the model is not supported"
         )
     engine.train()
     noise = worst([first(batch([sequence], "bucketed")) for sequence in sequences], alone)
     engine.eval()
     if not noise <= allowed:
         raise LearnerError(
-            f"{type(model).__name__} computes something else while it trains, {noise:.2e} off in the mean (allowed "
-            f"{allowed:.0e}): it adds noise, to its router's choice, say, so an update would not see the policy that "
-            "generated. Set that to zero in its config.json; a model that always does it is not supported"
+            f"{type(model).__name__} computes something else in training mode, {noise:.2e} off on average (allowed "
+            f"{allowed:.0e}): it adds noise, for example to its router's choice, so an update would not see the "
+            "policy that generated the rollouts. Set that noise to zero in its config.json; a model that always adds "
+            "it is not supported"
         )

@@ -39,7 +39,7 @@ _LEARNERS = Crew(
     "learner rank",
     LearnerError,
     passing=(FledgeError,),
-    remedy="; --resume goes on from the last checkpoint",
+    remedy="; --resume continues from the last checkpoint",
     collective=True,
 )
 
@@ -102,8 +102,8 @@ class LearnerGroup:
         if blind:
             nodes = ", ".join(sorted({self.nodes[rank] for rank in blind}))
             raise ConfigError(
-                f"learner ranks {blind} on {nodes} do not share run_dir {run_dir.absolute()} with this process: what "
-                "one writes there the other does not see, so no checkpoint could be saved; choose a folder on a file "
+                f"learner ranks {blind} on {nodes} do not share run_dir {run_dir.absolute()} with this process: "
+                "neither sees what the other writes there, so no checkpoint could be saved; choose a folder on a file "
                 "system that every node shares"
             )
 
@@ -175,7 +175,9 @@ class LearnerGroup:
     def finish_update(self) -> UpdateResult | None:
         """See `rl.controller.Learners`."""
         if 0 < len(self.updating) < len(self.workers):
-            raise LearnerError("the update was interrupted before every learner rank had it, so it cannot end")
+            raise LearnerError(
+                "the update was interrupted before every learner rank had received it, so it cannot be finished"
+            )
         return self._updated(time.perf_counter()) if self.updating else self.last_update
 
     def _updated(self, started: float) -> UpdateResult:
@@ -191,7 +193,7 @@ class LearnerGroup:
         if self.empty_in_a_row > self.spec.learner.max_skipped_steps:
             raise LearnerError(
                 f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored, rejected "
-                f"or masked), in {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
+                f"or masked), for {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
                 f"{self.spec.learner.max_skipped_steps}); see the status and error fields of the last samples file"
             )
 

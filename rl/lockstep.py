@@ -127,8 +127,8 @@ class LockstepEngine:
         groups = self._groups([s.tokens for s in share.samples], together=not split_invariant)
         if not split_invariant and (len(groups) > 1 or self.world_size > 1):
             raise LearnerError(
-                f"this policy loss looks across sequences and cannot be split, but the mini-batch takes {len(groups)} "
-                f"micro-batches on {self.world_size} ranks; use one rank and a larger "
+                "this policy loss looks across sequences, so a mini-batch cannot be split, but this one takes "
+                f"{len(groups)} micro-batches on {self.world_size} ranks; use one rank and a larger "
                 "learner.max_tokens_per_microbatch, or another algorithm.loss"
             )
         total = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -47,12 +47,13 @@ def attention_of(model: ModelConfig, config: Any, device: str) -> str:
     """The attention of a model with this transformers configuration. Raises LearnerError where the device has none."""
     attention = choose_attention(model.attention, model_class(config), device, model.dtype)
     if attention.startswith("flash") and device == "cpu":
-        raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager for a CPU")
+        raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager on a CPU")
     if attention == "flex_attention" and device == "cpu":
         raise LearnerError("model.attention flex_attention has no backward pass on CPUs; set it to auto, sdpa or eager")
     if attention.startswith("flash") and model.dtype == "float32":
         raise LearnerError(
-            f"model.attention {attention} has no float32; set model.dtype to bfloat16 or attention to auto"
+            f"model.attention {attention} does not support float32; set model.dtype to bfloat16, or model.attention "
+            "to auto"
         )
     return attention
 
@@ -80,8 +81,8 @@ def refuse_untrainable(config: Any, path: str) -> None:
     """Raise LearnerError for the transformers configuration of a checkpoint at `path` that the learner cannot train."""
     if config.get_text_config() is not config:
         raise LearnerError(
-            f"{path!r} is a {config.model_type}, of which the language model is one part; the learner trains causal "
-            "language models alone, so give a checkpoint of a text model"
+            f"{path!r} is a {config.model_type}, of which the language model is only one part; the learner trains "
+            "only causal language models, so give a checkpoint of a text model"
         )
     method = quantization_method(config)
     if method not in (None, MXFP4):
@@ -228,7 +229,7 @@ def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tu
     method = quantization_method(config)
     tensors = read_deferred(path, revision) if chosen is not nn.Module else None
     if method == MXFP4 and not tensors:
-        raise LearnerError(f"{path!r} is quantised with {MXFP4}, which can be dequantised in safetensors files only")
+        raise LearnerError(f"{path!r} is quantised with {MXFP4}, which can be dequantised only from safetensors files")
     if not tensors:
         return auto_class, {"pretrained_model_name_or_path": path, "revision": revision, "config": config}
     if method == MXFP4:

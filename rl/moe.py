@@ -104,7 +104,7 @@ class Routers:
         over micro-batches.
         """
         if self._pass is None or not self._pass.seen:
-            raise LearnerError("aux_loss needs a forward pass through routers just before, within forward_pass")
+            raise LearnerError("aux_loss must follow a forward pass through the routers, within forward_pass")
         losses = []
         for logits, experts in self._pass.seen.values():
             probs, load = _probs_and_load(logits, experts, self._pass.real)

@@ -72,8 +72,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not registered, with the nearest ones."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"
-    return ConfigError(f"there is no {what} {name!r}; {hint} (verl's by verl:NAME)")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"available are {', '.join(names)}"
+    return ConfigError(f"there is no {what} {name!r}; {hint} (verl:NAME selects one of verl's)")
 
 
 def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -83,10 +83,10 @@ class WeightProbe:
             mean, maximum = float(difference.mean()), float(difference.max())
             if not (mean <= self.bounds.mean and maximum <= self.bounds.maximum):
                 raise WeightSyncError(
-                    f"rollout worker {worker} does not serve policy version {policy_version}: its log-probabilities of "
-                    f"{len(reference)} tokens differ from the learner's by {mean:.2e} in the mean (bound "
-                    f"{self.bounds.mean:.0e}) and {maximum:.2e} at most (bound {self.bounds.maximum:.0e}). The bytes "
-                    "arrived intact, so the engine loaded them wrongly; see docs/weight-sync.md"
+                    f"rollout worker {worker} does not serve policy version {policy_version}: its log-probabilities "
+                    f"of {len(reference)} tokens differ from the learner's by {mean:.2e} on average (bound "
+                    f"{self.bounds.mean:.0e}) and by {maximum:.2e} at most (bound {self.bounds.maximum:.0e}). The "
+                    "bytes arrived intact, so the engine loaded them wrongly; see docs/weight-sync.md"
                 )
             worst_mean, worst_max = max(worst_mean, mean), max(worst_max, maximum)
         return {"sync/probe_diff_mean": worst_mean, "sync/probe_diff_max": worst_max}

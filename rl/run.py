@@ -174,10 +174,10 @@ class TrainingRun:
             return
         raise WeightSyncError(
             f"step {self.next_step}: rollout and learner disagree on the log-probabilities of the same tokens by "
-            f"{mean:.2e} in the mean (bound {self.bounds.mean:.0e}) and {maximum:.2e} at most (bound "
-            f"{self.bounds.maximum:.0e}), so the rollouts did not come from the learner's weights; "
-            "a sync was missed or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md (where "
-            "the model's numerics alone explain it, sync.logprob_tolerance raises the bound of the mean)"
+            f"{mean:.2e} on average (bound {self.bounds.mean:.0e}) and by {maximum:.2e} at most (bound "
+            f"{self.bounds.maximum:.0e}), so the rollouts did not come from the learner's weights; a sync was missed "
+            "or loaded wrongly. Resume from the last checkpoint, and see docs/weight-sync.md (if the model's numerics "
+            "alone explain the difference, raise the bound of the average with sync.logprob_tolerance)"
         )
 
     def _tell_of_failures(self, result: StepResult, metrics: Mapping[str, float]) -> None:
@@ -191,7 +191,7 @@ class TrainingRun:
                 metric = f"reward/{status.value}_count"
                 self.display.message(
                     f"step {result.step + 1}: {metrics[metric]:.0f} of {len(scores)} samples could not be scored: "
-                    f"{status.value}: {error}; later ones are counted in {metric}"
+                    f"{status.value}: {error}; later failures of this kind are only counted, in {metric}"
                 )
 
     def _write_samples(self, result: StepResult) -> None:
@@ -233,7 +233,7 @@ class TrainingRun:
         if self._is_saving:  # the learners still write what was interrupted, and another save would meet them there
             return
         if interrupted:
-            self.display.message("what was learned is saved first; interrupt again to stop at once")
+            self.display.message("saving what was learned before stopping; interrupt again to stop at once")
         try:
             controller.finish_update()
             step, update = controller.steps_learned, controller.last_update

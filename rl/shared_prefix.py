@@ -193,7 +193,7 @@ def refuse_unshareable(model_type: str, attention: str, *, windows_in_masks: boo
         )
     if attention not in ("sdpa", ATTENTION):
         raise LearnerError(
-            f"prompts can be shared with sdpa attention only, and {model_type} runs with {attention}; set "
+            f"prompts can be shared only with sdpa attention, but {model_type} runs with {attention}; set "
             "learner.layout to bucketed or packed, or model.attention to sdpa where the model has it"
         )
 

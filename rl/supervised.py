@@ -76,9 +76,9 @@ class SupervisedRun:
         path, state = found.path, found.state
         if state["examples"] != self._digest:
             raise CheckpointError(
-                f"the worked examples changed since {path} was written, so its {state['step']} steps are not steps of "
-                "these; restore the data (and data.max_tokens, on which it depends), or start a new run from the "
-                "exported weights"
+                f"the worked examples changed since {path} was written, so its {state['step']} steps were made on "
+                "other examples; restore the data (and data.max_tokens, on which it depends), or start a new run from "
+                "the exported weights"
             )
         self._learners.load_checkpoint(path / LEARNER)
         self.next_step = self._saved_step = int(state["step"])
@@ -114,7 +114,7 @@ class SupervisedRun:
             return
         if self._is_saving:  # the learners still write what was interrupted, and another save would meet them there
             return
-        self._display.message("what was learned is saved first; interrupt again to stop at once")
+        self._display.message("saving what was learned before stopping; interrupt again to stop at once")
         try:
             update = self._learners.finish_update()
             if update is not None and update.policy_version > self.next_step:

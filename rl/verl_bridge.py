@@ -44,7 +44,7 @@ _ALL_LOSS_OPTIONS = tuple(sorted({option for options in _LOSS_OPTIONS.values() f
 _ACTOR_OPTIONS = (*_CLIP, "clip_ratio_c", "tau_pos", "tau_neg")
 
 _REFUSED_LOSSES = {
-    "bypass_mode": "it makes a rollout correction of its own, with rollout log-probabilities in the place of the old "
+    "bypass_mode": "it applies a rollout correction of its own, with rollout log-probabilities in place of the old "
     "ones; use algorithm.rollout_correction with the loss ppo_clip or reinforce",
 }
 # They choose tokens, or take a mean, over whatever is in the micro-batch.
@@ -331,8 +331,8 @@ def _gdpo_data(inputs: AdvantageInputs, use: Tensor, mask: Tensor, options: Mapp
     keys = tuple(options.get("gdpo_reward_keys") or ())
     if not keys or any(key not in inputs.reward_parts for key in keys):
         raise ConfigError(
-            f"verl:gdpo needs advantage_options.gdpo_reward_keys, parts of the reward's breakdown; it has "
-            f"{list(keys)} and the breakdown has {sorted(inputs.reward_parts)}"
+            "verl:gdpo needs advantage_options.gdpo_reward_keys to name parts of the reward's breakdown; it is "
+            f"{list(keys)}, and the breakdown has {sorted(inputs.reward_parts)}"
         )
     parts = {key: inputs.reward_parts[key][use].numpy() for key in keys}
     return {

@@ -24,7 +24,7 @@ def translate_model(model: Any, engine: Any) -> ModelConfig:
     """Ours from verl's HFModelConfig and EngineConfig. Raises ConfigError for a dtype that there is not."""
     dtype = _DTYPES.get(engine.dtype)
     if dtype is None:
-        raise ConfigError(f"the deepspeed engine has no dtype {engine.dtype!r}; use bfloat16 or float32")
+        raise ConfigError(f"the deepspeed engine does not support dtype {engine.dtype!r}; use bfloat16 or float32")
     return ModelConfig(
         path=model.local_path,
         dtype=dtype,
@@ -57,13 +57,14 @@ def _optimizer_config(optimizer: Any) -> OptimizerConfig:
     name = _OPTIMIZERS.get(chosen)
     if name is None:
         known = ", ".join(".".join(known) for known in _OPTIMIZERS)
-        raise ConfigError(f"the deepspeed engine has no optimizer {'.'.join(chosen)}; use one of {known}")
+        raise ConfigError(f"the deepspeed engine does not support optimizer {'.'.join(chosen)}; use one of {known}")
     override = dict(optimizer.get("override_optimizer_config") or {})
     eps = override.pop("eps", OptimizerConfig().eps)
     override.pop("fused", None)
     if override:
         raise ConfigError(
-            f"optim.override_optimizer_config holds {sorted(override)}; the deepspeed engine knows eps and fused"
+            f"optim.override_optimizer_config holds {sorted(override)}; the deepspeed engine supports only eps and "
+            "fused"
         )
     if optimizer.get("num_cycles", 0.5) != 0.5:
         raise ConfigError(f"optim.num_cycles is {optimizer.num_cycles}; the deepspeed engine decays over half a cycle")
@@ -115,6 +116,6 @@ def refuse_settings(model: Any, engine: Any, checkpoint: Any, world_size: int) -
     refused = [name for name, used in asked.items() if used]
     if refused:
         raise ConfigError(
-            f"the deepspeed engine cannot follow {', '.join(refused)}; leave them as verl has them by default, or "
-            "choose another strategy"
+            f"the deepspeed engine does not support {', '.join(refused)}; keep verl's defaults for them, or choose "
+            "another strategy"
         )

@@ -179,7 +179,7 @@ class DeepSpeedEngine(BaseEngine):
         """Step, and return the gradient's norm before clipping; infinite when the step was left out."""
         self.engine.step()
         if self.engine.optimizer.overflow:
-            _logger.warning("the loss or the gradient is not finite; all ranks leave this optimizer step out")
+            _logger.warning("the loss or the gradient is not finite; all ranks skip this optimizer step")
         return float(self.engine.get_global_grad_norm())
 
     def lr_scheduler_step(self) -> float:
@@ -221,8 +221,8 @@ class DeepSpeedEngine(BaseEngine):
         ]
         if device == "cpu" and self._device_name != "cpu" and missing and not self.engine_config.forward_only:
             raise LearnerError(
-                f"the deepspeed engine cannot move states to the CPU that were started on the GPU; set "
-                f"{' and '.join(missing)} to true, and they are kept there"
+                "the deepspeed engine cannot move states to the CPU that were created on the GPU; set "
+                f"{' and '.join(missing)} to true to keep them on the CPU"
             )
 
     def save_checkpoint(
@@ -326,7 +326,7 @@ def _temperature(data: Any) -> float:
     if isinstance(value, Tensor):
         values = value.unique().tolist()
         if len(values) != 1:
-            raise LearnerError(f"the deepspeed engine needs one temperature for a batch, and this one has {values}")
+            raise LearnerError(f"the deepspeed engine needs one temperature per batch, but this one has {values}")
         value = values[0]
     return float(value) or 1.0
 
@@ -342,8 +342,8 @@ def _refuse_batch(data: Any) -> None:
     refused = [name for name, used in asked.items() if used]
     if refused:
         raise LearnerError(
-            f"the deepspeed engine cannot follow {', '.join(refused)} in a batch; it takes text without padding and "
-            "returns log-probabilities and entropies"
+            f"the deepspeed engine does not support {', '.join(refused)} in a batch; it takes text without padding "
+            "and returns log-probabilities and entropies"
         )
 
 

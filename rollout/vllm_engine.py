@@ -93,7 +93,9 @@ class VLLMEngine:
         prompts = [tuple(prompt) + tuple(response) for prompt, response in sequences]
         limit = self._engine().model_config.max_model_len
         if (longest := max(map(len, prompts), default=0)) >= limit:
-            raise RolloutError(f"cannot score {longest} tokens: the engine's limit is {limit - 1} (one is generated)")
+            raise RolloutError(
+                f"cannot score {longest} tokens: the engine's limit is {limit - 1} (it must generate one more)"
+            )
         async with self._submitted(prompts, [one_token.clone() for _ in prompts]) as streams:
             outputs = await asyncio.gather(*(self._last_output(stream) for stream in streams))
         return [

@@ -349,8 +349,8 @@ class RolloutPool:
         self._losses_in_a_row += 1
         if self._losses_in_a_row > self._config.max_restarts:
             raise RolloutError(
-                f"rollout workers {lost} are lost, and rollout.max_restarts {self._config.max_restarts} is used up: so "
-                "many losses in a row, without a batch in between, are borne"
+                f"rollout workers {lost} are lost, and rollout.max_restarts {self._config.max_restarts} is used up: "
+                "only that many losses in a row, without a finished batch in between, are tolerated"
             )
 
     def _wait(
@@ -362,7 +362,7 @@ class RolloutPool:
         waves: int = 1,
         members: Sequence[int] | None = None,
     ) -> list[Any]:
-        name = f"rollout.{setting}" if waves == 1 else f"{waves} x rollout.{setting}, together"
+        name = f"rollout.{setting}" if waves == 1 else f"{waves} x rollout.{setting}"
         timeout_s = getattr(self._config, setting) * waves
         return _CREW.wait(calls, what, timeout_s=timeout_s, setting=name, members=members)
 

@@ -83,7 +83,7 @@ def split_asserts(tests: list[str], packages: Collection[str] = ()) -> list[Asse
     try:
         return [_split(statement, "\n".join(imports), known, packages) for statement in asserts]
     except RecursionError as error:
-        raise GroundTruthError("an assert statement nests too deep to be split") from error
+        raise GroundTruthError("an assert statement is nested too deeply to be split") from error
 
 
 def _check_import(statement: ast.Import | ast.ImportFrom, packages: Collection[str]) -> None:
@@ -95,14 +95,14 @@ def _check_import(statement: ast.Import | ast.ImportFrom, packages: Collection[s
         top = module.split(".")[0]
         if top not in sys.stdlib_module_names and top not in packages:
             raise GroundTruthError(
-                f"a test imports {top or 'a relative module'}, which no box has; boxes have the standard library and"
-                f" what the option packages names ({', '.join(packages) or 'nothing'})"
+                f"a test imports {top or 'a relative module'}, which the sandbox does not have; it has the standard "
+                f"library and what the option packages names ({', '.join(packages) or 'nothing'})"
             )
 
 
 def _parse(test: str) -> ast.Module:
     if len(test) > MAX_TEST_CHARACTERS:
-        raise GroundTruthError(f"a test of {len(test)} characters; at most {MAX_TEST_CHARACTERS} are taken")
+        raise GroundTruthError(f"a test has {len(test)} characters; at most {MAX_TEST_CHARACTERS} are allowed")
     try:
         return ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -136,8 +136,8 @@ def _library(expression: ast.expr, imported: frozenset[str], packages: Collectio
                 library[name] = f"import {module} as {name}"
             elif module in _PACKAGES:
                 raise GroundTruthError(
-                    f"{_short(source)} uses {name}, which no box has; boxes have the standard library and what the"
-                    f" option packages names ({', '.join(packages) or 'nothing'})"
+                    f"{_short(source)} uses {name}, which the sandbox does not have; it has the standard library and "
+                    f"what the option packages names ({', '.join(packages) or 'nothing'})"
                 )
     return library
 
@@ -151,7 +151,7 @@ def _split(statement: ast.Assert, imports: str, imported: frozenset[str], packag
     if not splitter.calls:
         root = _named_like_a_known(statement.test, library)
         if root is None:
-            raise GroundTruthError(f"{_short(source)} asks nothing of the program")
+            raise GroundTruthError(f"{_short(source)} does not use the program")
         splitter = _Splitter(known - {root}, source)
         condition = splitter.visit(_copy(statement.test))
     judgement = ast.unparse(ast.fix_missing_locations(condition))

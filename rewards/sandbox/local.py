@@ -78,7 +78,7 @@ class LocalSandbox(SandboxService):
         self._isolated = isolation == "full"
         self._packages = tuple(packages)
         if packages and not self._isolated:
-            raise ConfigError("the sandbox shows packages only with `isolation: full`; leave one of the options out")
+            raise ConfigError("the option packages works only with `isolation: full`; leave out packages or isolation")
         missing = missing_layers()
         if self._isolated and missing:
             raise ConfigError(remedy(", ".join(missing)))
@@ -361,7 +361,9 @@ def _describe(task: Task, is_binary: bool) -> tuple[dict[str, Any], bytes]:
         kind = "execute" if is_binary else "script"
         return {"kind": kind}, task.stdin.encode("utf-8", "surrogatepass")
     if is_binary:
-        raise ConfigError(f"{type(task).__name__} needs a Python program; C++ programs take tests of standard input")
+        raise ConfigError(
+            f"{type(task).__name__} needs a Python program; C++ programs can only be tested through standard input"
+        )
     if isinstance(task, CallTask):
         return {"kind": "call", "function": task.function}, task.arguments.encode()
     assert isinstance(task, EvaluateTask)

@@ -66,7 +66,7 @@ def package_folders(packages: Sequence[str]) -> dict[str, str]:
     for name in packages:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(f"the sandbox is to show the package {name!r}, which is not installed as a package here")
+            raise ConfigError(f"the option packages names {name!r}, which is not installed as a package here")
         folder = Path(spec.submodule_search_locations[0])
         libraries = folder.with_name(f"{name}.libs")  # where wheels keep their shared libraries
         folders |= {path.name: str(path) for path in (folder, libraries) if path.is_dir()}

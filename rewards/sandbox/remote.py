@@ -109,7 +109,9 @@ def _request(program: Program, task: Task, limits: Limits) -> dict[str, Any]:
     if isinstance(task, StdinTask):
         return request | {"stdin": task.stdin}
     if program.language != "python":
-        raise ConfigError(f"{type(task).__name__} needs a Python program; C++ programs take tests of standard input")
+        raise ConfigError(
+            f"{type(task).__name__} needs a Python program; C++ programs can only be tested through standard input"
+        )
     if isinstance(task, CallTask):
         payload, entry = task.arguments, f"run_call(source, {task.function!r}, payload, harness.preload(), result)"
     else:

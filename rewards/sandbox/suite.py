@@ -54,8 +54,8 @@ def parse_tests(ground_truth: Any, language: str, packages: Collection[str] = ()
         needs_python = "fn_name"
     else:
         raise GroundTruthError(
-            f"tests of type {type(ground_truth).__name__}; expected a mapping with inputs and outputs, or a list of"
-            " assert statements"
+            f"the tests are of type {type(ground_truth).__name__}; expected a mapping with inputs and outputs, or a "
+            "list of assert statements"
         )
     if language != "python":
         raise GroundTruthError(f"{needs_python} need Python programs, but the language is {language}")
@@ -69,7 +69,9 @@ def _inputs_and_outputs(ground_truth: dict[str, Any]) -> tuple[list[Any], list[A
             f"tests need the lists inputs and outputs; the keys are {sorted(map(str, ground_truth))}"
         )
     if len(inputs) != len(outputs) or not inputs:
-        raise GroundTruthError(f"tests with {len(inputs)} inputs and {len(outputs)} outputs; give one output an input")
+        raise GroundTruthError(
+            f"the tests have {len(inputs)} inputs and {len(outputs)} outputs; give one output per input"
+        )
     return list(inputs), list(outputs)
 
 
@@ -89,7 +91,7 @@ def _text(value: Any, what: str) -> str:
 
 def _call_tests(name: Any, inputs: list[Any], outputs: list[Any]) -> tuple[Test, ...]:
     if not isinstance(name, str) or not name.isidentifier():
-        raise GroundTruthError(f"fn_name {name!r} is not a function's name")
+        raise GroundTruthError(f"fn_name {name!r} is not a valid function name")
     pairs = [_call_values(i, o) for i, o in zip(inputs, outputs, strict=True)]
     # some datasets put every expected value into a list of one; where all are, either form is right
     wrapped = all(isinstance(expected, list) and len(expected) == 1 for _, expected in pairs)
@@ -133,7 +135,7 @@ def _call_test(name: str, arguments: list[Any], expected: Any, wrapped: bool) ->
         task = CallTask(name, plain.encode(arguments))
         trees = [grading.tree_of(expected)] + ([grading.tree_of(expected[0])] if wrapped else [])
     except (plain.NotPlainError, RecursionError) as error:
-        raise GroundTruthError(f"a test of {name} holds data that cannot be handed over: {error}") from error
+        raise GroundTruthError(f"a test of {name} holds data that cannot be passed to the program: {error}") from error
 
     def judge(result: RunResult, tolerance: float) -> bool:
         try:

@@ -34,14 +34,14 @@ def check_estimator(spec: AdvantageSpec, options: Mapping[str, Any], *, group_si
     lengths = [len(row) for row in rows]
     if lengths != inputs.lengths.tolist():
         raise ConfigError(
-            f"{what} returns rows of {lengths} tokens for responses of {inputs.lengths.tolist()}; it must return one "
-            "advantage a token (see spread)"
+            f"{what} returns rows of {lengths} tokens for responses of {inputs.lengths.tolist()} tokens; it must "
+            "return one advantage per token (see `spread`)"
         )
     if not all(row.isfinite().all() for row in rows):
         raise ConfigError(f"{what} returns advantages that are not finite")
     if rows[-1].any():
         raise ConfigError(
-            f"{what} gives an advantage to a sample that carries no signal; leave out what inputs.valid says is none"
+            f"{what} gives an advantage to a sample that is not valid; give 0 where inputs.valid is false"
         )
 
 

@@ -77,7 +77,9 @@ def _kl_rewards(annotations: Annotations, config: AlgorithmConfig) -> tuple[Tens
     coefficient = annotations.kl_coefficient
     if annotations.old_logprobs is None or annotations.ref_logprobs is None or coefficient is None:
         missing = [n for n in ("old_logprobs", "ref_logprobs", "kl_coefficient") if getattr(annotations, n) is None]
-        raise ConfigError(f"kl.placement is reward, which needs the learner's {' and '.join(missing)} annotated")
+        raise ConfigError(
+            f"kl.placement is reward, which needs {' and '.join(missing)} among the learner's annotations"
+        )
     pairs = zip(annotations.old_logprobs, annotations.ref_logprobs, strict=True)
     return tuple(-coefficient * kl_penalty(_float64(old), _float64(ref), config.kl.estimator) for old, ref in pairs)
 

@@ -49,7 +49,9 @@ class KLConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> KLConfig:
         if self.placement != "none" and self.coefficient == 0.0:
-            raise ValueError(f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient or none")
+            raise ValueError(
+                f"kl.placement is {self.placement} but kl.coefficient is 0; set a coefficient, or placement to none"
+            )
         if self.placement == "none" and self.coefficient > 0.0:
             raise ValueError("kl.coefficient is set but kl.placement is none; set placement to loss or reward")
         for key in ("estimator", "adaptive_target", "adaptive_horizon", "reference"):
@@ -83,7 +85,9 @@ class RolloutCorrectionConfig(Section):
         if self.mode in ("truncate", "none") and self.lower > 0:
             raise ValueError(f"lower {self.lower:g} has no effect with mode {self.mode}; set mode to mask or reject")
         if self.mode in ("mask", "reject") and self.lower >= self.upper:
-            raise ValueError(f"lower {self.lower:g} is not under upper {self.upper:g}: every token would be left out")
+            raise ValueError(
+                f"lower {self.lower:g} is not below upper {self.upper:g}, so only ratios of exactly 1 would be kept"
+            )
         return self
 
 

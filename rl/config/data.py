@@ -148,8 +148,8 @@ class DataConfig(Section):
         for dataset in self.eval:
             if dataset.name is not None and ("/" in dataset.name or not dataset.name.isprintable()):
                 raise ValueError(
-                    f"eval has the name {dataset.name!r}, which becomes part of file names; leave out slashes and "
-                    "control characters"
+                    f"eval has a dataset with the name {dataset.name!r}, which becomes part of file names; remove "
+                    "slashes and control characters from it"
                 )
         return self
 

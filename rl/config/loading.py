@@ -73,7 +73,8 @@ def overridden(config: DictConfig, override: str) -> DictConfig:
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:  # a key of a list that is no number
         raise ConfigError(
-            f"override {override!r} cannot be read: items of a list have numbers, for example data.eval[0].path"
+            f"override {override!r} cannot be read: items of a list are addressed by number, for example "
+            "data.eval[0].path"
         ) from error
 
 
@@ -140,8 +141,9 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     base = _compose(path.parent / str(parent), (*seen, resolved))
     if key := _list_against_mapping(base, loaded):
         raise ConfigError(
-            f"{path}: {key} is a mapping here and a list in {parent}, which it extends, or the other way round; lists "
-            "are replaced as a whole and mappings key by key, so they must be of one kind"
+            f"{path}: {key} is a mapping in this file and a list in {parent}, which it extends, or the other way "
+            "round; both must be of the same kind, because lists are replaced as a whole and mappings are merged key "
+            "by key"
         )
     return typing.cast(DictConfig, OmegaConf.merge(base, loaded))
 
@@ -181,7 +183,7 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         message += f" ({field.description})" if field else ""  # which says how to switch it off
     peer = PEER_VALUES.get(str(value), "")
     allowed = kind == "literal_error" and f"'{peer}'" in problem["ctx"]["expected"]
-    hint = f"; what is {value} elsewhere is {peer} here" if allowed else ""
+    hint = f"; what other libraries call {value} is {peer} here" if allowed else ""
     return f"{key} is {value!r}: {message[0].lower()}{message[1:]}{hint}"
 
 

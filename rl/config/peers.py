@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 _MICRO_BATCHES = "micro-batches are filled by tokens, and do not change the result"
-_STEPS = "it is the number of optimizer steps a pass over the batch: train_batch_size / ppo_mini_batch_size"
+_STEPS = "the number of optimizer steps per pass over the batch: train_batch_size / ppo_mini_batch_size"
 _RATIO = "in optimizer steps: the ratio x total_steps x learner.epochs x learner.mini_batches"
-_ZERO3 = "learners are parallel over data, with ZeRO-3 (docs/roadmap.md)"
+_ZERO3 = "learners are data-parallel, with ZeRO-3 (docs/roadmap.md)"
 _NO_SLEEP = "engines that share GPUs keep their memory (docs/roadmap.md)"
-_RESUME = "`fledge train CONFIG --resume` goes on from the newest checkpoint, or starts where there is none"
+_RESUME = "`fledge train CONFIG --resume` continues from the newest checkpoint, or starts anew if there is none"
 _FUNCTIONS = "a list of {name: file.py:function, weight: 1, options: {}}"
 
 # The key here (or the one of `fledge sft`; empty: there is none), what to know of it, and the last parts of the peers'
@@ -50,8 +50,8 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("evaluation", "", "val_kwargs eval_temperature eval_n_samples_per_prompt"),
     ("ray.colocate", "", "colocate_all_models colocate_actor_ref vllm_mode"),
     ("", _NO_SLEEP, "free_cache_engine vllm_enable_sleep vllm_enable_sleep_mode deepspeed_enable_sleep"),
-    ("", "sampler and learner both give log-probabilities, always", "calculate_log_probs"),
-    ("", "the learner would not know of it", "repetition_penalty"),
+    ("", "sampler and learner always both compute log-probabilities", "calculate_log_probs"),
+    ("", "the learner would not take it into account", "repetition_penalty"),
     ("learner.mini_batches", _STEPS, "ppo_mini_batch_size mini_batch_size"),
     ("learner.mini_batches", "steps_per_generation / gradient_accumulation_steps", "steps_per_generation"),
     (
@@ -95,7 +95,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("algorithm.kl.estimator", "", "kl_loss_type kl_penalty kl_estimator"),
     ("algorithm.kl.adaptive_target", "", "target_kl kl_target"),
     ("algorithm.kl.adaptive_horizon", "", "horizon kl_horizon"),
-    ("algorithm.advantage_options", "of gae: gamma, lam", "gamma lam lambd"),
+    ("algorithm.advantage_options", "options of gae: gamma, lam", "gamma lam lambd"),
     (
         "algorithm.advantage",
         "grpo divides by the standard deviation, dr_grpo does not",

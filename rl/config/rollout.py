@@ -31,7 +31,7 @@ _LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for (`vllm
 def _sampled_as_asked(temperature: float) -> float:
     if 0.0 < temperature < _LEAST_TEMPERATURE:
         raise ValueError(
-            f"vLLM would sample at {_LEAST_TEMPERATURE} in its place; set at least that, or 0 for the likeliest token"
+            f"vLLM would sample at {_LEAST_TEMPERATURE} instead; set at least that, or 0 for greedy decoding"
         )
     return temperature
 
@@ -120,7 +120,7 @@ class RolloutConfig(Section):
     def _consistent(self) -> RolloutConfig:
         for option, key in _ENGINE_OWN.items():
             if option in self.engine_options:
-                decided = f"which is {key} here; set that" if key else "which placement and weight sync decide"
+                decided = f"which is {key} here; set that instead" if key else "which placement and weight sync decide"
                 raise ValueError(f"engine_options holds {option}, {decided}, and leave it out")
         if self.kv_cache_gib is not None and self.sets("gpu_memory_utilization"):
             raise ValueError(
@@ -162,14 +162,14 @@ class EvaluationConfig(Section):
         _refuse_cuts_of_greedy(self)
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError(
-                f"samples_per_prompt is {self.samples_per_prompt}, but at temperature 0 all of them are the same "
-                "response; set a temperature, or samples_per_prompt to 1"
+                f"samples_per_prompt is {self.samples_per_prompt}, but at temperature 0 all responses to a prompt are "
+                "the same; set a temperature, or samples_per_prompt to 1"
             )
         too_large = [k for k in self.pass_at if k > self.samples_per_prompt]
         if too_large:
             raise ValueError(
-                f"pass_at holds {too_large} but samples_per_prompt is {self.samples_per_prompt}; "
-                "pass@k needs at least k samples a prompt"
+                f"pass_at holds {too_large} but samples_per_prompt is {self.samples_per_prompt}; pass@k needs at "
+                "least k samples per prompt"
             )
         return self
 
@@ -178,8 +178,8 @@ def _refuse_cuts_of_greedy(config: RolloutConfig | EvaluationConfig) -> None:
     for key in ("top_p", "top_k", "min_p"):
         if config.temperature == 0 and config.sets(key):
             raise ValueError(
-                f"{key} has no effect at temperature 0, which takes the likeliest token; set a temperature, or leave "
-                f"{key} out"
+                f"{key} has no effect at temperature 0, which always takes the most likely token; set a temperature, "
+                f"or leave {key} out"
             )
 
 

@@ -93,8 +93,8 @@ class RayConfig(Section):
         for key in ("rollout_resources", "learner_resources"):
             if own := sorted(_RAYS_OWN_RESOURCES & getattr(self, key).keys()):
                 raise ValueError(
-                    f"{key} holds {', '.join(own)}, which placement decides; it is for resources that nodes were "
-                    "started with, as `ray start --resources '{\"learner\": 1}'`"
+                    f"{key} holds {', '.join(own)}, which placement decides; it is for custom resources that nodes "
+                    "were started with, as in `ray start --resources '{\"learner\": 1}'`"
                 )
         return self
 
@@ -122,7 +122,7 @@ class RunConfig(Section):
     def _deterministic_can_work(self) -> RunConfig:
         if self.deterministic and self.device == "cuda":
             raise ValueError(
-                "deterministic promises the same weights bit for bit, which GPUs do not keep, and device is cuda; set "
+                "deterministic promises bit-identical weights, which GPUs cannot guarantee, but device is cuda; set "
                 "deterministic to false, or device to cpu"
             )
         return self
@@ -155,40 +155,40 @@ class TrainConfig(RunConfig):
     def _consistent(self) -> TrainConfig:
         if self.total_epochs is not None and "total_steps" in self.model_fields_set:
             raise ValueError(
-                f"total_steps {self.total_steps} and total_epochs {self.total_epochs:g} both say how long the run is; "
-                "leave one of them out, or set it to null"
+                f"total_steps {self.total_steps} and total_epochs {self.total_epochs:g} both set the length of the "
+                "run; leave one of them out, or set it to null"
             )
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         if samples % self.learner.mini_batches:
             raise ValueError(
                 f"rollout.prompts_per_step {self.rollout.prompts_per_step} x rollout.group_size "
-                f"{self.rollout.group_size} = {samples} samples do not divide into learner.mini_batches "
+                f"{self.rollout.group_size} = {samples} samples cannot be divided evenly into learner.mini_batches "
                 f"{self.learner.mini_batches}"
             )
         if samples // self.learner.mini_batches < self.learner.num_workers:
             raise ValueError(
-                f"a mini-batch of {samples // self.learner.mini_batches} samples cannot feed learner.num_workers "
+                f"a mini-batch of {samples // self.learner.mini_batches} samples is too small for learner.num_workers "
                 f"{self.learner.num_workers}; raise rollout.prompts_per_step or lower learner.mini_batches"
             )
         kl = self.algorithm.kl
         if kl.adaptive_target is not None and kl.adaptive_horizon < samples:
             raise ValueError(
-                f"algorithm.kl.adaptive_horizon {kl.adaptive_horizon} is under a step's {samples} samples, so one step "
-                "could move the coefficient by more than a fifth, and far under it make it negative; set it to several "
-                "steps' worth"
+                f"algorithm.kl.adaptive_horizon {kl.adaptive_horizon} is less than the {samples} samples of a step, "
+                "so one step could change the coefficient by more than a fifth, or even make it negative; set it to "
+                "the samples of several steps"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         if self.learner.max_tokens_per_microbatch < longest:
             raise ValueError(
-                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under the longest "
+                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is less than the longest "
                 f"sequence, data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_response_tokens "
                 f"{self.rollout.max_response_tokens} = {longest}; raise it to at least {longest}"
             )
         known = self.total_epochs is None
         if self.critic is not None and known and self.critic.warmup_steps >= self.total_steps:
             raise ValueError(
-                f"critic.warmup_steps {self.critic.warmup_steps} leaves no step of total_steps {self.total_steps} for "
-                "the policy; lower it"
+                f"critic.warmup_steps {self.critic.warmup_steps} leaves none of total_steps {self.total_steps} for "
+                "the policy to learn in; lower it"
             )
         if (self.evaluation.every or self.evaluation.at_start) and not self.data.eval:
             key = "every" if self.evaluation.every else "at_start"
@@ -196,7 +196,7 @@ class TrainConfig(RunConfig):
                 f"evaluation.{key} is set but data.eval is empty; add a dataset, or leave evaluation.{key} out"
             )
         if self.deterministic and self.rollout.temperature > 0 and self.model.dtype != "float32":
-            raise ValueError("deterministic needs model.dtype float32 (bit-exact runs are a CPU float32 promise)")
+            raise ValueError("deterministic needs model.dtype float32 (runs are bit-exact only on CPUs in float32)")
         return self
 
     @model_validator(mode="after")
@@ -207,23 +207,27 @@ class TrainConfig(RunConfig):
                 f"sync.transport {self.sync.transport} needs GPUs, but device is cpu; set it to auto or shm"
             )
         if self.device == "cpu" and learner.moe.router_replay:
-            raise ValueError("learner.moe.router_replay needs vLLM's record of experts, which it keeps on GPUs only")
+            raise ValueError(
+                "learner.moe.router_replay needs the experts that vLLM chose, which it records on GPUs only, but "
+                "device is cpu; set it to false"
+            )
         if learner.moe.router_replay and (self.deterministic or not rollout.enable_prefix_caching):
             raise ValueError(
-                "learner.moe.router_replay needs rollout.enable_prefix_caching (vLLM's condition), which is false or "
-                "turned off by deterministic; set router_replay to false, or change these"
+                "learner.moe.router_replay needs rollout.enable_prefix_caching (a condition of vLLM), which is false "
+                "or turned off by deterministic; set router_replay to false, or change these"
             )
         if not self.ray.colocate or self.device == "cpu":
             return self
         if rollout.tensor_parallel_size > 1 or rollout.num_workers > learner.num_workers:
             raise ValueError(
-                "ray.colocate puts one rollout worker beside a learner on its GPU, but rollout.num_workers is "
+                "ray.colocate puts at most one rollout worker on each learner's GPU, but rollout.num_workers is "
                 f"{rollout.num_workers} with tensor_parallel_size {rollout.tensor_parallel_size}, and "
-                f"learner.num_workers {learner.num_workers}; use at most as many rollout workers, each of size 1"
+                f"learner.num_workers is {learner.num_workers}; use at most as many rollout workers as learners, each "
+                "with tensor_parallel_size 1"
             )
         if rollout.kv_cache_gib is None and "gpu_memory_utilization" not in rollout.model_fields_set:
             raise ValueError(
-                "ray.colocate lets the engine take rollout.gpu_memory_utilization "
+                "with ray.colocate, the engine would take rollout.gpu_memory_utilization "
                 f"{rollout.gpu_memory_utilization:g} of the GPU before the learner loads; set it to the engine's "
                 "share, or set rollout.kv_cache_gib"
             )
@@ -235,9 +239,10 @@ class TrainConfig(RunConfig):
         cut = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
         if any(cut.values()) and correction.level == "sequence" and correction.mode != "none":
             raise ValueError(
-                f"rollout.{next(key for key, is_cut in cut.items() if is_cut)} cuts the sampler's distribution, so "
-                "each token's ratio is under 1, and their product over a response next to 0: nothing would be learned. "
-                "Set algorithm.rollout_correction.level to token or geometric, or sample from the whole distribution"
+                f"rollout.{next(key for key, is_cut in cut.items() if is_cut)} truncates the sampler's distribution, "
+                "so each token's ratio is below 1, and their product over a response is close to 0: nothing would be "
+                "learned. Set algorithm.rollout_correction.level to token or geometric, or sample from the whole "
+                "distribution"
             )
         return self
 
@@ -247,13 +252,13 @@ class TrainConfig(RunConfig):
         if self.algorithm.dynamic_sampling is not None and (rollout.group_size < 2 or rollout.temperature == 0):
             raise ValueError(
                 "algorithm.dynamic_sampling keeps groups whose rewards differ, but rollout.group_size "
-                f"{rollout.group_size} at rollout.temperature {rollout.temperature:g} gives none; set at least 2, and "
-                "a temperature over 0"
+                f"{rollout.group_size} at rollout.temperature {rollout.temperature:g} gives none; set group_size to "
+                "at least 2, and the temperature above 0"
             )
         limits = rollout.reject_degenerate
         if limits is not None and limits.min_tokens > rollout.max_response_tokens:
             raise ValueError(
-                f"rollout.reject_degenerate.min_tokens {limits.min_tokens} is over rollout.max_response_tokens "
+                f"rollout.reject_degenerate.min_tokens {limits.min_tokens} is more than rollout.max_response_tokens "
                 f"{rollout.max_response_tokens}, so nothing could be rejected; lower it"
             )
         return self
@@ -271,8 +276,8 @@ class SftConfig(RunConfig):
         for key in ("epochs", "mini_batches"):
             if getattr(self.learner, key) != 1:
                 raise ValueError(
-                    f"learner.{key} is {getattr(self.learner, key)}, but a supervised step is one update of its batch; "
-                    "leave it out, and set epochs (at the top level) and batch_size"
+                    f"learner.{key} is {getattr(self.learner, key)}, but a supervised step makes one optimizer step "
+                    "on its batch; leave it out, and set epochs (at the top level) and batch_size instead"
                 )
         for section, keys in (
             ("data.train", ("reward",)),
@@ -285,7 +290,7 @@ class SftConfig(RunConfig):
                 raise ValueError(f"{section}.{key} has no effect in a supervised run; leave it out, or set it to null")
         if self.learner.max_tokens_per_microbatch < self.data.max_tokens:
             raise ValueError(
-                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is under data.max_tokens "
-                f"{self.data.max_tokens}, the longest example; raise it, or lower data.max_tokens"
+                f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is less than "
+                f"data.max_tokens {self.data.max_tokens}, the longest example; raise it, or lower data.max_tokens"
             )
         return self

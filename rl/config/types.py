@@ -23,7 +23,7 @@ from pydantic import (
 def _no_boolean(value: Any) -> Any:
     """Pydantic takes true for 1."""
     if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
+        raise ValueError("it must be a number, not true or false")
     return value
 
 

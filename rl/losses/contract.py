@@ -28,7 +28,7 @@ def resolve_aggregation(spec: PolicyLossSpec, requested: Aggregation | None) -> 
     mode = spec.default_aggregation if requested is None else requested
     if spec.allowed_aggregations is not None and mode not in spec.allowed_aggregations:
         raise ConfigError(
-            f"algorithm.aggregation {mode} contradicts algorithm.loss {spec.name}, which is defined with "
+            f"algorithm.aggregation {mode} contradicts algorithm.loss {spec.name}, which is defined only with "
             f"{' or '.join(spec.allowed_aggregations)}; leave aggregation out or choose another loss"
         )
     return mode
@@ -45,7 +45,7 @@ def check_policy_loss(
     mode = resolve_aggregation(spec, aggregation)
     if accumulates and not spec.split_invariant:
         raise ConfigError(
-            f"algorithm.loss {spec.name} looks across sequences, so its result depends on the split of a mini-batch; "
+            f"algorithm.loss {spec.name} looks across sequences, so its result depends on how a mini-batch is split; "
             "use one learner worker and a learner.max_tokens_per_microbatch that holds a whole mini-batch, or another "
             "loss"
         )
@@ -121,7 +121,7 @@ def _value(
         if not isinstance(loss, Tensor) or loss.shape != inputs.logprobs.shape:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(output).__name__
             raise ConfigError(
-                f"algorithm.loss {spec.name} must return PolicyLossOutput with one loss a token, shape "
+                f"algorithm.loss {spec.name} must return PolicyLossOutput with one loss per token, shape "
                 f"{tuple(inputs.logprobs.shape)}; it returned {shape}"
             )
         loss = aggregate(loss, inputs, mode, num_loss_tokens=9, num_sequences=len(_LENGTHS), fixed_length=8)
@@ -139,6 +139,6 @@ def _same(spec: PolicyLossSpec, what: str, expected: tuple[Tensor, Tensor], foun
         difference = (a - b).abs().max().item()
         if not difference <= _TOLERANCE:  # NaN too
             raise ConfigError(
-                f"algorithm.loss {spec.name} does not respect {what}: on a small batch the {name} is off by "
+                f"algorithm.loss {spec.name} does not handle {what} correctly: on a small batch the {name} is off by "
                 f"{difference:.3g}; see docs/adding-an-algorithm.md"
             )

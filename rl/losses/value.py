@@ -31,7 +31,7 @@ def value_loss(inputs: ValueInputs, *, clip: float | None = 0.2) -> tuple[Tensor
     if clip is None:
         return 0.5 * error, metrics
     if clip <= 0.0:
-        raise ConfigError(f"value_loss: clip is {clip}; it must be over 0, or None for no clipping")
+        raise ConfigError(f"value_loss: clip is {clip}; it must be above 0, or None for no clipping")
     bounded = torch.clamp(inputs.values, inputs.old_values - clip, inputs.old_values + clip)
     clipped = (bounded - inputs.returns).square()
     metrics["clip_frac"] = (clipped > error).to(error.dtype)

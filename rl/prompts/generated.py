@@ -64,8 +64,8 @@ def generated_rows(config: DatasetConfig, path: str) -> Iterator[tuple[str, dict
         yield f"{path} item {index + 1} (seed {config.seed})", fields
     if made.failed:
         raise DataError(
-            f"{path} item {len(made.entries) + 1} (seed {config.seed}): the task failed to make it: {made.failed}; "
-            "change options or seed"
+            f"{path} item {len(made.entries) + 1} (seed {config.seed}): the task failed to generate it: "
+            f"{made.failed}; change options or seed"
         )
 
 
@@ -89,12 +89,12 @@ def _make(task: str, config: DatasetConfig, path: str) -> _Made:
     if process.returncode:
         lines = process.stderr.decode(errors="replace").strip().splitlines()
         raise DataError(
-            f"dataset {path}: the process that makes the task ended with {process.returncode}: "
+            f"dataset {path}: the process that generates the task ended with exit code {process.returncode}: "
             f"{lines[-1] if lines else 'it said nothing'}"
         )
     made: _Made = pickle.loads(process.stdout)
     if made.refused:
-        raise DataError(f"dataset {path}: the task refuses options {config.options}: {made.refused}")
+        raise DataError(f"dataset {path}: the task rejects the options {config.options}: {made.refused}")
     return made
 
 
@@ -109,7 +109,9 @@ def _check_names(task: str, config: DatasetConfig, path: str) -> None:
     unknown = [name for name in config.options if name not in known]
     if unknown:
         remedy = "; use the dataset's own size and seed" if set(unknown) & {"seed", "size"} else ""
-        raise DataError(f"dataset {path}: options has no {', '.join(unknown)}{remedy}; {task} takes {', '.join(known)}")
+        raise DataError(
+            f"dataset {path}: {task} has no option {', '.join(unknown)}{remedy}; it takes {', '.join(known)}"
+        )
 
 
 def _answer() -> None:

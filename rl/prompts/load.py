@@ -169,8 +169,8 @@ def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[
     if ground_truth is None and not is_generated(config):
         if field in row.fields or isinstance(reward_model, Mapping):
             raise DataError(
-                f"{row.location}: {field} is null; give the row a ground truth, or set ground_truth_field to null "
-                "where the rewards need none"
+                f"{row.location}: {field} is null; give the row a ground truth, or set ground_truth_field to null if "
+                "the rewards need none"
             )
         raise missing_field(row, field, "ground_truth_field")
     return ground_truth, extra

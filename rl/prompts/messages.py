@@ -26,7 +26,8 @@ def prompt_messages(value: Any, config: DatasetConfig, location: str) -> list[Me
     messages = parse_messages(value, config.prompt_field, location)
     if messages[-1]["role"] == "assistant":
         raise DataError(
-            f"{location}: {config.prompt_field} ends with an assistant message; it must end with what the model answers"
+            f"{location}: {config.prompt_field} ends with an assistant message; it must end with a message for the "
+            "model to answer"
         )
     if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": config.system_prompt})
@@ -83,7 +84,7 @@ def _parse_message(message: Any, location: str) -> Message:
         raise DataError(f"{location}: content is empty")
     for key, value in present.items():
         if isinstance(value, str) and not _is_encodable(value):
-            raise DataError(f"{location}: {key} holds half a surrogate pair, which is not valid Unicode")
+            raise DataError(f"{location}: {key} contains half of a surrogate pair, which is not valid Unicode")
     return present
 
 

@@ -47,8 +47,8 @@ def read_rows(config: DatasetConfig) -> Iterator[Row]:
     if is_generated(config):
         if len(config.paths) > 1:
             raise DataError(
-                f"dataset {config.shown_path}: a reasoning_gym task has a size and options of its own, so it is no "
-                "part of a list; reasoning_gym:composite mixes tasks (docs/data.md)"
+                f"dataset {config.shown_path}: a reasoning_gym task has its own size and options, so it cannot be "
+                "part of a list; use reasoning_gym:composite to mix tasks (docs/data.md)"
             )
         _refuse_settings(config, "a reasoning_gym task", ("split", "subset"))
         rows = generated_rows(config, config.paths[0])
@@ -108,7 +108,7 @@ def _read_file(path: Path) -> Iterator[Located]:
     if path.suffix in _PARQUET_SUFFIXES:
         return _read_parquet(path)
     known = ", ".join((*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES))
-    raise DataError(f"dataset {path}: unknown file type {path.suffix!r}; known are {known}, or a dataset folder")
+    raise DataError(f"dataset {path}: unknown file type {path.suffix!r}; supported are {known}, and dataset folders")
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
@@ -125,7 +125,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{location}: broken JSON: {error}") from error
             if not isinstance(fields, dict):
-                raise DataError(f"{location}: a row must be a JSON object, this is a {type(fields).__name__}")
+                raise DataError(f"{location}: a row must be a JSON object, not a {type(fields).__name__}")
             yield location, fields
 
 
@@ -170,7 +170,7 @@ def _read_hub(config: DatasetConfig, name: str) -> Iterator[Located]:
         ) from error
     except Exception as error:  # the hub client and the loaders raise many types of their own
         raise DataError(
-            f"dataset {name}: no such file or folder here, and the hub does not give it: {error}"
+            f"dataset {name}: no such file or folder here, and it could not be loaded from the hub: {error}"
         ) from error
     return _rows_of(*_pick_split(loaded, config, name, saved=False))
 
@@ -220,8 +220,8 @@ def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ..
     for name in settings:
         if config.sets(name):
             raise DataError(
-                f"dataset {config.shown_path}: {name} does not apply to {source}; leave it out, or set "
-                "it to null where a file that is extended sets it"
+                f"dataset {config.shown_path}: {name} does not apply to {source}; leave it out, or set it to null if "
+                "the file that this one extends sets it"
             )
 
 
@@ -234,6 +234,6 @@ def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
     if path.is_symlink():
-        return f"; it is a link to {path.readlink()}, which is not there"
+        return f"; it is a link to {path.readlink()}, which does not exist"
     near = difflib.get_close_matches(path.name, (p.name for p in path.parent.iterdir()), n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -113,7 +113,7 @@ def _completion(prompt: str, full: str, response: Message, keys: Sequence[str], 
             _check_thinking(prompt, completion, content, remedy, location)
         return _Turn(prompt, completion, verbatim=False)
     if tools:
-        raise DataError(f"{location}: the chat template does not write the response's tool calls; take the row out")
+        raise DataError(f"{location}: the chat template does not write the response's tool calls; remove the row")
     if given:
         raise DataError(
             f"{location}: the chat template does not write the response's thinking after its own generation prompt; "
@@ -136,14 +136,14 @@ def _check_thinking(prompt: str, completion: str, content: str, remedy: str, loc
     closed = int(prompt.rstrip().endswith(_END_OF_THINKING)) + completion.count(_END_OF_THINKING)
     if _END_OF_THINKING in content and (closed > content.count(_END_OF_THINKING) or "<|channel|>" in completion):
         raise DataError(
-            f"{location}: the response's text has {_END_OF_THINKING}, but the chat template does not take its thinking "
-            f"out of the text, and it would be learned as part of the answer; {remedy}"
+            f"{location}: the response's text contains {_END_OF_THINKING}, but the chat template does not separate "
+            f"the thinking from the text, so it would be learned as part of the answer; {remedy}"
         )
 
 
 def _where_thinking_goes(prompt: str, keys: Sequence[str]) -> str:
     if prompt.rstrip().endswith(_END_OF_THINKING):
-        return "the prompt has turned thinking off, so turn it on, or leave the thinking out"
+        return "the prompt has turned thinking off, so turn it on, or remove the thinking"
     if keys:
         return f"put the thinking into the key that the template reads ({' or '.join(keys)})"
     return "put the thinking into content, as text between <think> tags"
@@ -167,7 +167,7 @@ def _split(row: Row, config: SftDataConfig) -> tuple[list[Message], Message]:
         messages = parse_messages(value, field, row.location)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             if field == "messages":
-                raise DataError(f"{row.location}: messages must be a prompt and the assistant message to learn")
+                raise DataError(f"{row.location}: messages must consist of a prompt and the assistant message to learn")
             raise missing_field(row, config.response_field, "response_field")
         return prompt_messages(messages[:-1], config.train, row.location), messages[-1]
     if isinstance(response, str):

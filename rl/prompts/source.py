@@ -84,8 +84,8 @@ class PromptSource:
         for key, setting in (("seed", "seed"), ("shuffle", "data.shuffle")):
             if state[key] != own[key]:
                 raise CheckpointError(
-                    f"the checkpoint was saved with {setting}={state[key]}, the config says {own[key]}; the order of "
-                    f"prompts depends on it: set {setting}={state[key]} to resume"
+                    f"the checkpoint was saved with {setting}={state[key]}, but the config says {own[key]}; the order "
+                    f"of prompts depends on it: set {setting}={state[key]} to resume"
                 )
         self._num_drawn = int(state["num_drawn"])
 

@@ -57,7 +57,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
         )
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ConfigError(
-            f"model.path {model.path}: the tokenizer makes no tokens of a text; is tokenizer.json missing?"
+            f"model.path {model.path}: the tokenizer produces no tokens for a text; is tokenizer.json missing?"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path {model.path}: the tokenizer has no EOS token, so no response could end")
@@ -83,7 +83,7 @@ class ChatTemplate:
         effort = options.get("reasoning_effort")
         if effort is not None and "<|channel|>" in source and effort not in _REASONING_EFFORTS:
             raise ConfigError(
-                f"model.chat_template_options.reasoning_effort is {effort!r}; harmony models know "
+                f"model.chat_template_options.reasoning_effort is {effort!r}; harmony models accept "
                 f"{', '.join(_REASONING_EFFORTS)}"
             )
         self._options = {**options, "strftime_now": date.strftime}

@@ -30,10 +30,10 @@ def resolve_transport(transport: Literal["auto", "shm", "nccl", "ipc"], *, cuda:
     if transport in ("auto", "shm", best):
         return best if transport == "auto" else transport
     needs = {
-        "nccl": "GPUs of their own for learners and engines (NCCL refuses two ranks on one GPU by default)",
+        "nccl": "separate GPUs for learners and engines (NCCL refuses two ranks on one GPU by default)",
         "ipc": "learners and engines on the same GPUs (ray.colocate)",
     }
-    here = "no GPUs" if not cuda else "ray.colocate" if colocate else "GPUs that they do not share"
+    here = "no GPUs" if not cuda else "ray.colocate" if colocate else "GPUs that learners and engines do not share"
     raise ConfigError(f"sync.transport {transport} needs {needs[transport]}, but this run has {here}; set it to auto")
 
 

@@ -142,7 +142,7 @@ def test_values_come_back_in_order_from_the_position_before_each_token(found: di
         if index == 1:  # was given without a response
             expected = expected[:0]
         np.testing.assert_allclose(found["values"][index], expected, rtol=0, atol=1e-5)
-    assert "samples carry no values and returns" in found["no_values"]
+    assert "samples have no values and returns" in found["no_values"]
 
 
 def test_a_fresh_critic_says_zero_and_learns_in_bfloat16(found: dict[str, Any]) -> None:

@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(family: Family) -> None:
     assert f"the learner checkpoint {family.out_dir / 'checkpoint'} cannot be read" in family.results["damaged"]
     assert "to resume from the one before it" in family.results["damaged"]
     refused = family.results["otherwise divided"]
-    assert "by 5000, this version of Fledge by 10000 elements" in refused and "remove" not in refused
+    assert "by 5000, but this version of Fledge divides it by 10000 elements" in refused and "remove" not in refused
 
 
 def test_the_export_and_the_offline_export_load_with_from_pretrained(family: Family) -> None:

@@ -107,8 +107,8 @@ def test_a_checkpoint_resumes_bit_for_bit_and_holds_a_hugging_face_model(
 
 def test_what_is_not_supported_says_so(ranks: list[dict[str, Any]]) -> None:
     expected = {
-        "temperature": "needs one temperature for a batch",
-        "batch": "cannot follow calculate_sum_pi_squared in a batch",
+        "temperature": "needs one temperature per batch",
+        "batch": "does not support calculate_sum_pi_squared in a batch",
         "shard": "exports whole parameters, not shards",
         "hdfs": "does not copy checkpoints to or from HDFS",
     }

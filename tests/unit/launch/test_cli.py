@@ -71,7 +71,7 @@ def save(tmp_path, config):
         (
             {"rollout": {"group_size": 3}, "learner": {"mini_batches": 5}},
             2,
-            "do not divide into learner.mini_batches 5",
+            "cannot be divided evenly into learner.mini_batches 5",
         ),
         ({"rollout": {"group_size": 1}}, 2, "compares the samples of a group, but rollout.group_size is 1"),
         ({"model": {"path": "no/such/model"}}, 2, "no/such/model"),
@@ -87,7 +87,7 @@ def save(tmp_path, config):
         ({"reward": {"functions": [{"name": "format", "options": {"patern": "x"}}]}}, 2, "pattern"),
         ({"algorithm": {"loss": "ppo_clop"}}, 2, "ppo_clip"),
         ({"algorithm": {"advantage": "gae"}}, 2, "needs a critic"),
-        ({"critic": {}}, 2, "algorithm.advantage grpo does not look at a critic's values"),
+        ({"critic": {}}, 2, "algorithm.advantage grpo does not use a critic's values"),
         (
             {"algorithm": {"advantage": "gae"}, "critic": {"path": "./no_such_critic"}},
             2,
@@ -143,7 +143,7 @@ def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tm
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
     changes = ("seed=7", "rollout.group_size=4", "learner.optimizer.lr=1e-3", "total_steps=9", "critic={}")
     exit_code, said = fledge("train", save(tmp_path, config), *changes, "--resume")
-    refused = "another configuration: seed 0 -> 7, rollout.group_size 8 -> 4, critic None -> a section; set back"
+    refused = "another configuration: seed 0 -> 7, rollout.group_size 8 -> 4, critic None -> a section; restore"
     assert (exit_code, refused in " ".join(said.split())) == (CheckpointError.exit_code, True), said
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
 
@@ -207,43 +207,43 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     path = save(tmp_path, config | sections)
     exit_code, said = fledge("train", path, "--dry-run")
     assert exit_code == 0
-    assert "training data rows: 1 prompts\n2 steps of 2 prompts: 4 times the training data" in said
-    assert "2 prompts x 8 responses = 16 samples of at most 2,048 tokens, learned from in 1 optimizer steps" in said
+    assert "training data rows: 1 prompts\n2 steps of 2 prompts: 4 passes over the training data" in said
+    assert "2 prompts x 8 responses = 16 samples of at most 2,048 tokens, used in 1 optimizer steps" in said
     assert "1 + 1 =<|im_end|>\n<|im_start|>assistant" in said and "its ground truth: 2" in said
     assert fledge("train", path, "--dry-run", "model.path=no/such/model")[0] == 2
     assert "leave --resume out" in fledge("train", path, "--dry-run", "--resume")[1]
     said = fledge("train", path, "--dry-run", "algorithm={advantage: gae, dynamic_sampling: {}}", "critic={}")[1]
-    assert "2 optimizer steps: adamw, learning rate 1e-05" in said and "more prompts are drawn than that" in said
+    assert "2 optimizer steps: adamw, learning rate 1e-05" in said and "may draw more prompts than that" in said
     assert "no evaluation\n" in said
     held_out = f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}, name: held}}]"
     said = fledge("train", path, "--dry-run", held_out, "data.train_on_eval_prompts=true")[1]
-    assert "no evaluation (evaluation.every is 0, so data.eval has no use)" in said
+    assert "no evaluation (evaluation.every is 0, so data.eval is not used)" in said
     evaluated = ("evaluation={every: 2, at_start: true}", held_out, "data.train_on_eval_prompts=true")
     said = fledge("train", path, "--dry-run", *evaluated, "learner.optimizer.warmup_steps=20")[1]
-    assert "evaluation before the first step and every 2 steps: 1 responses a prompt of at most 1,024 tokens" in said
-    assert "learner.optimizer.warmup_steps 20 is more than the run's 2 optimizer steps, so its learning" in said
+    assert "evaluation before the first step and every 2 steps: 1 responses per prompt of at most 1,024 tokens" in said
+    assert "learner.optimizer.warmup_steps 20 is more than the run's 2 optimizer steps, so the learning" in said
     said = fledge("train", path, "--dry-run", "reward.functions=[{name: exact, weight: 0}]")[1]
-    assert "note: all of reward.functions have weight 0" in said
+    assert "note: every reward in reward.functions has weight 0" in said
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ratio :x: 1\\t2", "ground_truth": "2"}\n')
     assert "ratio :x: 1" in fledge("train", path, "--dry-run")[1]
     exit_code, said = fledge("eval", path, "--dry-run", f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}}}]")
-    assert (exit_code, "1 responses a prompt of at most 1,024 tokens, at temperature 0" in said) == (0, True)
+    assert (exit_code, "1 responses per prompt of at most 1,024 tokens, at temperature 0" in said) == (0, True)
     examples = tmp_path / "examples.jsonl"
     examples.write_text('{"prompt": "1 + 1 =", "response": "2"}\n')
     exit_code, said = fledge("sft", save(tmp_path, config | {"data": {"train": {"path": str(examples)}}}), "--dry-run")
-    assert (exit_code, "its response, 2 tokens, all learned:\n2<|im_end|>" in said) == (0, True), said
+    assert (exit_code, "its response, 2 tokens, all of them learned:\n2<|im_end|>" in said) == (0, True), said
     assert not (tmp_path / "run").exists()
 
 
 def test_export_and_report_of_something_else(fledge, tmp_path, config):
-    assert "no run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
+    assert "not a run directory" in fledge("export", tmp_path, tmp_path / "out")[1]
     for step in (2, 10):
         checkpoint_store(TrainConfig.model_validate(config | {"checkpoint": {"keep": None}}), tmp_path).save(
             step, {}, lambda folder: (folder / "w").touch()
         )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"rollout": {}}))
     said = fledge("export", tmp_path, tmp_path / "out", "--step", "3")[1]
-    assert "checkpoints holds no checkpoint of step 3; there are 2, 10" in said
+    assert "checkpoints holds no checkpoint of step 3; it has those of steps 2, 10" in said
     assert not (tmp_path / "out").exists()
     assert "is it a run directory?" in fledge("report", tmp_path)[1]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
@@ -281,7 +281,7 @@ def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, con
     assert exit_code == 130
     assert said.endswith("interrupted\n")
     if saved:
-        assert f"--resume goes on from {tmp_path}/run/checkpoints/step_000003" in said
+        assert f"--resume continues from {tmp_path}/run/checkpoints/step_000003" in said
     else:
         assert "--resume starts at the beginning: there is no checkpoint yet" in said
 
@@ -352,7 +352,7 @@ def test_responses_that_are_longer_than_the_model_reaches(fledge, tmp_path, conf
         if section == "evaluation":
             lengths.append("rollout.max_response_tokens=10")
         exit_code, said = fledge(command, path, *lengths)
-        expected = f"100 + {section}.max_response_tokens {most + 1} = {limit + 1} is over the {limit} positions of"
+        expected = f"100 + {section}.max_response_tokens {most + 1} = {limit + 1} is more than the {limit} positions of"
         assert (exit_code, expected in " ".join(said.split())) == (2, True), said
 
 
@@ -408,7 +408,7 @@ def test_a_resumed_run_that_is_finished_starts_nothing(fledge, tmp_path, config,
     (run / "metrics.jsonl").write_text('{"step": 3}\n')
     for total_steps in (3, 2):
         exit_code, said = resume(total_steps)
-        assert (exit_code, f"nothing to do: {run} has all its steps" in said) == (0, True), said
+        assert (exit_code, f"nothing to do: all steps of {run} are done" in said) == (0, True), said
     assert (run / "config.yaml").read_text() == "seed: 0\n"
     assert "it goes on" in resume(4)[1]
     os.utime(run / "model" / "generation_config.json", (0, 0))
@@ -445,12 +445,12 @@ def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
         for resume in (False, True):
             with (
                 pytest.raises(
-                    ConfigError, match=rf"that is alive \(process {os.getpid()} on .*\); .* remove .*/\.lock"
+                    ConfigError, match=rf"that is still alive \(process {os.getpid()} on .*\); .* remove .*/\.lock"
                 ),
                 _claimed_run_dir(config, resume=resume),
             ):
                 pass
-        with pytest.raises(ConfigError, match="is alive"), _locked(tmp_path / "run", is_new=True):  # both found none
+        with pytest.raises(ConfigError, match="still alive"), _locked(tmp_path / "run", is_new=True):  # both found none
             pass
         assert (tmp_path / "run").exists()
     with _claimed_run_dir(config, resume=False) as run_dir:

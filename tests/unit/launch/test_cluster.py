@@ -55,7 +55,7 @@ def test_the_device_is_one_that_the_cluster_has_and_torch_can_use(monkeypatch, g
         with pytest.raises(ConfigError, match=found):
             resolve_device(run_on(wanted))
     if found == "cuda":
-        with pytest.raises(ConfigError, match="which GPUs do not keep"):
+        with pytest.raises(ConfigError, match="which GPUs cannot guarantee"):
             resolve_device(run_on(wanted, deterministic=True))
 
 
@@ -70,7 +70,7 @@ def test_a_run_on_cpus_needs_an_engine_that_has_a_build_for_them(monkeypatch, ve
     config = TrainConfig(model={"path": "m"}, data={"train": {"path": "d"}}, rollout={"num_workers": 2})
     for place in (place_train_workers, place_rollouts):
         if refused:
-            with pytest.raises(ConfigError, match=r"vllm 0.31.0 of this environment is a build for GPUs"):
+            with pytest.raises(ConfigError, match=r"the installed vllm 0.31.0 is a build for GPUs"):
                 place(config, device="cpu", report=print)
         else:
             assert len(place(config, device="cpu", report=print).rollouts) == 2
@@ -106,7 +106,7 @@ def test_what_no_local_cluster_has_is_not_waited_for(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with (
-        pytest.raises(ConfigError, match="asks for fast, which a cluster on this machine alone has not"),
+        pytest.raises(ConfigError, match="asks for fast, which a local cluster on this machine does not have"),
         ray_cluster(RayConfig(rollout_resources={"fast": 1})),
     ):
         pass
@@ -162,6 +162,6 @@ def test_what_a_cluster_lacks_is_told_with_the_numbers():
     assert "but the cluster has 12" in text
     wide = {"CPU": 1.0, "GPU": 16.0}
     assert "1 CPU, 16 GPU" in (text := lacking([LEARNER, wide], [large] * 4))
-    assert "none of 4 nodes has; the most GPUs of one are 8" in text
+    assert "none of 4 nodes has; the most GPUs on one node are 8" in text
     assert "1 fast" in lacking([{**LEARNER, "fast": 1.0}], [large])
     assert "none of 0 nodes" in lacking([LEARNER], [])

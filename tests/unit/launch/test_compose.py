@@ -99,11 +99,11 @@ def test_prompts_of_the_evaluation_are_not_trained_on(tmp_path):
     prompts, (held_out,) = load_data(config(model=model, data=data), said)
     assert [p.text for p in prompts] == [f"{i}+1" for i in (0, 1, 2, 4, 6, 7)]
     assert [p.text for p in held_out.prompts] == ["3+1", "5+1", "9+1"]
-    assert "2 prompts dropped that are in data.eval too" in said[-1]
+    assert "2 prompts dropped because they are also in data.eval" in said[-1]
     prompts, _ = load_data(config(model=model, data=data | {"train_on_eval_prompts": True}), said)
     assert len(prompts) == 8
     with pytest.raises(
-        ConfigError, match=r"all 8 prompts of data.train are in data.eval too.*data.train_on_eval_prompts=true"
+        ConfigError, match=r"all 8 prompts of data.train are also in data.eval.*data.train_on_eval_prompts=true"
     ):
         load_data(config(model=model, data=data | {"eval": [{**data["train"], "name": "same"}]}), said)
 
@@ -133,5 +133,5 @@ def test_what_epochs_make_impossible_is_found_once_they_are_known(tmp_path):
         algorithm={"advantage": "gae"},
         critic={"warmup_steps": 3},
     )
-    with pytest.raises(ConfigError, match=r"total_epochs 2 are 1 steps: critic.warmup_steps 3 leaves no step"):
+    with pytest.raises(ConfigError, match=r"total_epochs 2 \(= 1 steps\): critic.warmup_steps 3 leaves none"):
         checked_training(critic.model_copy(update={"total_epochs": 2}), Messages())

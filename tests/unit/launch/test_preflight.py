@@ -97,7 +97,7 @@ def test_the_device_of_a_cluster_that_is_joined_is_not_guessed(models):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Gemma3Config(), "is a gemma3, of which the language model is one part"),
+        (Gemma3Config(), "is a gemma3, of which the language model is only one part"),
         (Qwen3Config(quantization_config={"quant_method": "fp8"}), "is quantised with fp8"),
     ],
 )
@@ -162,10 +162,13 @@ def test_weights_that_were_cut_short_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("rollout", "message"),
     [
-        ({"tensor_parallel_size": 3}, "the 4 attention heads of .* do not divide among .*tensor_parallel_size 3"),
+        (
+            {"tensor_parallel_size": 3},
+            "the 4 attention heads of .* cannot be divided evenly .*_parallel_size 3",
+        ),
         ({"temperature": 0}, "compares the samples of a group, but rollout.temperature 0"),
-        ({"top_k": 1}, "with rollout.top_k 1 makes all of them alike"),
-        ({"engine_options": {"max_model_len": 10}}, "engine_options.max_model_len 10 is under .*, 2048"),
+        ({"top_k": 1}, "with rollout.top_k 1 makes all of them identical"),
+        ({"engine_options": {"max_model_len": 10}}, "engine_options.max_model_len 10 is less than .*, 2048"),
     ],
 )
 def test_what_no_engine_or_no_group_can_work_with_is_refused(models, rollout, message):
@@ -198,7 +201,7 @@ def test_a_mini_batch_is_split_over_ranks_or_where_its_longest_may_not_fit(
 
 def test_a_tokenizer_that_the_model_does_not_know_is_refused(models):
     refuse_unknown_tokens(ModelConfig(path=models["qwen3"]), [(1, 2), (), np.array([3], dtype=np.int32)])
-    with pytest.raises(ConfigError, match="makes token 999999, and the model's vocab_size is "):
+    with pytest.raises(ConfigError, match="produces token id 999999, but the model's vocab_size is "):
         refuse_unknown_tokens(ModelConfig(path=models["qwen3"]), [(1, 2), (999999,)])
 
 
@@ -212,9 +215,9 @@ def test_what_the_checkpoint_needs_of_its_engine_cannot_be_set(models, tmp_path)
     settings = json.loads((tmp_path / "mxfp4" / "config.json").read_text())
     quantized = settings | {"quantization_config": {"quant_method": "mxfp4"}}
     (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(quantized))
-    with pytest.raises(ConfigError, match="engine_options sets load_format, which a quantised checkpoint"):
+    with pytest.raises(ConfigError, match="engine_options sets load_format, which Fledge sets itself for a quantised"):
         asks_for({"load_format": "auto"}, tmp_path / "mxfp4")
-    with pytest.raises(ConfigError, match=r"engine_options sets hf_overrides, which .* model.head_dtype float32 too"):
+    with pytest.raises(ConfigError, match=r"engine_options sets hf_overrides, which .* model.head_dtype float32"):
         asks_for({"hf_overrides": {"rope_theta": 1e6}}, models["qwen3"], trained=False, head_dtype="float32")
 
 
@@ -223,7 +226,7 @@ def test_an_unknown_engine_option_is_refused_with_the_nearest_name(models):
     known = config.model_copy(update={"rollout": RolloutConfig(engine_options={"attention_backend": "TRITON_ATTN"})})
     check_engine_options(known, trained=True)
     misspelt = config.model_copy(update={"rollout": RolloutConfig(engine_options={"max_num_seq": 4})})
-    with pytest.raises(ConfigError, match=r"rollout.engine_options.max_num_seq is no .*; did you mean max_num_seqs\?"):
+    with pytest.raises(ConfigError, match=r"rollout.engine_options.max_num_seq is not .*; did you mean max_num_seqs\?"):
         check_engine_options(misspelt, trained=True)
 
 
@@ -257,13 +260,13 @@ def companion(models, tmp_path, key, family, **settings):
 @pytest.mark.parametrize("key", ["critic", "reference"])
 def test_a_companion_that_does_not_know_the_policys_tokens_is_refused(models, tmp_path, key):
     check_training(companion(models, tmp_path / "fits", key, "qwen3"))
-    with pytest.raises(ConfigError, match=rf"{key}.* has a vocabulary of 100 tokens, and model\.path .* uses \d+"):
+    with pytest.raises(ConfigError, match=rf"{key}.* has a vocabulary of 100 tokens, but model\.path .* uses \d+"):
         check_training(companion(models, tmp_path / "small", key, "qwen3", vocab_size=100))
 
 
 def test_a_reference_reads_the_policys_layout_and_a_critic_its_own(models, tmp_path):
     with pytest.raises(
-        ConfigError, match="prompts can be shared with sdpa attention only, and gpt_oss runs with eager"
+        ConfigError, match="prompts can be shared only with sdpa attention, but gpt_oss runs with eager"
     ):
         check_training(companion(models, tmp_path, "reference", "gpt_oss"))
     check_training(companion(models, tmp_path, "critic", "gpt_oss"))
@@ -277,7 +280,7 @@ def test_a_companion_with_another_tokenizer_is_refused(models, tmp_path, key):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=rf"{key}.* has another tokenizer: token \d+ is '[ab]' there and '[ab]'"):
+    with pytest.raises(ConfigError, match=rf"{key}.* has another tokenizer: token \d+ is '[ab]' there, but '[ab]'"):
         check_training(config)
 
 
@@ -290,7 +293,7 @@ def test_positions_that_depend_on_the_company_are_refused_where_they_do(models, 
     (path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     run = TrainConfig(model={"path": str(path)}, data={"train": {"path": "d"}, "max_prompt_tokens": 500})
     check_engines(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=524)}))
-    with pytest.raises(ConfigError, match=f"has {kind} positions: beyond 1024 tokens .* is 1025, lower it to 1024"):
+    with pytest.raises(ConfigError, match=f"has {kind} positions: beyond 1024 tokens, .* is 1025, lower it to 1024"):
         check_engines(run.model_copy(update={"rollout": RolloutConfig(max_response_tokens=525)}))
     examples = SftConfig(
         run_dir=str(tmp_path / "run"), model={"path": str(path)}, data={"train": {"path": "d"}}, device="cpu"
@@ -321,7 +324,7 @@ def test_prompts_are_shared_where_attention_is_told_of_its_window(tmp_path, conf
 
 def test_names_that_wandb_does_not_take_are_refused(models):
     logging = LoggingConfig(wandb_project="x/y", wandb_mode="offline")
-    with pytest.raises(ConfigError, match="wandb_project is 'x/y', but W&B takes no / in names"):
+    with pytest.raises(ConfigError, match="wandb_project is 'x/y', but names of W&B projects cannot contain /"):
         check_logging(run_config(models["qwen3"]).model_copy(update={"logging": logging}))
 
 
@@ -333,5 +336,5 @@ def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):
     config = run_config("unused")
     check_logging(config)
     check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p", wandb_mode="offline")}))
-    with pytest.raises(ConfigError, match="W&B has no API key here; run `wandb login`"):
+    with pytest.raises(ConfigError, match="there is no W&B API key here; run `wandb login`"):
         check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p")}))

@@ -90,7 +90,7 @@ def test_score_keeps_groups_together(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"response": "a", "ground_truth": "a"}\n{"response": ', r"in\.jsonl:2: broken JSON"),
-        ("[1]\n", r"in\.jsonl:1: a row must be a JSON object, this is a list"),
+        ("[1]\n", r"in\.jsonl:1: a row must be a JSON object, not a list"),
         ('\n{"answer": "a"}\n', r"in\.jsonl:2: the row has no field response; it has answer"),
         ('{"response": null}', r"in\.jsonl:1: response is 'None', but must be a string"),
         ('{"response": "a", "num_tokens": true}', r"num_tokens is 'True', but must be an integer"),
@@ -107,7 +107,7 @@ def test_broken_rows_are_named_and_the_rows_before_them_kept(tmp_path: Path, tex
 
 def test_errors_of_the_user_have_their_own_exit_codes(tmp_path: Path) -> None:
     rows = [{"response": "a", "ground_truth": None}]
-    with pytest.raises(RewardError, match="not one of 1 rows could be scored") as nothing:
+    with pytest.raises(RewardError, match="none of the 1 rows could be scored") as nothing:
         score(tmp_path, rows, "exact")
     assert nothing.value.exit_code == 4
     with pytest.raises(RewardError, match="did you mean exact"):
@@ -149,9 +149,9 @@ def test_new_makes_a_package_whose_own_tests_pass(tmp_path: Path, monkeypatch: p
     [
         ("My Reward", "must be lower-case words joined by hyphens"),
         ("math", "is the name of a built-in reward"),
-        ("taken", "exists already"),
-        ("json", "is a name of Python's own"),
-        ("class", "is a name of Python's own"),
+        ("taken", "already exists"),
+        ("json", "is a name that Python uses itself"),
+        ("class", "is a name that Python uses itself"),
     ],
 )
 def test_new_refuses_names_that_cannot_be(

@@ -108,7 +108,7 @@ def test_partial_gives_the_share_of_checks() -> None:
 def test_wrong_options_are_refused() -> None:
     for options, message in (
         ({"thinking": False}, "nothing to check"),
-        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "("}, "not a valid regular expression"),
         ({"open_tag": "<x>", "close_tag": "<x>"}, "two different tags"),
     ):
         with pytest.raises(ConfigError, match=message):

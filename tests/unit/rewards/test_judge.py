@@ -196,7 +196,7 @@ def test_an_answer_cannot_close_its_fence(endpoint: Endpoint, judge: Callable[..
 def test_wrong_options_are_refused() -> None:
     for options, message in (
         ({"model": "m"}, "needs the option base_url"),
-        ({"base_url": "host:8000", "model": "m"}, "is no http"),
+        ({"base_url": "host:8000", "model": "m"}, "is not an http"),
         ({"base_url": "http://h/v1", "model": "m", "max_attempts": 0}, "max_attempts is 0"),
     ):
         with pytest.raises(ConfigError, match=message):

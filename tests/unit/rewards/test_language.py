@@ -93,7 +93,7 @@ def test_saying_nothing_is_no_way_out() -> None:
 def test_the_language_of_the_prompt() -> None:
     assert output(JAPANESE, "四十二です", prompt="六かける七は?").reward == 1.0
     assert output(ENGLISH, ENGLISH, prompt="六かける七は?").reward == 0.0
-    with pytest.raises(ValueError, match="language cannot be told"):
+    with pytest.raises(ValueError, match="language cannot be detected"):
         output(ENGLISH, ENGLISH, prompt="6 x 7 = ?")
 
 

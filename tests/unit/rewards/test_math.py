@@ -105,12 +105,12 @@ def test_a_box_over_the_length_of_an_answer_is_none():
     [
         ("  ", "empty"),
         (None, "NoneType"),
-        (float("nan"), "no number"),
+        (float("nan"), "not a finite number"),
         ({"answer": 1}, "dict"),
         ([], "list of 0"),
         (r"\frac{1}{2", "neither a formula nor words"),
         ("3 +* 4", "neither a formula nor words"),
-        ("x" * 3000, "over 2000"),
+        ("x" * 3000, "more than 2000"),
     ],
 )
 def test_a_broken_ground_truth_is_found_before_scoring(reward, truth, message):

@@ -116,7 +116,7 @@ def test_rewards_that_cannot_load_raise_their_own_error(plugin: Path, tmp_path: 
     (tmp_path / "stays.py").write_text(
         "import sys, threading, time\nthreading.Thread(target=time.sleep, args=[600]).start()\nsys.exit(3)\n"
     )
-    with pytest.raises(RewardError, match="did not end when it was through while it loaded"):
+    with pytest.raises(RewardError, match="did not exit when it was done while it loaded"):
         ScoringProcess(spec(tmp_path / "stays.py", "reward"))
 
 

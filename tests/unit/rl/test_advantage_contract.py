@@ -52,8 +52,8 @@ def infinite_after_the_first_token(inputs):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda inputs: Advantages(spread(inputs.rewards + 1, inputs.lengths)), "a sample that carries no signal"),
-        (lambda inputs: Advantages(tuple(inputs.rewards[:, None])), "one advantage a token"),
+        (lambda inputs: Advantages(spread(inputs.rewards + 1, inputs.lengths)), "a sample that is not valid"),
+        (lambda inputs: Advantages(tuple(inputs.rewards[:, None])), "one advantage per token"),
         (lambda inputs: Advantages(spread(inputs.rewards / 0, inputs.lengths)), "not finite"),
         (infinite_after_the_first_token, "not finite"),
         (lambda inputs: Advantages(spread(inputs.rewards[torch.tensor([99])], inputs.lengths)), "IndexError"),

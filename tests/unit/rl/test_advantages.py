@@ -386,7 +386,7 @@ def test_kl_in_the_reward_is_taken_from_every_token() -> None:
     )
     in_loss = config.model_copy(update={"kl": KLConfig(placement="loss", coefficient=0.1)})
     assert [row[0].item() for row in estimate(scored, annotations, in_loss).advantages] == [0.5, -0.5, 0.5, -0.5]
-    with pytest.raises(ConfigError, match="ref_logprobs annotated"):
+    with pytest.raises(ConfigError, match="needs ref_logprobs among the learner's annotations"):
         estimate(scored, Annotations(old_logprobs=old, kl_coefficient=0.1), config)
 
 

@@ -52,7 +52,7 @@ def test_the_resolved_config_loads_to_an_equal_one(config_file, tmp_path):
 
 
 def test_a_run_is_as_long_as_its_steps_or_its_epochs_say(config_file):
-    with pytest.raises(ConfigError, match="total_steps 50 and total_epochs 2 both say how long the run is"):
+    with pytest.raises(ConfigError, match="total_steps 50 and total_epochs 2 both set the length of the run"):
         load_config(config_file, ["total_steps=50", "total_epochs=2"], TrainConfig)
     overrides = ["total_steps=50", "total_epochs=2", "total_steps=null"]
     assert load_config(config_file, overrides, TrainConfig).total_epochs == 2.0
@@ -113,16 +113,19 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("zzz=1", "unknown key zzz; known keys here:.*rollout"),
         ("learner.optimizer.lr=-1", "learner.optimizer.lr is -1: input should be greater than 0"),
         ("rollout.top_p=1.5", "rollout.top_p is 1.5: input should be less than or equal to 1"),
-        ("total_steps=true", "total_steps: a number is wanted, not true or false"),
+        ("total_steps=true", "total_steps: it must be a number, not true or false"),
         (
             "data.eval=[{path: x, name: a/b}]",
-            r"data: eval has the name 'a/b', which becomes part of file names; leave",
+            r"data: eval has a dataset with the name 'a/b', which becomes part of file names",
         ),
         ("rollout.group_size=many", "rollout.group_size is 'many': input should be a valid integer"),
         ("model.dtype=float16", "model.dtype is 'float16': input should be 'bfloat16' or 'float32'"),
-        ("learner.mini_batches=7", "32 x rollout.group_size 8 = 256 samples do not divide into learner.mini_batches 7"),
-        ("learner.num_workers=300", "a mini-batch of 256 samples cannot feed learner.num_workers 300"),
-        ("learner.max_tokens_per_microbatch=100", "under the longest sequence.*= 2048; raise it to at least 2048"),
+        (
+            "learner.mini_batches=7",
+            "32 x rollout.group_size 8 = 256 samples cannot be divided evenly into",
+        ),
+        ("learner.num_workers=300", "a mini-batch of 256 samples is too small for learner.num_workers 300"),
+        ("learner.max_tokens_per_microbatch=100", "less than the longest sequence.*= 2048; raise it to at least 2048"),
         ("evaluation.pass_at=[8]", r"evaluation: pass_at holds \[8\] but samples_per_prompt is 1"),
         ("evaluation.every=5", "evaluation.every is set but data.eval is empty; add a dataset, or leave"),
         ("evaluation.at_start=true", "evaluation.at_start is set but data.eval is empty"),
@@ -145,18 +148,21 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("algorithm.kl.reference=x", "kl.reference is set but kl.placement is none"),
         (
             "algorithm.rollout_correction={mode: mask, lower: 1, upper: 1}",
-            "lower 1 is not under upper 1: every token would be left out",
+            "lower 1 is not below upper 1, so only ratios of exactly 1 would be kept",
         ),
         ("algorithm.rollout_correction.upper=0.5", "upper is 0.5: input should be greater than or equal to 1"),
-        ("evaluation.samples_per_prompt=8", "samples_per_prompt is 8, but at temperature 0 all of them are the same"),
+        (
+            "evaluation.samples_per_prompt=8",
+            "samples_per_prompt is 8, but at temperature 0 all responses",
+        ),
         ("algorithm.dynamic_sampling.max_rounds=1", "max_rounds is 1: input should be greater than or equal to 2"),
         ("algorithm.dynamic_sampling.rounds=3", "unknown key algorithm.dynamic_sampling.rounds; did you mean max_rou"),
-        ("rollout.reject_degenerate.min_tokens=2000", "min_tokens 2000 is over rollout.max_response_tokens 1024"),
+        ("rollout.reject_degenerate.min_tokens=2000", "min_tokens 2000 is more than rollout.max_response_tokens 1024"),
         ("data.curriculum.floor=0", "data.curriculum.floor is 0: input should be greater than or equal to 0.01"),
-        ("critic.warmup_steps=100", "critic.warmup_steps 100 leaves no step of total_steps 100 for the policy"),
+        ("critic.warmup_steps=100", "critic.warmup_steps 100 leaves none of total_steps 100 for the policy"),
         ("critic.clip_range=0", "critic.clip_range is 0: input should be greater than 0"),
         ("critic.optimiser.lr=1", "unknown key critic.optimiser; did you mean optimizer?"),
-        ("rollout.temperature=0.005", "rollout.temperature: vLLM would sample at 0.01 in its place; set at least"),
+        ("rollout.temperature=0.005", "rollout.temperature: vLLM would sample at 0.01 instead; set at least"),
         ("evaluation.temperature=0.001", "evaluation.temperature: vLLM would sample at 0.01"),
         ("lr=1e-5", "unknown key lr; did you mean learner.optimizer.lr or critic.optimizer.lr?"),
         ("data.path=x", "unknown key data.path; did you mean data.train.path?"),
@@ -193,14 +199,14 @@ def test_errors_name_key_value_and_remedy(config_file, override, message):
         ),
         (
             ["algorithm.kl={placement: loss, coefficient: 0.1, adaptive_target: 0.1, adaptive_horizon: 255}"],
-            "algorithm.kl.adaptive_horizon 255 is under a step's 256 samples, so one step",
+            "algorithm.kl.adaptive_horizon 255 is less than the 256 samples of a step, so one step",
         ),
         (["algorithm.rollout_correction.lower=0.5"], "lower 0.5 has no effect with mode truncate; set mode to mask"),
         (["learner.optimizer={name: sgd, eps: 0.1}"], "eps has no effect with optimizer.name sgd"),
         (["learner.optimizer.min_lr_ratio=0.1"], "min_lr_ratio has no effect with schedule constant"),
         (
             ["rollout.engine_options={block_size: 16, max_num_seqs: 3}"],
-            "engine_options holds max_num_seqs, which is rollout.max_concurrent_sequences here; set that, and leave it",
+            "engine_options holds max_num_seqs, which is rollout.max_concurrent_sequences here; set that instead, and",
         ),
         (
             ["rollout.engine_options.logprobs_mode=raw_logits"],
@@ -221,7 +227,7 @@ def test_a_deterministic_run_is_possible(config_file, allowed):
 @pytest.mark.parametrize("cut", ["top_p=0.9", "top_k=20", "min_p=0.1"])
 def test_a_cut_distribution_cannot_be_corrected_by_sequence(config_file, cut):
     level = "algorithm.rollout_correction.level=sequence"
-    with pytest.raises(ConfigError, match=f"rollout.{cut.partition('=')[0]} cuts the sampler's distribution"):
+    with pytest.raises(ConfigError, match=f"rollout.{cut.partition('=')[0]} truncates the sampler's distribution"):
         load_config(config_file, [f"rollout.{cut}", level], TrainConfig)
     for allowed in ([level], [f"rollout.{cut}"], [f"rollout.{cut}", level, "algorithm.rollout_correction.mode=none"]):
         load_config(config_file, allowed, TrainConfig)
@@ -231,7 +237,10 @@ def test_a_cut_distribution_cannot_be_corrected_by_sequence(config_file, cut):
     ("override", "message"),
     [
         ("rollout.group_size=1", "rewards differ, but rollout.group_size 1 at rollout.temperature 1 gives none"),
-        ("rollout.temperature=0", "rollout.temperature 0 gives none; set at least 2, and a temperature over 0"),
+        (
+            "rollout.temperature=0",
+            "rollout.temperature 0 gives none; set group_size to at least 2, and",
+        ),
     ],
 )
 def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, message):
@@ -243,7 +252,7 @@ def test_dynamic_sampling_needs_groups_that_can_differ(config_file, override, me
     ("overrides", "message"),
     [
         (["device=cpu", "sync.transport=nccl"], "sync.transport nccl needs GPUs, but device is cpu; set it to auto"),
-        (["device=cpu", "learner.moe.router_replay=true"], "router_replay needs vLLM's record of experts"),
+        (["device=cpu", "learner.moe.router_replay=true"], "router_replay needs the experts that vLLM chose"),
         (["ray.colocate=true", "rollout.num_workers=3"], "num_workers is 3 with tensor_parallel_size 1, and .* 1; use"),
         (["ray.colocate=true", "rollout.tensor_parallel_size=2"], "with tensor_parallel_size 2"),
         (
@@ -278,9 +287,9 @@ def test_supervised_runs_refuse_what_they_would_ignore(tmp_path, key):
     path = tmp_path / "sft.yaml"
     path.write_text("model: {path: some/model}\ndata: {train: {path: rows.jsonl}}\n")
     assert load_config(path, ["epochs=3"], SftConfig).epochs == 3
-    with pytest.raises(ConfigError, match=rf"learner.{key} is 2, but a supervised step is one update"):
+    with pytest.raises(ConfigError, match=rf"learner.{key} is 2, but a supervised step makes one optimizer step"):
         load_config(path, [f"learner.{key}=2"], SftConfig)
-    with pytest.raises(ConfigError, match=r"max_tokens_per_microbatch 16384 is under data.max_tokens 20000"):
+    with pytest.raises(ConfigError, match=r"max_tokens_per_microbatch 16384 is less than data.max_tokens 20000"):
         load_config(path, ["data.max_tokens=20000"], SftConfig)
     for change in ("data.train.reward=math", "learner.moe.router_replay=true", "ray.colocate=true"):
         key = change.partition("=")[0]
@@ -347,7 +356,7 @@ def test_a_list_that_extends_a_mapping_is_named(tmp_path):
     ):
         path = tmp_path / f"{name}.yaml"
         path.write_text(f"extends: {base}\n{text}\n")
-        with pytest.raises(ConfigError, match=rf"{name}\.yaml: {key} is a mapping here and a list in .*quickstart"):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: {key} is a mapping in this file and a list in"):
             load_config(path, [], TrainConfig)
 
 
@@ -378,7 +387,7 @@ def test_what_an_extended_file_sets_can_be_unset_and_list_items_overridden(tmp_p
     with pytest.raises(ConfigError, match=r"override 'reward.functions\[7\].name=exact' cannot be read"):
         load_config(own, ["reward.functions[7].name=exact"], TrainConfig)
     for key in ("reward.functions.name", "reward.functions[first].name"):
-        with pytest.raises(ConfigError, match=r"items of a list have numbers, for example data\.eval\[0\]\.path"):
+        with pytest.raises(ConfigError, match=r"items of a list are addressed by number, .* data\.eval\[0\]\.path"):
             load_config(own, [f"{key}=exact"], TrainConfig)
 
 

@@ -54,7 +54,7 @@ def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
     group = LearnerGroup(spec(max_skipped_steps=2), [])
     for masked in (True, True, False, True, True):
         group._count_empty(batch(masked))
-    with pytest.raises(LearnerError, match="none of the 1 samples has a token to learn from .* in 3 steps in a row"):
+    with pytest.raises(LearnerError, match="none of the 1 samples has a token to learn from .* for 3 steps in a row"):
         group._count_empty(batch(masked=True))
 
 
@@ -85,7 +85,7 @@ def test_an_update_that_was_interrupted_can_be_waited_for_unless_a_rank_never_go
     cut = LearnerGroup(spec(num_workers=2), [Updates(), Updates(interrupt=True)])
     with pytest.raises(KeyboardInterrupt):
         cut.update(batch(masked=False))
-    with pytest.raises(LearnerError, match="interrupted before every learner rank had it"):
+    with pytest.raises(LearnerError, match="interrupted before every learner rank had received it"):
         cut.finish_update()
 
 
@@ -218,9 +218,9 @@ def test_of_a_lack_of_memory_only_what_counts_is_told(monkeypatch):
     with pytest.raises(RolloutError) as caught:
         CREW.get("call", 3, "generate")
     assert str(caught.value) == (
-        "rollout worker 3 was lost before it could generate: Ray's memory monitor ended it, because node 192.0.2.2 had "
-        "22.68GB of 23.54GB in use (most by ray::LearnerWorker 17.53 GB, VLLM::EngineCore 4.01 GB); what to lower is "
-        "in docs/running.md under Memory"
+        "rollout worker 3 was lost before it could generate: Ray's memory monitor killed it, because node 192.0.2.2 "
+        "had 22.68GB of 23.54GB of memory in use (mostly by ray::LearnerWorker 17.53 GB, VLLM::EngineCore 4.01 GB); "
+        "see Memory in docs/running.md for what to lower"
     )
 
 
@@ -272,7 +272,7 @@ def test_the_first_failure_ends_the_wait_and_late_members_are_named(monkeypatch)
     with pytest.raises(RolloutError, match="worker 7 was lost"):
         CREW.wait(["a", "b"], "start", timeout_s=9, setting="x", members=[4, 7])
     monkeypatch.setattr(actors.ray, "wait", lambda calls, num_returns, timeout: ([], calls))
-    with pytest.raises(RolloutError, match=r"rollout workers \[4, 7\] did not start within rollout.timeout_s 9 s"):
+    with pytest.raises(RolloutError, match=r"rollout workers \[4, 7\] did not start within 9 s \(rollout.timeout_s\)"):
         CREW.wait(["a", "b"], "start", timeout_s=9, setting="rollout.timeout_s", members=[4, 7])
 
 
@@ -297,7 +297,7 @@ def test_a_sync_knows_which_engines_it_waits_for(monkeypatch):
         return ended, [call for call in calls if call not in ended]
 
     monkeypatch.setattr(actors.ray, "wait", wait)
-    with pytest.raises(WeightSyncError, match=r"rollout workers \[1\] did not answer update_weights within sync.timeo"):
+    with pytest.raises(WeightSyncError, match=r"rollout workers \[1\] did not answer update_weights within 0.1 s"):
         client.update_weights({})
     assert client.late() == "rollout workers [1] have not answered"
     waiting.clear()

@@ -483,7 +483,7 @@ def bare(inputs: LossInputs) -> Tensor:
         (without_weights, "rollout weights"),
         (without_mask, "outside loss_mask"),
         (without_gradient, "no gradient"),
-        (scalar, "one loss a token"),
+        (scalar, "one loss per token"),
         (raising, r"with options \{\} fails on a small batch: ZeroDivisionError"),
         (empty, "must return PolicyLossOutput .*; it returned PolicyLossOutput"),
         (bare, "must return PolicyLossOutput .*; it returned Tensor"),
@@ -504,5 +504,5 @@ def test_the_check_leaves_the_random_state_of_the_run_alone() -> None:
 def test_loss_that_looks_across_sequences_is_refused_under_accumulation() -> None:
     spec = PolicyLossSpec("mine", scaled_by_batch, split_invariant=False)
     check_policy_loss(spec, {}, None, accumulates=False)
-    with pytest.raises(ConfigError, match="depends on the split"):
+    with pytest.raises(ConfigError, match="depends on how a mini-batch is split"):
         check_policy_loss(spec, {}, None, accumulates=True)

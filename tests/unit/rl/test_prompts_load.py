@@ -266,7 +266,7 @@ GOOD = {"prompt": "1+1?", "ground_truth": "2"}
     [
         ('{"prompt": "1+1?", ', r":2: broken JSON: .* column"),
         ("[" * 5000, r":2: broken JSON"),
-        ("[1, 2]", r":2: a row must be a JSON object, this is a list"),
+        ("[1, 2]", r":2: a row must be a JSON object, not a list"),
         ({"promt": "1+1?", "ground_truth": "2"}, r":2: no field 'prompt'; the row has promt, .*did you mean promt\?"),
         ({"prompt": None, "ground_truth": "2"}, r":2: prompt is null; fix the row, or set prompt_field to"),
         ({"prompt": 5, "ground_truth": "2"}, r":2: prompt must be text or a list of messages, not a int"),
@@ -288,7 +288,7 @@ GOOD = {"prompt": "1+1?", "ground_truth": "2"}
         ),
         ({"prompt": [{"role": "assistant", "content": "x"}], "ground_truth": "2"}, r":2: .*ends with an assistant"),
         ({"prompt": [{"role": "system", "content": "x"}], "ground_truth": "2"}, r":2: prompt has no user message"),
-        ('{"prompt": "\\ud800", "ground_truth": "2"}', r":2: prompt\[0\]: content holds half a surrogate pair"),
+        ('{"prompt": "\\ud800", "ground_truth": "2"}', r":2: prompt\[0\]: content contains half of a surrogate pair"),
         ({"prompt": "1+1?"}, r":2: no field 'ground_truth'; the row has prompt.*set ground_truth_field"),
         ({"prompt": "1+1?", "ground_truth": None}, r":2: ground_truth is null"),
         ({"prompt": "1+1?", "reward_model": {"style": "rule"}}, r":2: ground_truth is null"),
@@ -347,7 +347,7 @@ def test_missing_sources_name_the_nearest(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist either"):
         load(tmp_path / "nowhere" / "train.jsonl", tokenizer)
     (tmp_path / "rows.csv").write_text("prompt\n")
-    with pytest.raises(DataError, match=r"unknown file type '\.csv'; known are \.jsonl"):
+    with pytest.raises(DataError, match=r"unknown file type '\.csv'; supported are \.jsonl"):
         load(tmp_path / "rows.csv", tokenizer)
     write_jsonl(tmp_path / "empty.jsonl", "")
     with pytest.raises(DataError, match="holds no rows"):
@@ -485,13 +485,17 @@ def test_reasoning_gym_tasks_without_an_answer_are_scored_by_metadata(tokenizer)
     ("path", "options", "message"),
     [
         ("reasoning_gym:chain_sun", {}, "no task 'chain_sun'; did you mean chain_sum"),
-        ("reasoning_gym:chain_sum", {"min_term": 2}, "options has no min_term; chain_sum takes min_terms, max_terms"),
-        ("reasoning_gym:chain_sum", {"size": 2}, "options has no size; use the dataset's own size and seed"),
-        ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 3}, "the task refuses options .*max_terms"),
-        ("reasoning_gym:composite", {"datasets": [{"task": "chain_sum"}]}, "the task refuses options .*'task'"),
-        ("reasoning_gym:composite", {"datasets": ["chain_sum"]}, "the task refuses options .*mapping"),
-        ("reasoning_gym:composite", {}, "the task refuses options .*at least one dataset"),
-        (["reasoning_gym:chain_sum", "a.jsonl"], {}, "no part of a list; reasoning_gym:composite mixes tasks"),
+        ("reasoning_gym:chain_sum", {"min_term": 2}, "chain_sum has no option min_term; it takes min_terms, max_terms"),
+        ("reasoning_gym:chain_sum", {"size": 2}, "chain_sum has no option size; use the dataset's own size and seed"),
+        ("reasoning_gym:chain_sum", {"min_terms": 5, "max_terms": 3}, "the task rejects the options .*max_terms"),
+        ("reasoning_gym:composite", {"datasets": [{"task": "chain_sum"}]}, "the task rejects the options .*'task'"),
+        ("reasoning_gym:composite", {"datasets": ["chain_sum"]}, "the task rejects the options .*mapping"),
+        ("reasoning_gym:composite", {}, "the task rejects the options .*at least one dataset"),
+        (
+            ["reasoning_gym:chain_sum", "a.jsonl"],
+            {},
+            "be part of a list; use reasoning_gym:composite to mix",
+        ),
     ],
 )
 def test_reasoning_gym_mistakes(tokenizer, path, options, message):

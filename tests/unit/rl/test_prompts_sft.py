@@ -136,7 +136,7 @@ def test_thinking_in_the_text_is_not_learned_as_the_answer(tmp_path, family, tem
     """qwen3_8 writes an empty block before the text, harmony puts all of it into the final channel, and a prompt whose
     thinking is turned off has closed its block."""
     row = {"prompt": "1+1?", "response": "<think>easy</think>2"}
-    with pytest.raises(DataError, match=rf"examples\.jsonl:1: the response's text has </think>, but the .*{remedy}"):
+    with pytest.raises(DataError, match=rf"examples\.jsonl:1: the response's text contains </think>, but .*{remedy}"):
         load(tmp_path, released(family, template), row, options=options)
 
 
@@ -246,8 +246,11 @@ def test_long_examples_are_dropped_and_counted(tmp_path):
         ({"prompt": "1+1?", "response": ""}, r"response\[0\]: content is empty"),
         ({"prompt": "1+1?", "response": 2}, "response must be text or a list of messages, not a int"),
         ({"prompt": "1+1?", "response": MESSAGES}, "response must be text or one assistant message"),
-        ({"messages": MESSAGES}, "messages must be a prompt and the assistant message to learn"),
-        ({"messages": [{"role": "assistant", "content": "2"}]}, "messages must be a prompt and the assistant message"),
+        ({"messages": MESSAGES}, "messages must consist of a prompt and the assistant message to learn"),
+        (
+            {"messages": [{"role": "assistant", "content": "2"}]},
+            "messages must consist of a prompt and the assistant",
+        ),
     ],
 )
 def test_a_broken_row_is_an_error_with_file_and_line(tmp_path, row, message):

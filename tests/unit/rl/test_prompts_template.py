@@ -85,7 +85,7 @@ def test_gpt_oss_takes_reasoning_effort_and_a_date_that_does_not_move():
     assert "Reasoning: high" in prompt(reasoning_effort="high")
     assert "Current date: 2026-01-01\n" in prompt()
     assert "Current date: 2025-08-05\n" in prompt(current_date="2025-08-05")
-    with pytest.raises(ConfigError, match="reasoning_effort is 'hihg'; harmony models know low, medium, high"):
+    with pytest.raises(ConfigError, match="reasoning_effort is 'hihg'; harmony models accept low, medium, high"):
         prompt(reasoning_effort="hihg")
     with pytest.raises(ConfigError, match="current_date is 'today'"):
         prompt(current_date="today")
@@ -106,7 +106,7 @@ def test_what_is_no_template_and_what_is_no_tokenizer_are_refused(tmp_path):
         template.render(QUESTION, "x:1", add_generation_prompt=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(ConfigError, match="the tokenizer makes no tokens of a text; is tokenizer.json missing"):
+    with pytest.raises(ConfigError, match="the tokenizer produces no tokens for a text; is tokenizer.json missing"):
         load_tokenizer(ModelConfig(path=str(folder)))
 
 

@@ -228,7 +228,7 @@ def test_an_interrupt_costs_no_step_that_was_learned(tmp_path, where):
         run.execute()
     learned = 2 if where == "rewards" else 3
     assert run.display.messages[-2:] == [
-        "what was learned is saved first; interrupt again to stop at once",
+        "saving what was learned before stopping; interrupt again to stop at once",
         f"checkpoint {tmp_path}/checkpoints/step_{learned:06d}",
     ]
     learners, source = FakeLearners(), FakePromptSource()
@@ -267,7 +267,7 @@ def test_samples_without_a_reward_are_told_of_once_a_kind(tmp_path):
     told = [text for text in run.display.messages if "could not be scored" in text]
     assert told == [
         "step 1: 2 of 4 samples could not be scored: plugin_error: mine: KeyError: 'level'; "
-        "later ones are counted in reward/plugin_error_count"
+        "later failures of this kind are only counted, in reward/plugin_error_count"
     ]
 
 
@@ -462,9 +462,9 @@ def test_each_bound_of_the_agreement_stops_the_run_by_itself(tmp_path):
             result = super().update(batch)
             return replace(result, metrics={**result.metrics, "rollout/logprob_diff_max": 2e-3})
 
-    with pytest.raises(WeightSyncError, match=r"0\.00e\+00 in the mean .* 2\.00e-03 at most"):
+    with pytest.raises(WeightSyncError, match=r"0\.00e\+00 on average .* 2\.00e-03 at most"):
         make_run(tmp_path / "maximum", learners=OneToken()).execute()
-    with pytest.raises(WeightSyncError, match=r"5\.00e-04 in the mean \(bound 1e-04\)"):
+    with pytest.raises(WeightSyncError, match=r"5\.00e-04 on average \(bound 1e-04\)"):
         make_run(tmp_path / "mean", learners=FakeLearners(logprob_diff=5e-4)).execute()
 
 
@@ -543,7 +543,7 @@ def test_a_damaged_state_says_what_to_do(tmp_path):
         read_state(path)
     for text in ("[]", '{"settings": {}}', '{"step": 1}'):
         (path / "state.json").write_text(text)
-        with pytest.raises(CheckpointError, match="holds no run state that this version reads; remove"):
+        with pytest.raises(CheckpointError, match="holds no run state that this version can read; remove"):
             read_state(path)
 
 

@@ -194,7 +194,7 @@ def test_bridged_loss_is_split_invariant_and_keeps_the_contract(name: str) -> No
 @pytest.mark.parametrize("name", ["geo_mean", "kl_cov", "clip_cov"])
 def test_losses_that_look_across_sequences_are_refused_under_accumulation(name: str) -> None:
     spec = policy_loss_spec(f"verl:{name}")
-    with pytest.raises(ConfigError, match="depends on the split"):
+    with pytest.raises(ConfigError, match="depends on how a mini-batch is split"):
         check_policy_loss(spec, LOSS_OPTIONS[name], None, accumulates=True)
     check_policy_loss(spec, LOSS_OPTIONS[name], None, accumulates=False)
 

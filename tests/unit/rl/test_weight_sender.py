@@ -105,9 +105,9 @@ def test_transport_follows_the_devices(transport: Any, cuda: bool, colocate: boo
 @pytest.mark.parametrize(
     ("transport", "cuda", "colocate", "message"),
     [
-        ("nccl", False, False, "nccl needs GPUs of their own .* has no GPUs; set it to auto"),
+        ("nccl", False, False, "nccl needs separate GPUs .* has no GPUs; set it to auto"),
         ("ipc", False, True, "ipc needs learners and engines on the same GPUs .* has no GPUs"),
-        ("ipc", True, False, "but this run has GPUs that they do not share"),
+        ("ipc", True, False, "but this run has GPUs that learners and engines do not share"),
         ("nccl", True, True, "but this run has ray.colocate"),
     ],
 )
