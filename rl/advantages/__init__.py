@@ -1,6 +1,6 @@
-"""Advantage estimators by name, and the way from a scored batch to the batch of one update.
+"""Advantage estimators by name, and the steps from a scored batch to the batch of one update.
 
-One estimator is one small file. Left out: losses (`rl.losses`) and everything that needs a model.
+Each estimator is one small file. Left out: losses (`rl.losses`) and everything that needs a model.
 """
 
 from rl.advantages.estimate import build_train_batch, estimate

@@ -18,10 +18,13 @@ from rl.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
-    """N samples with ragged responses. `valid[i]` is False for a sample that carries no signal (aborted, or its reward
-    is unknown): it takes no part in any group statistic and gets advantage 0. `in_loss[i]` is False besides for a
-    response that `mask_truncated` takes out of the loss: its reward is known and counts in its group, but statistics
-    over tokens (whitening) are over those that are learned from."""
+    """N samples with ragged responses.
+
+    `valid[i]` is False for a sample without a signal (aborted, or its reward is unknown): it is left out of every group
+    statistic and gets advantage 0. `in_loss[i]` is also False for a response that `mask_truncated` excludes from the
+    loss: its reward is known and counts in its group, but statistics over tokens (whitening) cover only the tokens that
+    are learned from.
+    """
 
     rewards: Tensor  # [N] float64, the sequence reward (0 where not valid)
     group_ids: Tensor  # [N] int64
@@ -67,7 +70,7 @@ AdvantageEstimator = Callable[..., Advantages]  # (inputs: AdvantageInputs, **op
 
 @dataclass(frozen=True, slots=True)
 class AdvantageSpec:
-    """A registered estimator with what the checks at start must know about it."""
+    """A registered estimator and what the checks at start-up must know about it."""
 
     name: str
     function: AdvantageEstimator
@@ -81,7 +84,7 @@ _REGISTRY: dict[str, AdvantageSpec] = {}
 def register_advantage(
     name: str, *, needs_groups: bool = True, needs_critic: bool = False
 ) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
-    """Decorator: make an estimator reachable as `algorithm.advantage: NAME`. Options are its keyword-only arguments."""
+    """Decorator: register an estimator as `algorithm.advantage: NAME`. Its keyword-only arguments are its options."""
 
     def wrap(function: AdvantageEstimator) -> AdvantageEstimator:
         if name in _REGISTRY and _REGISTRY[name].function is not function:
@@ -93,7 +96,7 @@ def register_advantage(
 
 
 def registered_advantages() -> dict[str, AdvantageSpec]:
-    """Name -> spec, of the estimators that are registered now."""
+    """Name -> spec of every registered estimator."""
     return dict(_REGISTRY)
 
 

@@ -1,4 +1,4 @@
-"""What an advantage estimator promises, tried on a small batch before anything expensive starts.
+"""What an advantage estimator must guarantee, checked on a small batch before anything expensive starts.
 
 Left out: the estimators themselves.
 """
@@ -17,9 +17,9 @@ from rl.plugins import check_options
 
 
 def check_estimator(spec: AdvantageSpec, options: Mapping[str, Any], *, group_size: int) -> None:
-    """Raise ConfigError unless the estimator can be used: its options, for groups of this size, and what it returns.
+    """Raise ConfigError unless the estimator accepts the options and returns valid advantages for groups of this size.
 
-    The batch has two groups, ragged responses, and a last sample that carries no signal.
+    The probe batch has two groups, ragged responses, and a last sample without a signal.
     """
     what = f"algorithm.advantage {spec.name}"
     check_options(f"{what} (algorithm.advantage_options)", spec.function, options)
@@ -46,7 +46,7 @@ def check_estimator(spec: AdvantageSpec, options: Mapping[str, Any], *, group_si
 
 
 class _AnyPart(dict[str, Tensor]):
-    """Every part of the reward that is asked for: which ones there are is known when it has scored."""
+    """Has every reward part that is asked for, because the real parts are known only after scoring."""
 
     def __missing__(self, name: str) -> Tensor:
         return self["reward"]

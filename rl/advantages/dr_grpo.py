@@ -1,4 +1,4 @@
-"""GRPO without the division by the group's spread. Left out: Dr. GRPO's other half, the loss aggregation.
+"""GRPO without the division by the group's standard deviation. Left out: Dr. GRPO's other half, the loss aggregation.
 
 Liu et al. 2025, "Understanding R1-Zero-Like Training", arXiv 2503.20783, section 3. Use it with `aggregation:
 fixed_length`, which removes the length bias (the `dr_grpo` loss does so by default).

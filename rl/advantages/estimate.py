@@ -1,4 +1,4 @@
-"""From the currency to advantages and on to the batch of one update. Left out: the estimators themselves."""
+"""From a scored batch to advantages, and on to the batch of one update. Left out: the estimators themselves."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def estimate(
     annotations: Annotations,
     config: AlgorithmConfig,
 ) -> Advantages:
-    """Advantages of a whole global batch, with `config.advantage`.
+    """Advantages of a whole global batch, by the estimator `config.advantage`.
 
-    The metrics say how much of the batch carries a signal. Errors: ConfigError for an unknown estimator or option, or
-    for annotations that the estimator needs and the batch lacks.
+    The metrics say how much of the batch carries a signal. Raises ConfigError for an unknown estimator or option, or
+    when the batch lacks annotations that the estimator needs.
     """
     spec = advantage_spec(config.advantage)
     check_options(
@@ -51,7 +51,7 @@ def estimate(
     )
     result = spec.function(inputs, **config.advantage_options)
     advantages = whiten(result.advantages, inputs.in_loss) if config.whiten_advantages else result.advantages
-    theirs = {name: float(value) for name, value in result.metrics.items()}  # a plug-in's may be tensors
+    theirs = {name: float(value) for name, value in result.metrics.items()}  # a plugin may return tensors
     return Advantages(advantages, result.returns, {**_metrics(inputs, advantages), **theirs})
 
 
@@ -73,7 +73,8 @@ def _reward_parts(scored: ScoredBatch) -> dict[str, Tensor]:
 
 
 def _kl_rewards(annotations: Annotations, config: AlgorithmConfig) -> tuple[Tensor, ...]:
-    """N x [R]: -coefficient x KL(old || ref) of each token. The coefficient is the learner's, because it may adapt."""
+    """N x [R]: -coefficient x KL(old || ref) of each token. The learner supplies the coefficient, because it may
+    adapt."""
     coefficient = annotations.kl_coefficient
     if annotations.old_logprobs is None or annotations.ref_logprobs is None or coefficient is None:
         missing = [n for n in ("old_logprobs", "ref_logprobs", "kl_coefficient") if getattr(annotations, n) is None]
@@ -108,12 +109,12 @@ def build_train_batch(
     policy_version: int,
     config: AlgorithmConfig,
 ) -> TrainBatch:
-    """The batch of one update: `samples[i]` is of `scored.batch.rollouts[i]`.
+    """The batch of one update: `samples[i]` is made from `scored.batch.rollouts[i]`.
 
-    Every response token of a valid sample counts in the loss; with `config.mask_truncated` a response that was cut at
-    the token limit does not (it still counts in its group's statistics, because its reward is known). A sample that
-    does not count stays in the batch with an all-False mask. `policy_version` is the learner's now; the lag follows
-    from it.
+    Every response token of a valid sample counts in the loss, except that `config.mask_truncated` excludes responses
+    cut at the token limit (they still count in their group's statistics, because their rewards are known). A sample
+    that does not count stays in the batch with an all-False mask. `policy_version` is the learner's current version,
+    from which each sample's lag is computed.
     """
 
     def row(source: tuple[Any, ...] | None, i: int) -> FloatArray | None:

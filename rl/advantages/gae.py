@@ -16,10 +16,10 @@ from rl.errors import ConfigError
 def gae(inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 0.95) -> Advantages:
     """A_t = sum over l of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t; returns A_t + V_t.
 
-    The value after the last token is 0, also when the response was cut at the token limit: the episode ends there for
-    the reward too. Not whitened; PPO practice whitens (`algorithm.whiten_advantages`), and verl's estimator always
-    does. Samples that are not valid get advantage 0, and their values as returns, so that they would not move the
-    critic.
+    The value after the last token is 0, even when the response was cut at the token limit: the episode ends there for
+    the reward too. The result is not whitened; PPO usually whitens (`algorithm.whiten_advantages`), and verl's
+    estimator always does. Samples that are not valid get advantage 0, and their values as returns, so that they do not
+    move the critic.
     """
     if not (0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0):
         raise ConfigError(f"gae: gamma is {gamma} and lam is {lam}; both must lie between 0 and 1")

@@ -1,4 +1,4 @@
-"""Statistics over the valid samples of each group. Left out: what an estimator makes of them."""
+"""Statistics over the valid samples of each group. Left out: how an estimator uses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rl.batch import EQUAL_REWARDS
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """Each statistic is [N]: a sample has the value of its group. Only valid samples are counted."""
+    """Group statistics, repeated for each sample ([N]). Only valid samples count."""
 
     rewards: Tensor  # [N] float64, token rewards included, 0 where not valid
     count: Tensor  # [N] float64
@@ -26,8 +26,8 @@ class GroupStatistics:
 def group_statistics(inputs: AdvantageInputs) -> GroupStatistics:
     """Count, mean and standard deviation of the total reward in each group.
 
-    A group with equal rewards is told by its extremes, not by its standard deviation, which rounding makes nonzero:
-    three times 0.1 have a mean of 0.10000000000000002. Rewards within EQUAL_REWARDS are equal.
+    Equal rewards are recognised by the group's extremes, not by its standard deviation, which rounding makes nonzero:
+    three rewards of 0.1 have a mean of 0.10000000000000002. Rewards within EQUAL_REWARDS of each other count as equal.
     """
     rewards = inputs.total_rewards()
     unique, index = torch.unique(inputs.group_ids, return_inverse=True)
@@ -48,7 +48,10 @@ def group_statistics(inputs: AdvantageInputs) -> GroupStatistics:
 
 
 def _differ(rewards: Tensor, valid: Tensor, index: Tensor, count: int) -> Tensor:
-    """[N] bool: valid, and the valid rewards of its group, one of `count` numbered by `index`, are not all equal."""
+    """[N] bool: the sample is valid, and the valid rewards of its group are not all equal.
+
+    `index` [N] numbers the groups from 0 to `count` - 1.
+    """
     infinity, zeros = torch.full_like(rewards, torch.inf), rewards.new_zeros(count)
     high = zeros.scatter_reduce(0, index, torch.where(valid, rewards, -infinity), "amax", include_self=False)
     low = zeros.scatter_reduce(0, index, torch.where(valid, rewards, infinity), "amin", include_self=False)
@@ -56,5 +59,5 @@ def _differ(rewards: Tensor, valid: Tensor, index: Tensor, count: int) -> Tensor
 
 
 def where_signal(statistics: GroupStatistics, per_sequence: Tensor) -> Tensor:
-    """[N] -> [N]: `per_sequence`, and exactly 0 where the group says nothing (invalid, alone, or equal rewards)."""
+    """[N] -> [N]: `per_sequence`, but exactly 0 for a sample without a signal (invalid, alone, or equal rewards)."""
     return torch.where(statistics.has_signal, per_sequence, torch.zeros_like(per_sequence))

@@ -1,4 +1,4 @@
-"""Group-relative advantages: the reward against its group, in units of the group's spread. Left out: the loss.
+"""Group-relative advantages: reward minus the group's mean, over the group's standard deviation. Left out: the loss.
 
 Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
 """
@@ -17,8 +17,8 @@ def grpo(inputs: AdvantageInputs, *, epsilon: float = 1e-6) -> Advantages:
     """A_i = (r_i - mean(r)) / (std(r) + epsilon) over the group, the same for every token of response i.
 
     std is the unbiased one, as in verl and TRL (the paper does not say). A group of one and a group with equal rewards
-    get 0: they say nothing about which response is better (verl gives a group of one its raw reward). That holds with
-    the KL in the reward too: divided by its own spread it would get the size of a right answer's advantage.
+    get 0: they do not tell which response is better (verl gives a group of one its raw reward). Equal task rewards give
+    0 even with the KL in the reward: divided by its own spread, the KL would weigh as much as a right answer.
     """
     if not epsilon >= 0.0:
         raise ConfigError(f"grpo: epsilon is {epsilon}; it is added to the standard deviation, and must be at least 0")

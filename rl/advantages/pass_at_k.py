@@ -1,4 +1,4 @@
-"""Gradient of the best of k instead of the mean: rewards a response for what it adds to k - 1 others.
+"""The gradient of the best of k rewards instead of their mean: a response earns what it adds to k - 1 others.
 
 Walder and Karkhanis 2025, "Pass@K Policy Optimization", arXiv 2505.15201, the leave-one-out-minus-one estimator (eq.
 33). Left out: pass@k as a metric (`fledge eval`).
@@ -20,10 +20,11 @@ from rl.errors import ConfigError
 def pass_at_k(inputs: AdvantageInputs, *, k: int = 4) -> Advantages:
     """A_i = n / C(n, k) x sum over subsets I of size k with i in I of (max r_I - max r_{I without i}).
 
-    The mean over the group of A_i grad log pi(y_i) is an unbiased gradient of E[max of k rewards]: pass@k for rewards 0
-    and 1. Never negative; 0 for all in a group with equal rewards, and for all but the best when k = n. A group with
-    fewer than k valid samples gets 0. Errors: ConfigError for k < 2 (for k = 1 use rloo),
-    and for k over the size of every group.
+    The mean over the group of A_i grad log pi(y_i) is an unbiased gradient of E[max of k rewards], which is pass@k for
+    rewards 0 and 1. Advantages are never negative; they are 0 for a whole group with equal rewards, and for all but the
+    best response when k = n. A group with fewer than k valid samples gets 0.
+
+    Raises ConfigError for k < 2 (for k = 1 use rloo), and for a k larger than every group.
     """
     if k < 2:
         raise ConfigError(f"pass_at_k: k is {k}; it must be at least 2 (for k = 1 use rloo)")

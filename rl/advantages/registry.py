@@ -1,4 +1,4 @@
-"""Estimators by name, users' own and verl's included. Left out: the registry's contents (one file an estimator)."""
+"""Estimators by name, including users' own and verl's. Left out: the estimators themselves (one file each)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from rl.advantages import dr_grpo, gae, grpo, pass_at_k, reinforce_plus_plus, rl
 from rl.advantages.api import AdvantageSpec, registered_advantages
 from rl.plugins import unknown_name
 
-BUILTIN = (dr_grpo, gae, grpo, pass_at_k, reinforce_plus_plus, rloo)  # imported, and so registered
+BUILTIN = (dr_grpo, gae, grpo, pass_at_k, reinforce_plus_plus, rloo)  # importing them registers them
 
 VERL_PREFIX = "verl:"
 
 
 def advantage_spec(name: str) -> AdvantageSpec:
-    """The estimator that a config calls `name`; `verl:NAME` is verl's. Errors: ConfigError with the nearest names."""
+    """The estimator that a config calls `name`; `verl:NAME` is verl's. Raises ConfigError naming the nearest
+    matches."""
     if name.startswith(VERL_PREFIX):
         from rl.verl_bridge import verl_advantage  # imports verl, which costs seconds
 

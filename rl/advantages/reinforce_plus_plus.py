@@ -1,4 +1,4 @@
-"""REINFORCE++ and its baseline form: no critic, normalised over the whole batch in place of the group.
+"""REINFORCE++ and its baseline form: no critic, normalised over the whole batch instead of the group.
 
 Hu et al. 2025, arXiv 2501.03262. Left out: the clipped loss that the paper pairs it with (`ppo_clip`).
 """
@@ -16,10 +16,10 @@ from rl.errors import ConfigError
 
 @register_advantage("reinforce_plus_plus", needs_groups=False)
 def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0) -> Advantages:
-    """Return of each token (its own KL reward and what follows, the sequence reward at the end), whitened over the
-    batch.
+    """The return of each token, whitened over the batch.
 
-    It needs no groups: a single response a prompt is fine. A batch with equal returns gets 0.
+    A token's return is the discounted sum of its own KL reward and everything after it, with the sequence reward on the
+    last token. No groups are needed: one response per prompt is enough. A batch with equal returns gets 0.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ConfigError(f"reinforce_plus_plus: gamma is {gamma}; it must lie between 0 and 1")
@@ -31,7 +31,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0) -> Advan
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Advantages:
     """Reward minus the group's mean, whitened over all tokens of the batch.
 
-    A group of one or with equal rewards has 0 before the whitening, which then shifts it by the batch's mean like all.
+    A group of one, or with equal rewards, has 0 before the whitening, which then shifts it like all others.
     """
     group = group_statistics(inputs)
     centred = where_signal(group, group.rewards - group.mean)

@@ -11,10 +11,9 @@ from rl.advantages.groups import group_statistics, where_signal
 
 @register_advantage("rloo")
 def rloo(inputs: AdvantageInputs) -> Advantages:
-    """A_i = r_i - mean of r_j, j != i, over the group: an unbiased baseline. A group of one gets 0 (there are no
-    others).
+    """A_i = r_i - mean of r_j, j != i, over the group: an unbiased baseline. A group of one gets 0.
 
-    It equals n/(n-1) (r_i - mean(r)), so Dr. GRPO's advantage differs from it by a factor only.
+    It equals n/(n-1) (r_i - mean(r)), so it differs from Dr. GRPO's advantage only by a factor.
     """
     group = group_statistics(inputs)
     leave_one_out = group.count / (group.count - 1.0).clamp_min(1.0)

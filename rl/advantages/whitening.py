@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def whiten(rows: tuple[Tensor, ...], in_loss: Tensor) -> tuple[Tensor, ...]:
-    """N x [R] -> N x [R]: mean 0 and variance 1 over all tokens of samples in the loss; 0 for the others.
+    """N x [R] -> N x [R]: mean 0 and variance 1 over all tokens of samples in the loss; 0 for other samples.
 
-    (x - mean) / sqrt(var + 1e-8) with the unbiased variance, as verl's masked_whiten. With fewer than two tokens, or
-    with all values equal, the result is 0: there is no spread to measure in.
+    (x - mean) / sqrt(var + 1e-8) with the unbiased variance, as in verl's masked_whiten. With fewer than two tokens, or
+    with all values equal, the result is 0, because there is no spread to divide by.
     """
     keep = in_loss.tolist()
     used = [row for row, ok in zip(rows, keep, strict=True) if ok]

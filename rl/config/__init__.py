@@ -1,6 +1,6 @@
-"""The configuration schema. Frozen pydantic models; code gets its own section, never the root and never a DictConfig.
+"""The configuration schema: frozen pydantic models. Code receives its own section, never the root or a DictConfig.
 
-Loading and composing files is in `rl.config.loading`. Left out: torch, ray, vllm, deepspeed, and checks that need them
+`rl.config.loading` loads and composes files. Left out: torch, ray, vllm, deepspeed, and checks that need them
 (`launch.preflight`).
 """
 

@@ -1,4 +1,4 @@
-"""Advantages, policy loss and what is around them."""
+"""Advantages, the policy loss, and their options."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class DynamicSamplingConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Advantages, policy loss and what is around them."""
+    """Advantages, the policy loss, and their options."""
 
     advantage: str = Field(
         "grpo",

@@ -1,4 +1,4 @@
-"""What is trained, and on what: the model, prompts and worked examples."""
+"""The model, and what it is trained on: prompts and worked examples."""
 
 from __future__ import annotations
 
@@ -86,17 +86,17 @@ class DatasetConfig(Section):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Where its rows are, one after the other."""
+        """The dataset's sources, in order."""
         return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
     def shown_path(self) -> str:
-        """For messages."""
+        """The sources as one text, for messages."""
         return ", ".join(self.paths)
 
 
 class EvalDatasetConfig(DatasetConfig):
-    """Where prompts to evaluate on come from: which split is said, lest it be the one that is trained on."""
+    """Where evaluation prompts come from. The split has no default, lest it be the one that is trained on."""
 
     split: str = Field(
         "",
@@ -106,7 +106,8 @@ class EvalDatasetConfig(DatasetConfig):
 
 
 class CurriculumConfig(Section):
-    """Prompts by running pass rate p: each is kept with chance 4 p (1 - p), where the order comes to it."""
+    """Selects prompts by running pass rate p: when the order reaches one, it is kept with chance max(4 p (1 - p),
+    floor)."""
 
     decay: Annotated[Float, Field(ge=0, lt=1)] = Field(
         0.5,

@@ -54,7 +54,7 @@ class OptimizerConfig(Section):
 
 
 class MoEConfig(Section):
-    """Training of mixture-of-experts models; other models ignore it only while it is left as it is."""
+    """Training of mixture-of-experts models. Other models accept only the defaults."""
 
     freeze_router: bool = Field(False, description="do not train the router weights")
     aux_loss_coefficient: NonNegativeFloat = Field(
@@ -121,13 +121,13 @@ class LearnerConfig(Section):
 
 
 class CriticOptimizerConfig(OptimizerConfig):
-    """As the policy's, but faster by default: the critic starts from a head of zeros."""
+    """Like the policy's, with a higher default rate: the critic starts from a head of zeros."""
 
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
 
 
 class CriticConfig(Section):
-    """The value model. Where it runs, its epochs, mini-batches and offloading are the learner's."""
+    """The value model. It shares the learner's workers, epochs, mini-batches and offloading."""
 
     path: LocalOrNamed | None = Field(
         None,

@@ -1,5 +1,7 @@
 """Compose YAML files with OmegaConf and validate them: `extends:`, dotted overrides, interpolation, environment
-variables. Every error names the key, the value and what is allowed. Left out: the schema (`rl.config`).
+variables.
+
+Every error names the key, the value and what is allowed. Left out: the schema (`rl.config`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from rl.errors import ConfigError
 
 Root = TypeVar("Root", bound=RunConfig)
 
-# For whom the keys are that mark another command's configuration, and how many of them do.
+# Schema -> (the command that a configuration may have been meant for, top-level keys that give it away, and how many of
+# them it takes).
 _OTHER_COMMAND: dict[type[RunConfig], tuple[str, set[str], int]] = {
     SftConfig: ("fledge train", {"rollout", "reward", "algorithm"}, 1),
     TrainConfig: ("fledge sft", {"epochs", "batch_size"}, 2),
@@ -52,19 +55,21 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
 
 
 def overridden(config: DictConfig, override: str) -> DictConfig:
-    """The configuration with one `key=value` applied: mappings are merged key by key, {} empties one. Raises
-    ConfigError naming the override."""
+    """The configuration with one `key=value` applied: mappings are merged key by key, and {} empties one.
+
+    Raises ConfigError naming the override.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not key=value, for example learner.optimizer.lr=1e-6")
-    if not text.strip():  # an unset shell variable, say
+    if not text.strip():  # for example an unset shell variable
         raise ConfigError(
             f"override {override!r} has no value; write {key}=null for the default, {key}='\"\"' for no text"
         )
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         value = typing.cast(dict[str, Any], parsed)["value"]
-        # A text that is not in quotes is what was typed: YAML would strip it, and cut it at " #".
+        # Unquoted text is taken as typed: YAML would strip it, and cut it at " #".
         if (isinstance(value, str) and text.lstrip()[0] not in "\"'") or (value is None and text.lstrip()[0] == "#"):
             value = text
         OmegaConf.update(config, key, value, merge=value != {})
@@ -101,8 +106,10 @@ def to_yaml(config: BaseModel) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts that may be more than words go in double quotes. PyYAML leaves some bare or in single quotes that do not
-    come back: "1e5", which OmegaConf reads as a number, and U+0085, a line's end to YAML.
+    """Puts every text that is not a plain word in double quotes.
+
+    PyYAML leaves some texts bare or in single quotes that do not survive loading: "1e5", which OmegaConf reads as a
+    number, and U+0085, which YAML takes for a line end.
     """
 
     def represent_str(self, data: str) -> yaml.Node:
@@ -114,7 +121,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _escaped(plain: Any) -> Any:
-    """With every ${ of a text (TeX, say) as OmegaConf reads it when it is none of its interpolations."""
+    """`plain` with every ${ in a text (TeX, for example) escaped, so that OmegaConf reads no interpolation into it."""
     if isinstance(plain, dict):
         return {key: _escaped(value) for key, value in plain.items()}
     if isinstance(plain, list):
@@ -149,7 +156,8 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 
 
 def _list_against_mapping(base: Any, own: Any, key: str = "") -> str:
-    """The dotted key of the first section that is a list on one side and a mapping on the other; empty without one."""
+    """The dotted key of the first section that is a list on one side and a mapping on the other; empty if there is
+    none."""
     if not isinstance(base, DictConfig | ListConfig) or not isinstance(own, DictConfig | ListConfig):
         return ""
     if isinstance(base, ListConfig) or isinstance(own, ListConfig):
@@ -179,8 +187,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key} is {value!r}: it must be a mapping of {', '.join(_fields_at(schema, location))}"
     if kind == "greater_than_equal":
         *section, name = (part for part in location if not isinstance(part, int))
-        field = _fields_at(schema, section).get(name)  # None: an entry of a mapping
-        message += f" ({field.description})" if field else ""  # which says how to switch it off
+        field = _fields_at(schema, section).get(name)  # None for an entry of a mapping
+        message += f" ({field.description})" if field else ""  # the description says how to switch it off
     peer = PEER_VALUES.get(str(value), "")
     allowed = kind == "literal_error" and f"'{peer}'" in problem["ctx"]["expected"]
     hint = f"; what other libraries call {value} is {peer} here" if allowed else ""
@@ -188,8 +196,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
 
 
 def _hint(name: str, location: Sequence[Any], value: Any, known: Sequence[str], schema: type[BaseModel]) -> str:
-    """A slip of the pen, a peer's key, a key that is near in one way or another, peers' keys inside; else what there
-    is."""
+    """The best hint for an unknown key: a misspelling, a peer framework's key, a similar key, peers' keys inside its
+    value, or else the known keys."""
     if slip := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
         return f"did you mean {slip[0]}?"
     places = functools.partial(_places, schema=schema)
@@ -201,8 +209,8 @@ def _hint(name: str, location: Sequence[Any], value: Any, known: Sequence[str], 
 
 
 def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], schema: type[BaseModel]) -> str:
-    """The key of this name in a section further down, else one here that is written much like it, else the only key
-    of this name anywhere; empty where nothing is near."""
+    """A key of this name in a section further down, else a key here with a similar name, else the only key of this name
+    anywhere; empty if nothing is similar."""
     everywhere = _places(name, schema)
     here = ".".join(str(part) for part in location)
     below = [place for place in everywhere if not here or place.startswith(f"{here}.")]
@@ -214,7 +222,7 @@ def _did_you_mean(name: str, location: Sequence[Any], known: Sequence[str], sche
 
 
 def _places(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted keys of this name, in the schema's own order; items of lists have none."""
+    """Dotted keys with this name, in schema order; keys inside items of lists are left out."""
     found = [prefix + name] if name in schema.model_fields else []
     for key, field in schema.model_fields.items():
         if typing.get_origin(field.annotation) is not tuple and (section := _model_in(field.annotation)) is not None:
@@ -223,7 +231,7 @@ def _places(name: str, schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> dict[str, FieldInfo]:
-    """Fields of the (sub-)model that `location` points into; none where that is a mapping of anything."""
+    """Fields of the (sub-)model that `location` points into; none if it is a free-form mapping."""
     current: Any = schema
     for part in location:
         if not isinstance(part, int):

@@ -1,6 +1,6 @@
-"""What keys and values of verl, TRL and OpenRLHF are called here, for the errors of somebody who brings a recipe.
+"""What keys and values of verl, TRL and OpenRLHF are called here, to help users who bring a recipe from one of them.
 
-Left out: reading their configurations (docs/migrating.md says what to write).
+Left out: reading those configurations (docs/migrating.md explains how to translate them).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ _NO_SLEEP = "engines that share GPUs keep their memory (docs/roadmap.md)"
 _RESUME = "`fledge train CONFIG --resume` continues from the newest checkpoint, or starts anew if there is none"
 _FUNCTIONS = "a list of {name: file.py:function, weight: 1, options: {}}"
 
-# The key here (or the one of `fledge sft`; empty: there is none), what to know of it, and the last parts of the peers'
-# keys, or a section here and the last part. Keys that have the same name here are left out: the schema finds them.
+# Each row: the key here, or "TRAIN KEY or SFT KEY" (empty if there is none); a note; and the last parts of the peers'
+# keys, each optionally preceded by the section here in which it was found. Keys that have the same name here are left
+# out: the schema finds them.
 PEERS: tuple[tuple[str, str, str], ...] = (
     ("model.path", "", "model_name_or_path pretrain"),
     ("model.dtype", "", "torch_dtype bf16 fp16"),
@@ -126,11 +127,11 @@ PEERS: tuple[tuple[str, str, str], ...] = (
 )
 PEER_KEYS = {name: (key, note) for key, note, names in PEERS for name in names.split()}
 
-PEER_SECTIONS = {"actor_rollout_ref", "actor", "trainer", "reward_model", "ref"}  # of verl, not of one key here
+PEER_SECTIONS = {"actor_rollout_ref", "actor", "trainer", "reward_model", "ref"}  # verl's; none is one key here
 
-_MOST_PLACES = 2  # of one name, that are worth telling
+_MOST_PLACES = 2  # places of one name that a hint lists at most
 
-# What a setting with a few values allows, by what peers call it.
+# Peers' names for the values of settings that allow only a few -> the values here.
 PEER_VALUES = {
     "token-mean": "token_mean",
     "seq-mean-token-mean": "sequence_mean_token_mean",
@@ -148,8 +149,11 @@ PEER_VALUES = {
 
 
 def peer_hint(section: Sequence[str], name: str, places: Callable[[str], Sequence[str]]) -> str:
-    """What a peer's key `name`, found in a section of ours (or of theirs), is called here; empty where it is none, or
-    no key of this schema. `places` gives the keys of a schema by their last part."""
+    """What a peer's key `name`, found in `section` (ours or the peer's), is called here.
+
+    `places` gives the keys of a schema by their last part. Empty if `name` is no peer's key, or the schema lacks its
+    counterpart.
+    """
     keys, note = PEER_KEYS.get(f"{section[-1]}.{name}" if section else "") or PEER_KEYS.get(name, ("", ""))
     if not keys:
         return f"there is none here: {note}" if note else ""
@@ -157,14 +161,14 @@ def peer_hint(section: Sequence[str], name: str, places: Callable[[str], Sequenc
     if not here:
         return ""
     key = here[-1]
-    if section and section[0] in ("critic", "evaluation"):  # the same setting of another model, or of other samples
+    if section and section[0] in ("critic", "evaluation"):  # the critic or evaluation has its own such setting
         own = [place for place in places(key.rpartition(".")[2]) if place.startswith(f"{section[0]}.")]
         key = own[0] if own else key
     return f"here it is {key}" + (f" ({note})" if note else "")
 
 
 def hints_inside(name: str, value: Any, places: Callable[[str], Sequence[str]]) -> str:
-    """What the keys inside the mapping `value`, the section `name` of a peer, are called here; else empty."""
+    """What the keys inside `value`, a peer's section `name`, are called here; empty if none is known."""
     hints = []
     for path in _leaves(value):
         *parents, leaf = path.split(".")
@@ -181,13 +185,13 @@ def hints_inside(name: str, value: Any, places: Callable[[str], Sequence[str]]) 
 def _exists(places: Callable[[str], Sequence[str]]) -> Callable[[str], bool]:
     def exists(key: str) -> bool:
         section, _, name = key.rpartition(".")
-        return key in places(name) or section in places(section.rpartition(".")[2])  # or an option of a mapping
+        return key in places(name) or section in places(section.rpartition(".")[2])  # or an entry of a mapping
 
     return exists
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys; what is inside one that has a name here is not looked at."""
+    """Dotted keys of a nested mapping, not descending into keys that have a counterpart here."""
     for key, inner in value.items() if isinstance(value, Mapping) else ():
         yield f"{prefix}{key}"
         if key not in PEER_KEYS:

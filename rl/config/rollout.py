@@ -1,4 +1,4 @@
-"""How responses are made and scored: sampling, engines, rewards, evaluation."""
+"""How responses are generated and scored: sampling, engines, rewards, evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rl.config.types import Float, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
-# vLLM's arguments that are keys here, and so must not be set twice, or that placement and weight sync decide ("")
+# vLLM arguments that engine_options must not set, because a key here sets them, or placement and weight sync do ("").
 _ENGINE_OWN = {
     "model": "model.path",
     "revision": "model.revision",
@@ -25,7 +25,7 @@ _ENGINE_OWN = {
     **dict.fromkeys(("worker_extension_cls", "weight_transfer_config", "logprobs_mode"), ""),
 }
 
-_LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for (`vllm.sampling_params._MAX_TEMP`)
+_LEAST_TEMPERATURE = 0.01  # vLLM raises anything lower to this (`vllm.sampling_params._MAX_TEMP`)
 
 
 def _sampled_as_asked(temperature: float) -> float:
@@ -40,7 +40,7 @@ Temperature = Annotated[NonNegativeFloat, AfterValidator(_sampled_as_asked)]
 
 
 class RejectDegenerateConfig(Section):
-    """What counts as endless repetition: one block of tokens, again and again up to the end of the response."""
+    """What counts as endless repetition: one block of tokens, repeated up to the end of the response."""
 
     min_tokens: PositiveInt = Field(256, description="minimum length of the repetition in tokens")
     min_repeats: Annotated[Int, Field(ge=2)] = Field(

@@ -1,4 +1,4 @@
-"""Whole runs: `fledge train`, `fledge sft`, and what both have around them."""
+"""Whole runs: `fledge train`, `fledge sft`, and the sections they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rl.config.types import Folder, NonNegativeFloat, NonNegativeInt, PositiveFl
 
 
 class SyncConfig(Section):
-    """Weights from the learner to the rollout workers."""
+    """Transfer of weights from the learner to the rollout workers."""
 
     transport: Literal["auto", "shm", "nccl", "ipc"] = Field(
         "auto",
@@ -65,7 +65,7 @@ _RAYS_OWN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 
 
 class RayConfig(Section):
-    """The cluster. RAY_ADDRESS in the environment joins a running one."""
+    """The Ray cluster. Setting RAY_ADDRESS in the environment joins a running one."""
 
     address: str | None = Field(
         None,

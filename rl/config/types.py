@@ -1,4 +1,4 @@
-"""What the configuration schema is made of: its base class, and the types of numbers and paths.
+"""Building blocks of the configuration schema: its base class, and types for numbers and paths.
 
 Left out: the sections and keys themselves (`rl.config`).
 """
@@ -21,7 +21,7 @@ from pydantic import (
 
 
 def _no_boolean(value: Any) -> Any:
-    """Pydantic takes true for 1."""
+    """Refuse booleans: pydantic would take true for 1."""
     if isinstance(value, bool):
         raise ValueError("it must be a number, not true or false")
     return value
@@ -39,18 +39,18 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 def looks_local(path: str) -> bool:
-    """Whether it can only be meant as a path: a name on the hub has one slash at most."""
+    """Whether `path` can only be a local path: a hub name has at most one slash."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _whole_path(path: str) -> str:
-    """Workers run in directories of their own (on a cluster that of `ray start`), so a local path is made whole."""
+    """Make a local path absolute: workers run in other directories (on a cluster, that of `ray start`)."""
     local = Path(path).expanduser()
     return str(local.absolute()) if local.exists() else path
 
 
-LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder, else a name on the hub
-# Tags in brackets are left out of the key that an error names (`rl.config.loading`).
+LocalOrNamed = Annotated[str, AfterValidator(_whole_path)]  # a file or folder if it exists, else a hub name
+# Errors leave tags in brackets out of the key that they name (`rl.config.loading`).
 OneOrSeveral = Annotated[
     Annotated[str, Tag("[one]")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("[several]")],
     Discriminator(lambda value: "[several]" if isinstance(value, list | tuple) else "[one]"),
@@ -60,20 +60,21 @@ PluginName = Annotated[str, AfterValidator(lambda name: _whole_path(name) if nam
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
+    """Base of every section: frozen, and strict about unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), ser_json_inf_nan="constants"
     )
 
     def sets(self, key: str) -> bool:
-        """Whether the key has another value than its default."""
+        """Whether the key's value differs from its default."""
         return bool(getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True))
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_the_default(cls, data: Any) -> Any:
-        """So that what a file that is extended has set can be unset. Where None is a value of its own, it stays one."""
+        """Treat null as unset, so that a file can undo what the file it extends has set. Where None is a valid value,
+        it stays."""
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None or cls._knows_none(key)}

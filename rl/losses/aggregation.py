@@ -1,6 +1,6 @@
-"""From a loss per token to one number, with denominators that were fixed for the whole global batch.
+"""From a loss per token to one number, with denominators fixed for the whole global batch.
 
-Left out: the losses. The denominators make the sum over micro-batches and ranks independent of the split.
+These denominators make the sum over micro-batches and ranks independent of the split. Left out: the losses.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ def aggregate(
     - sequence_mean_token_sum: sum in a sequence, mean over sequences (REINFORCE; RLOO, arXiv 2402.14740);
     - fixed_length: sum over all tokens / (sequences x fixed_length) (Dr. GRPO, arXiv 2503.20783, section 3.2).
 
-    `num_loss_tokens` and `num_sequences` are of the global batch (or mini-batch: whatever one optimizer step covers);
-    `fixed_length` is the longest possible response. Example: sequences of 1 and 3 tokens, every token's loss 1:
-    token_mean 4/4, sequence_mean_token_mean (1 + 1)/2, sequence_mean_token_sum (1 + 3)/2, fixed_length 8: 4/(2 x 8).
-    Errors: LearnerError when the global batch holds no loss token (there is nothing to learn; skip the step).
+    `num_loss_tokens` and `num_sequences` count the global batch (or the mini-batch: whatever one optimizer step
+    covers); `fixed_length` is the longest possible response. Raises LearnerError when the global batch holds no loss
+    token (there is nothing to learn; skip the step).
+
+    Example: sequences of 1 and 3 tokens, every token's loss 1: token_mean 4/4, sequence_mean_token_mean (1 + 1)/2,
+    sequence_mean_token_sum (1 + 3)/2, fixed_length 8: 4/(2 x 8).
     """
     if num_loss_tokens < 1 or num_sequences < 1 or fixed_length < 1:
         raise LearnerError(

@@ -21,7 +21,7 @@ LOG_RATIO_BOUND = 20.0  # exp(20) is 5e8: beyond any ratio that carries a signal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatTokens:
-    """T response tokens of S sequences, flat, and the reductions over each sequence."""
+    """T response tokens of S sequences in one flat row, and reductions over each sequence."""
 
     loss_mask: Tensor  # [T] bool
     sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
@@ -44,10 +44,10 @@ class FlatTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(FlatTokens):
-    """One micro-batch of response tokens, flat.
+    """One micro-batch of response tokens in one flat row.
 
-    The four log-probabilities are those of the design: `logprobs` (current, carries the gradient), `old_logprobs` (the
-    learner's before the update), `rollout_logprobs` (the sampler's), `ref_logprobs` (the frozen reference's).
+    There are four log-probabilities: `logprobs` (the current policy's, carries the gradient), `old_logprobs` (the
+    learner's before the update), `rollout_logprobs` (the sampler's) and `ref_logprobs` (the frozen reference's).
     """
 
     logprobs: Tensor  # [T] float, requires grad
@@ -59,21 +59,21 @@ class LossInputs(FlatTokens):
     rollout_weights: Tensor | None = None  # [T] detached importance weights (rollout correction); None means all 1
 
     def log_ratio(self) -> Tensor:
-        """[T]: log(pi_current / pi_old), 0 outside the loss mask, held within +-20 so that its exponential is finite.
+        """[T]: log(pi_current / pi_old), 0 outside the loss mask, clamped to +-20 so that its exponential is finite.
 
-        The mask comes first: an exponential of padding or of a rejected token could overflow, and 0 * inf is NaN in
-        the gradient. At the bound the gradient is 0.
+        The mask is applied first: the exponential of padding or of a rejected token could overflow, and 0 * inf is NaN
+        in the gradient. Beyond the bound the gradient is 0.
         """
         return self.masked(self.logprobs - self.old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
     def weighted(self, per_token: Tensor) -> Tensor:
-        """[T] -> [T]: times the rollout-correction weights. Every policy loss returns its result through this."""
+        """[T] -> [T]: multiply by the rollout-correction weights. Every policy loss passes its result through this."""
         return per_token if self.rollout_weights is None else per_token * self.rollout_weights
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossOutput:
-    """Loss per token, rollout weights applied, and quantities to average over loss tokens for the metrics."""
+    """Loss per token, with rollout weights applied, and quantities to average over loss tokens for the metrics."""
 
     loss: Tensor  # [T], meaningful where loss_mask holds
     token_metrics: Mapping[str, Tensor] = field(
@@ -88,7 +88,7 @@ PolicyLoss = Callable[..., PolicyLossOutput]  # (inputs: LossInputs, **options) 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossSpec:
-    """A registered loss with what the learner and the checks at start must know about it."""
+    """A registered loss and what the learner and the checks at start-up must know about it."""
 
     name: str
     function: PolicyLoss
@@ -108,10 +108,10 @@ def register_policy_loss(
     allowed_aggregations: tuple[Aggregation, ...] | None = None,
     needs_entropy: bool = False,
 ) -> Callable[[PolicyLoss], PolicyLoss]:
-    """Decorator: make a loss reachable as `algorithm.loss: NAME`.
+    """Decorator: register a loss as `algorithm.loss: NAME`.
 
-    The function takes `inputs: LossInputs` and keyword-only options with defaults; the options are what
-    `algorithm.loss_options` may set.
+    The function takes `inputs: LossInputs` and keyword-only options with defaults, which `algorithm.loss_options` may
+    set.
     """
 
     def wrap(function: PolicyLoss) -> PolicyLoss:
@@ -124,5 +124,5 @@ def register_policy_loss(
 
 
 def registered_policy_losses() -> dict[str, PolicyLossSpec]:
-    """Name -> spec, of the losses that are registered now."""
+    """Name -> spec of every registered loss."""
     return dict(_REGISTRY)

@@ -13,8 +13,8 @@ from rl.losses.ppo_clip import check_clip_range
 def cispo(inputs: LossInputs, *, clip_low: float = 1.0, clip_high: float = 4.0) -> PolicyLossOutput:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi. clip_low 1 means no lower bound, as in the paper.
 
-    The paper gives no number for the upper bound; weights up to 5 are what its users train with (verl's default is
-    1.2).
+    The paper gives no number for the upper bound. The default allows weights up to 5, as its users train with; verl's
+    default allows 1.2.
     """
     check_clip_range(clip_low, clip_high)
     log_ratio = inputs.log_ratio()

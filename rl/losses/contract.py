@@ -1,8 +1,7 @@
-"""What a policy loss promises, tried on a small batch before anything expensive starts. Left out: the losses
-themselves.
+"""What a policy loss must guarantee, checked on a small batch before anything expensive starts. Left out: the losses.
 
-A users' loss that forgets a mask, the rollout weights or the split into micro-batches gives a wrong number, not an
-error; here it gives an error.
+A user's loss that forgets the mask, the rollout weights or the split into micro-batches would silently give a wrong
+number; the check turns that into an error.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ _TOLERANCE = 1e-6  # absolute, in float64, on losses of order 1
 
 
 def resolve_aggregation(spec: PolicyLossSpec, requested: Aggregation | None) -> Aggregation:
-    """The aggregation to use: the requested one, or the loss's default. Errors: ConfigError if they contradict."""
+    """The aggregation to use: the requested one, or the loss's default. Raises ConfigError if the loss does not allow
+    it."""
     mode = spec.default_aggregation if requested is None else requested
     if spec.allowed_aggregations is not None and mode not in spec.allowed_aggregations:
         raise ConfigError(
@@ -37,7 +37,7 @@ def resolve_aggregation(spec: PolicyLossSpec, requested: Aggregation | None) -> 
 def check_policy_loss(
     spec: PolicyLossSpec, options: Mapping[str, Any], aggregation: Aggregation | None, *, accumulates: bool
 ) -> None:
-    """Raise ConfigError unless the loss can be trained with: options, aggregation, masks, weights, split.
+    """Raise ConfigError unless the loss accepts its options and aggregation, and respects masks, weights and the split.
 
     `accumulates` says whether a mini-batch may be split, into micro-batches or over ranks.
     """
@@ -88,7 +88,7 @@ def _probe_batch() -> LossInputs:
 
 
 def _split(batch: LossInputs) -> list[LossInputs]:
-    """One micro-batch a sequence."""
+    """One micro-batch per sequence."""
     parts = []
     for i in range(batch.num_sequences):
         here = batch.sequence_index == i
@@ -102,7 +102,7 @@ def _split(batch: LossInputs) -> list[LossInputs]:
 def _value(
     spec: PolicyLossSpec, options: Mapping[str, Any], mode: Aggregation, parts: list[LossInputs]
 ) -> tuple[Tensor, Tensor]:
-    """The loss summed over micro-batches, and its gradient [T] for the log-probabilities."""
+    """The loss summed over micro-batches, and its gradient [T] with respect to the log-probabilities."""
     total = torch.zeros((), dtype=torch.float64)
     gradients = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""Geometric-mean policy optimisation: tokens are clipped, then the geometric mean of their ratios is the sequence's.
+"""Geometric-mean policy optimisation: a sequence's ratio is the geometric mean of its tokens' clipped ratios.
 
 Zhao et al. 2025, arXiv 2507.20673, the clipped objective of section 3. Left out: aggregation.
 """
@@ -17,11 +17,11 @@ from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
     allowed_aggregations=("sequence_mean_token_mean",),
 )
 def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float | None = None) -> PolicyLossOutput:
-    """-A exp(mean_t c_t), c_t the log-ratio clipped to [-clip_low, clip_high] on the side that the sign of A asks for.
+    """-A exp(mean_t c_t), c_t the log-ratio clipped to [-clip_low, clip_high] on the side that the sign of A selects.
 
     The bounds are distances in log space (0.4: ratios from 0.67 to 1.49), and `clip_high` None means equal to
-    `clip_low`. Every token carries the sequence's value; rollout weights multiply it token by token, so that a left-out
-    token does not silence its sequence (verl's `geo_mean` takes the geometric mean of the weights).
+    `clip_low`. Every token carries its sequence's value, and the rollout weights multiply it token by token, so that an
+    excluded token does not silence its sequence (verl's `geo_mean` takes the geometric mean of the weights).
     """
     upper = clip_low if clip_high is None else clip_high
     if not clip_low >= 0.0 or not upper >= 0.0:  # NaN too

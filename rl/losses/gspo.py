@@ -1,7 +1,7 @@
-"""Group sequence policy optimisation: one ratio a sequence, clipped as a whole. Left out: aggregation.
+"""Group sequence policy optimisation: one ratio per sequence, clipped as a whole. Left out: aggregation.
 
-Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, in the GSPO-token form, which equals it for a sequence advantage and
-stays right when advantages differ from token to token.
+Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, in the GSPO-token form, which equals GSPO when a sequence has one
+advantage and stays right when advantages differ from token to token.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def gspo(inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4)
     """-min(s A, clip(s) A), s = (pi / pi_old)^(1/R): the geometric mean of the sequence's ratios. The bounds are the
     paper's.
 
-    Only the mean in a sequence, then over sequences, is the paper's objective; any other aggregation would weigh the
-    sequence's one ratio by its length.
+    Only the mean within each sequence, then over sequences, is the paper's objective; any other aggregation would weigh
+    a sequence's single ratio by its length.
     """
     check_clip_range(clip_low, clip_high)
     log_ratio = inputs.log_ratio()

@@ -16,9 +16,9 @@ from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
 def ppo_clip(
     inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
 ) -> PolicyLossOutput:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and with dual clip at most -dual_clip A where A < 0.
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with dual clip at most -dual_clip A where A < 0.
 
-    `clip_high` None means equal to `clip_low`. Errors: ConfigError for bounds that make no sense.
+    `clip_high` None means equal to `clip_low`. Raises ConfigError for bounds that make no sense.
     """
     upper = clip_low if clip_high is None else clip_high
     check_clip_range(clip_low, upper)

@@ -1,7 +1,7 @@
-"""The clipped loss under the names that papers gave it: same function, each paper's bounds and aggregation.
+"""The clipped loss under the names that papers gave it: one function with each paper's bounds and aggregation.
 
-`clip_high` None means equal to `clip_low`. Left out: everything else that a paper's recipe holds (advantages, dynamic
-sampling, penalties).
+`clip_high` None means equal to `clip_low`. Left out: everything else in a paper's recipe (advantages, dynamic sampling,
+penalties).
 """
 
 from __future__ import annotations

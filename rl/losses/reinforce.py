@@ -1,4 +1,4 @@
-"""The plain policy gradient. Left out: every correction for data that is off-policy.
+"""The plain policy gradient. Left out: every correction for off-policy data.
 
 Williams 1992, "Simple statistical gradient-following algorithms", eq. 11.
 """
@@ -10,7 +10,7 @@ from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
 
 @register_policy_loss("reinforce", default_aggregation="sequence_mean_token_sum")
 def reinforce(inputs: LossInputs) -> PolicyLossOutput:
-    """-A log pi. No ratio and no clipping: use one optimizer step a batch, or let `rollout_correction` carry the
+    """-A log pi. No ratio and no clipping: use one optimizer step per batch, or let `rollout_correction` carry the
     ratio."""
     log_ratio = inputs.log_ratio().detach()
     metrics = {"ratio_mean": log_ratio.exp(), "kl_old": -log_ratio}

@@ -1,9 +1,11 @@
 """Importance correction between the sampler's distribution and the learner's.
 
 vLLM and the learner give slightly different probabilities to the same token (kernels, precision, stale weights), so
-that "on-policy" data is off-policy. Ratio = old / rollout. Left out: the ratio current / old, which belongs to the
-policy loss. Sources: truncated (TIS): Yao et al. 2025, fengyao.notion.site/off-policy-rl; masked (MIS), the sequence
-and the geometric level: Liu, Li et al. 2025, richardli.xyz/rl-collapse; both bounds: IcePop, arXiv 2510.18855.
+even "on-policy" data is off-policy. The ratio here is old / rollout. Left out: the ratio current / old, which belongs
+to the policy loss.
+
+Sources: truncated (TIS): Yao et al. 2025, fengyao.notion.site/off-policy-rl; masked (MIS), and the sequence and
+geometric levels: Liu, Li et al. 2025, richardli.xyz/rl-collapse; both bounds: IcePop, arXiv 2510.18855.
 """
 
 from __future__ import annotations
@@ -31,20 +33,22 @@ def rollout_weights(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights [T], and sums for the metrics.
 
-    The ratio is of the token, of the sequence (product over its loss tokens) or its geometric mean. By mode:
+    The ratio is that of the token, of the sequence (the product over its loss tokens), or the sequence's geometric
+    mean. The weight depends on the mode:
 
     - none: weight 1; the metrics are still measured;
     - truncate: weight min(ratio, upper);
     - mask: weight = ratio where lower <= ratio <= upper, else 0;
     - reject: weight 1 where lower <= ratio <= upper, else 0.
 
-    Weights are 0 where a token is not kept and outside the loss mask. Give them to the loss as
-    `LossInputs.rollout_weights` and leave `loss_mask` as it is: a token that is left out weighs 0 but stays in the
+    Weights are 0 for tokens that are not kept and outside the loss mask. Pass them to the loss as
+    `LossInputs.rollout_weights` and leave `loss_mask` as it is: an excluded token weighs 0 but stays in the
     denominators, which were fixed before any forward pass.
 
-    Metrics are plain sums over loss tokens, to be added up over micro-batches and ranks and then given to
+    Metrics are plain sums over loss tokens, to be added up over micro-batches and ranks and then passed to
     `rollout_metrics`: `num_tokens`, `k1_sum` and `k3_sum` (of KL(rollout || old)), `weight_sum`, `weight_square_sum`,
-    `touched` (tokens whose weight the bounds changed: cut, masked or rejected), `above` and `below` (out of bounds).
+    `touched` (tokens whose weight the bounds changed: cut, masked or rejected), `above` and `below` (tokens outside the
+    bounds).
     """
     tokens = FlatTokens(loss_mask=loss_mask, sequence_index=sequence_index, num_sequences=num_sequences)
     log_ratio = tokens.masked(old_logprobs - rollout_logprobs)
@@ -85,8 +89,8 @@ def _at_level(log_ratio: Tensor, tokens: FlatTokens, level: str) -> Tensor:
 def rollout_metrics(sums: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Metrics of one step from the sums over all its micro-batches and ranks.
 
-    The effective sample size is (sum w)^2 / (n sum w^2), from 0 to 1: the share of the tokens that would carry as much
-    information if all weighed the same.
+    The effective sample size is (sum w)^2 / (n sum w^2), from 0 to 1: the share of the tokens that, equally weighted,
+    would carry as much information.
     """
     total = {name: float(value) for name, value in sums.items()}
     count = max(total["num_tokens"], 1.0)

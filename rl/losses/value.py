@@ -13,7 +13,7 @@ from rl.losses.api import FlatTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueInputs(FlatTokens):
-    """One micro-batch of response tokens, flat, as the critic sees it."""
+    """One micro-batch of response tokens in one flat row, as the critic sees it."""
 
     values: Tensor  # [T] float, requires grad
     old_values: Tensor  # [T] float, the critic's before the update
@@ -23,8 +23,8 @@ class ValueInputs(FlatTokens):
 def value_loss(inputs: ValueInputs, *, clip: float | None = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss per token [T], and metrics per token [T].
 
-    1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2); `clip` None leaves the clipping out. Source: the
-    PPO reference code (Schulman et al. 2017; Engstrom et al. 2020, arXiv 2005.12729, section 3), as in verl.
+    1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2); `clip` None turns clipping off. Source: the PPO
+    reference code (Schulman et al. 2017; Engstrom et al. 2020, arXiv 2005.12729, section 3), as in verl.
     """
     error = (inputs.values - inputs.returns).square()
     metrics = {"value_mean": inputs.values.detach(), "value_error": error.detach()}

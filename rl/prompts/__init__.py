@@ -1,7 +1,7 @@
-"""Datasets to `Prompt`s and supervised examples, and the order in which training walks them.
+"""From datasets to `Prompt`s and supervised examples, and the order in which training visits them.
 
-Left out: what a response means (`rollout.chat`), and what it is worth (`rewards`). Heavy packages (datasets,
-transformers, reasoning_gym) are imported by the functions that need them, so importing this package is cheap.
+Left out: parsing responses (`rollout.chat`) and scoring them (`rewards`). Heavy packages (datasets, transformers,
+reasoning_gym) are imported by the functions that need them, so importing this package is cheap.
 """
 
 from rl.prompts.curriculum import CurriculumSource

@@ -1,4 +1,4 @@
-"""A prompt source that passes over prompts which are always or never solved.
+"""A prompt source that mostly skips prompts which are always or never solved.
 
 Left out: the order (`rl.prompts.source`) and the pass rates (`rl.data_shaping`).
 """
@@ -16,15 +16,15 @@ from rl.prompts.source import PromptSource
 
 
 class CurriculumSource:
-    """Walks `source` and keeps each prompt with the chance that `curriculum` gives it now.
+    """Walks `source` and keeps each prompt with the probability that `curriculum` gives it at that moment.
 
-    A pass over the data still meets every prompt once; one of weight w is generated from in a share w of the passes.
-    The draw depends on (seed, position) and the pass rates alone, and the state holds both, so resuming is exact.
+    Every pass over the data still reaches each prompt once; a prompt of weight w is kept in a share w of the passes.
+    The draw depends only on (seed, position) and the pass rates, and the state holds both, so resuming is exact.
 
     Args:
-        source: the order.
+        source: gives the order of the prompts.
         curriculum: updated by whoever scores the groups (`rl.data_shaping.StepGroups`).
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, source: PromptSource, curriculum: PassRateCurriculum, *, seed: int) -> None:
@@ -33,7 +33,7 @@ class CurriculumSource:
         self._seed = seed % 2**64
 
     def draw(self, count: int) -> tuple[Prompt, ...]:
-        """The next `count` prompts that are kept; looks at `count / floor` prompts on average in the worst case."""
+        """The next `count` prompts that are kept. In the worst case this visits `count / floor` prompts on average."""
         kept: list[Prompt] = []
         while len(kept) < count:
             chance = self._chance(self._source.num_drawn)
@@ -43,16 +43,16 @@ class CurriculumSource:
         return tuple(kept)
 
     def _chance(self, position: int) -> float:
-        """Uniform in [0, 1); the counter keeps the stream apart from those of the source's permutations."""
+        """A uniform number in [0, 1); the counter keeps its stream apart from those of the source's permutations."""
         key = np.array([self._seed, position], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1])).random()
 
     def state_dict(self) -> dict[str, Any]:
-        """The source's state, and beside it the pass rates."""
+        """The source's state and the pass rates."""
         return {**self._source.state_dict(), "pass_rates": dict(self._curriculum.rates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As the source's; a state that was saved without a curriculum has no pass rates, and all begin unknown."""
+        """Restore the source and the pass rates; a state saved without a curriculum has none, so all start unknown."""
         self._source.load_state_dict(state)
         self._curriculum.rates.clear()
         self._curriculum.rates.update(state.get("pass_rates", {}))

@@ -1,4 +1,4 @@
-"""Rows to prompts: our row format and verl's, through the chat template.
+"""From rows to prompts: Fledge's row format and verl's, rendered with the chat template.
 
 Left out: where rows come from (`rl.prompts.rows`), supervised examples (`rl.prompts.sft`).
 """
@@ -30,12 +30,12 @@ Validate = Callable[[Prompt], None]
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """One dataset, ready to generate from."""
+    """One dataset, ready for generation."""
 
-    name: str  # how metrics call it
+    name: str  # its name in metrics
     prompts: tuple[Prompt, ...]  # in row order, never empty
     num_dropped_too_long: int  # rows left out for more than max_prompt_tokens
-    num_repeated: int = 0  # rows left out because an earlier one is equal but for its identifiers
+    num_repeated: int = 0  # rows left out as equal to an earlier one except for identifiers
 
 
 def load_prompts(
@@ -50,13 +50,14 @@ def load_prompts(
     """Load a dataset and tokenize its prompts with the chat template.
 
     Args:
-        tokenizer: from `load_tokenizer`.
+        tokenizer: the result of `load_tokenizer`.
         max_prompt_tokens: longer prompts, template included, are dropped and counted.
-        validate: called with every prompt kept, so that a reward can refuse a ground truth before the run starts.
-        drop_repeated: of rows that are equal but for their identifiers keep the first. Some published datasets hold
-            each problem a hundred times: a run of so many steps learns nothing from that, but it costs time and memory,
-            and hides from a curriculum that the problem was seen. A generator's repetitions are its distribution: they
-            stay.
+        validate: called with every prompt that is kept, so that a reward can refuse a ground truth before the run
+            starts.
+        drop_repeated: keep only the first of rows that are equal except for their identifiers. Some published datasets
+            hold each problem a hundred times, which teaches nothing more, costs time and memory, and hides from a
+            curriculum that the problem was seen. Generated rows are always kept: their repetitions are part of the
+            task's distribution.
 
     Raises:
         DataError: nothing to read, a broken row (with file and line), or no prompt left.
@@ -93,14 +94,17 @@ def load_prompts(
 
 
 def drop_held_out(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> tuple[Prompt, ...]:
-    """The prompts, in order, whose tokens are not those of one in `held_out`."""
+    """The prompts, in order, whose tokens differ from those of every prompt in `held_out`."""
     known = {prompt.token_ids for prompt in held_out}
     return tuple(prompt for prompt in prompts if prompt.token_ids not in known)
 
 
 def _is_new(row: Row, config: DatasetConfig, seen: set[bytes]) -> bool:
-    """Whether no earlier row says what this one does; remembers it. A reward may judge by any field but identifiers,
-    and the ground truth is none."""
+    """Whether no earlier row had the same content; remembers this one.
+
+    All fields except identifiers are compared, because a reward may judge by any of them; the ground truth always
+    counts, whatever its field is called.
+    """
     truth = [row.fields.get(name) for name in (config.ground_truth_field, "reward_model") if name]
     try:
         said = json.dumps([_without_identifiers(row.fields), truth], sort_keys=True, default=repr)
@@ -152,20 +156,20 @@ def _prompt(row: Row, messages: list[Message], ids: list[int], config: DatasetCo
 
 
 def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[str, Any]]:
-    """The ground truth from its own field, else from verl's `reward_model.ground_truth`; and every other field."""
-    used = {"prompt", "data_source", "reward"}  # a prompt of another name is a column that a reward may ask for
+    """The ground truth, from its own field or else from verl's `reward_model.ground_truth`, and every other field."""
+    used = {"prompt", "data_source", "reward"}  # a prompt field of another name stays: a reward may ask for it
     extra = {key: value for key, value in row.fields.items() if key not in used}
     field = config.ground_truth_field
     if field is None:
         return None, extra
     ground_truth = extra.get(field)
-    if field == "ground_truth":  # one of another name is a column that a reward may ask for
+    if field == "ground_truth":  # a field of another name stays: a reward may ask for it
         extra.pop(field, None)
     reward_model = extra.get("reward_model")
     if ground_truth is None and isinstance(reward_model, Mapping):
         ground_truth = reward_model.get("ground_truth")
         extra["reward_model"] = {key: value for key, value in reward_model.items() if key != "ground_truth"}
-    # Some reasoning_gym tasks score by their metadata and have no answer.
+    # Some reasoning_gym tasks have no answer and are scored by their metadata.
     if ground_truth is None and not is_generated(config):
         if field in row.fields or isinstance(reward_model, Mapping):
             raise DataError(
@@ -179,5 +183,5 @@ def _ground_truth_and_extra(row: Row, config: DatasetConfig) -> tuple[Any, dict[
 def _validate(validate: Validate, prompt: Prompt, row: Row) -> None:
     try:
         validate(prompt)
-    except FledgeError as error:  # of the ground truth, or of a reward that the row names
+    except FledgeError as error:  # about the ground truth, or a reward that the row names
         raise type(error)(f"{row.location}: {error}") from error

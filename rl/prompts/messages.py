@@ -1,4 +1,4 @@
-"""What the fields of a row mean: chat messages, checked, with the dataset's system prompt and suffix applied.
+"""From a row's fields to checked chat messages, with the dataset's system prompt and suffix applied.
 
 Left out: reading rows and rendering templates.
 """
@@ -21,7 +21,7 @@ def prompt_messages(value: Any, config: DatasetConfig, location: str) -> list[Me
     appended to the last user message.
 
     Raises:
-        DataError: not text or messages, empty, or not ending in a message that a model would answer.
+        DataError: the value is not text or messages, is empty, or does not end in a message for the model to answer.
     """
     messages = parse_messages(value, config.prompt_field, location)
     if messages[-1]["role"] == "assistant":
@@ -39,7 +39,7 @@ def prompt_messages(value: Any, config: DatasetConfig, location: str) -> list[Me
 
 
 def parse_messages(value: Any, field: str, location: str) -> list[Message]:
-    """A string or a list of messages as a new list of messages.
+    """Convert a string or a list of messages to a new list of messages.
 
     Raises:
         DataError: a message has no role, or neither text nor tool calls.
@@ -54,13 +54,13 @@ def parse_messages(value: Any, field: str, location: str) -> list[Message]:
 
 
 def question_text(messages: list[Message]) -> str:
-    """The last user message."""
+    """The text of the last user message; empty if there is none."""
     last = _last_user_message(messages)
     return "" if last is None else last["content"]
 
 
 def optional_text(row: Row, field: str) -> str | None:
-    """The field's text, None where it is absent or null. Raises DataError for another type."""
+    """The field's text; None if it is absent or null. Raises DataError for any other type."""
     value = row.fields.get(field)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{row.location}: {field} must be text, not {_kind(value)}")
@@ -70,12 +70,12 @@ def optional_text(row: Row, field: str) -> str | None:
 def _parse_message(message: Any, location: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{location} must be an object with role and content, not {_kind(message)}")
-    # A null says that the key is not there; templates test for presence.
+    # A null stands for an absent key, and templates test for presence.
     present = {key: value for key, value in message.items() if value is not None}
     calls = present.get("tool_calls") or []
     if not isinstance(calls, list) or not all(_is_tool_call(call) for call in calls):
         raise DataError(f"{location}: tool_calls must be a list of objects with name, or with function.name")
-    if calls:  # such a turn says nothing else, often
+    if calls:  # a turn with tool calls often has no content
         present.setdefault("content", "")
     for key in ("role", "content"):
         if not isinstance(present.get(key), str):

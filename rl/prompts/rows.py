@@ -1,7 +1,7 @@
-"""Rows of a dataset with where each came from: JSONL, Parquet, Hugging Face datasets (folder or hub), reasoning_gym.
+"""A dataset's rows and where each came from: JSONL, Parquet, Hugging Face datasets (folder or hub), reasoning_gym.
 
-Left out: what the fields of a row mean (`rl.prompts.load`, `rl.prompts.sft`). Every error is a DataError that names the
-file and the row.
+Every error is a DataError that names the file and the row. Left out: what a row's fields mean (`rl.prompts.load`,
+`rl.prompts.sft`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rl.prompts.generated import REASONING_GYM, generated_rows, is_generated
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
-_MOST_NAMES = 3  # of sources, in the name of a dataset, which becomes part of file names
+_MOST_NAMES = 3  # sources named in a dataset's name, which becomes part of file names
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
-Located = tuple[str, dict[str, Any]]  # where a row is, and its fields
+Located = tuple[str, dict[str, Any]]  # (a row's location, its fields)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in its file."""
+    """One row as its source holds it."""
 
     index: int  # 0-based, counts rows (not lines)
     location: str  # for messages: "train.jsonl:17", "train.parquet row 17" (1-based)
@@ -42,7 +42,7 @@ def read_rows(config: DatasetConfig) -> Iterator[Row]:
 
     Raises:
         DataError: a source does not exist or cannot be read, a row is not a JSON object, a setting does not apply to
-            this kind of source, or an unknown split, subset, task or option.
+            this kind of source, or a split, subset, task or option is unknown.
     """
     if is_generated(config):
         if len(config.paths) > 1:
@@ -73,8 +73,12 @@ def _read_source(config: DatasetConfig, source: str) -> Iterator[Located]:
 
 
 def dataset_name(config: DatasetConfig) -> str:
-    """`config.name`, else the file's stem, the folder's or hub dataset's last part, or the reasoning_gym task; of
-    several sources their different names, joined by +, or of many the first and how many more."""
+    """`config.name`, else the file's stem, the last part of the folder's or hub dataset's name, or the reasoning_gym
+    task.
+
+    Up to three distinct names of several sources are joined by +; beyond that it is the first and the number of the
+    others.
+    """
     if config.name is not None:
         return config.name
     names = list(dict.fromkeys(map(_source_name, config.paths)))
@@ -90,7 +94,7 @@ def _source_name(source: str) -> str:
 
 
 def missing_field(row: Row, field: str, setting: str) -> DataError:
-    """The error for a row that lacks a field, with what it has and the setting that names the field."""
+    """The error for a row that lacks a field, with the fields it has and the setting that names the field."""
     if field in row.fields:
         return DataError(f"{row.location}: {field} is null; fix the row, or set {setting} to another field's name")
     near = difflib.get_close_matches(field, [str(name) for name in row.fields], n=1)
@@ -112,7 +116,7 @@ def _read_file(path: Path) -> Iterator[Located]:
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
-    """The objects of a JSONL file; empty lines are skipped. Raises DataError with file and line."""
+    """The objects in a JSONL file; empty lines are skipped. Raises DataError naming the file and line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -176,8 +180,10 @@ def _read_hub(config: DatasetConfig, name: str) -> Iterator[Located]:
 
 
 def _pick_split(loaded: Any, config: DatasetConfig, name: str, *, saved: bool) -> tuple[Any, str]:
-    """The split that is asked for, or the only one; and how its rows are called. `saved`: by `save_to_disk`, not picked
-    by the loader."""
+    """The requested split, or the only one, and the name for its rows in messages.
+
+    `saved` means that `save_to_disk` wrote the dataset, so the loader has not selected a split.
+    """
     import datasets
 
     if not isinstance(loaded, datasets.DatasetDict):
@@ -201,8 +207,11 @@ def _rows_of(dataset: Any, name: str) -> Iterator[Located]:
 
 
 def _without_filling(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Columnar formats give every object of a column all keys that any of them has, and fill in nulls. Conversations
-    lose them: a template would write them into the arguments of tool calls."""
+    """Remove the nulls that columnar formats add to conversations.
+
+    Those formats give every object in a column all keys that any of them has, filled with nulls, which a template would
+    write into the arguments of tool calls.
+    """
 
     def cleared(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -216,7 +225,7 @@ def _without_filling(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_settings(config: DatasetConfig, source: str, settings: tuple[str, ...]) -> None:
-    """A setting that would be ignored is an error."""
+    """Raise DataError for a setting that would be ignored."""
     for name in settings:
         if config.sets(name):
             raise DataError(

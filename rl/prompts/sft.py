@@ -1,4 +1,4 @@
-"""Rows to supervised examples: a prompt and the response to learn, tokenized as the chat template would write them.
+"""From rows to supervised examples: a prompt and the response to learn, tokenized as the chat template writes them.
 
 Left out: batching and the loss.
 """
@@ -21,14 +21,14 @@ from rl.prompts.rows import Row, dataset_name, missing_field, read_rows
 from rl.prompts.template import ChatTemplate, Message
 
 _ROWS_PER_BATCH = 1024
-_THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that templates read
+_THINKING = ("reasoning_content", "reasoning", "thinking")  # message keys from which templates read thinking
 _END_OF_THINKING = "</think>"
 _EMPTY_BLOCK = re.compile(r"^\s*<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class SftExample:
-    """One worked example. Every response token is learned, the end-of-turn token included; no prompt token is."""
+    """One worked example. Every response token is learned, including the end-of-turn token; no prompt token is."""
 
     prompt_ids: IntArray  # [P] int32, exactly what a rollout of the same prompt starts from
     response_ids: IntArray  # [R] int32, ends with the end-of-turn token
@@ -48,9 +48,9 @@ def load_sft_examples(config: SftDataConfig, tokenizer: Any, *, chat_template_op
     """Load worked examples: rows with a prompt and a response, or `messages` that end with the assistant's.
 
     The prompt is tokenized as for a rollout. The response is what the template writes after it for an assistant turn,
-    up to its end-of-turn token: prompt_ids + response_ids is then the template's own tokenization of the conversation.
-    Where the template would not write the response after that prompt, the response is encoded as it stands, and counted
-    in `num_verbatim`.
+    up to the end-of-turn token, so that prompt_ids + response_ids is the template's own tokenization of the
+    conversation. If the template would not write the response after that prompt, the response is encoded as it stands
+    and counted in `num_verbatim`.
 
     Raises:
         DataError: nothing to read, a broken row (with file and line), or no example left.
@@ -82,25 +82,25 @@ def load_sft_examples(config: SftDataConfig, tokenizer: Any, *, chat_template_op
 @dataclass(frozen=True, slots=True)
 class _Turn:
     prompt: str  # rendered, with the generation prompt
-    completion: str  # what follows it
+    completion: str  # what follows the prompt
     verbatim: bool  # the completion is the row's text, not the template's
 
 
 def _turn(row: Row, config: SftDataConfig, template: ChatTemplate) -> _Turn:
     messages, response = _split(row, config)
     prompt = template.render(messages, row.location, add_generation_prompt=True)
-    if prompt.rstrip().endswith(_END_OF_THINKING):  # an empty block, which the prompt has already
+    if prompt.rstrip().endswith(_END_OF_THINKING):  # drop an empty block that the prompt already has
         response = {**response, "content": _EMPTY_BLOCK.sub("", response["content"])}
     full = template.render([*messages, response], row.location, add_generation_prompt=False)
     return _completion(prompt, full, response, template.keys_read(_THINKING), row.location)
 
 
 def _completion(prompt: str, full: str, response: Message, keys: Sequence[str], location: str) -> _Turn:
-    """What follows the prompt: the template's own text where it continues the prompt and keeps the response's words.
+    """The prompt and what follows it: the template's text, if it continues the prompt and keeps the response's words.
 
-    Otherwise (templates that cut the thinking out of the turn, or open <think> in the generation prompt only) the
-    response's content as it stands; a <think> tag that the prompt has opened already is not repeated. `keys` are those
-    under which the template reads thinking.
+    Otherwise (the template cuts the thinking out of the turn, or opens <think> only in the generation prompt) what
+    follows is the response's content as it stands, without a <think> tag that the prompt has already opened. `keys` are
+    those from which the template reads thinking.
     """
     content = response["content"]
     given = [key for key in _THINKING if isinstance(response.get(key), str)]
@@ -131,8 +131,8 @@ def _completion(prompt: str, full: str, response: Message, keys: Sequence[str], 
 
 
 def _check_thinking(prompt: str, completion: str, content: str, remedy: str, location: str) -> None:
-    """Raise DataError where thinking in the text would be learned as part of the answer: behind a block that the
-    template has closed, or within harmony's final channel."""
+    """Raise DataError if thinking in the text would be learned as part of the answer: after a block that the template
+    has closed, or within harmony's final channel."""
     closed = int(prompt.rstrip().endswith(_END_OF_THINKING)) + completion.count(_END_OF_THINKING)
     if _END_OF_THINKING in content and (closed > content.count(_END_OF_THINKING) or "<|channel|>" in completion):
         raise DataError(
@@ -150,7 +150,7 @@ def _where_thinking_goes(prompt: str, keys: Sequence[str]) -> str:
 
 
 def _words(text: str) -> str:
-    """Without white space, which templates trim and add around thinking."""
+    """The text without white space, which templates trim and add around thinking."""
     return "".join(text.split())
 
 
@@ -183,7 +183,7 @@ def _encode(turns: Sequence[_Turn], template: ChatTemplate) -> list[SftExample]:
     wholes = template.encode([turn.prompt + turn.completion for turn in turns])
     examples = []
     for turn, prompt, whole in zip(turns, prompts, wholes, strict=True):
-        # Where a token spans the border, the response is encoded alone: a rollout starts from the prompt's own tokens.
+        # If a token spans the border, encode the response alone: a rollout starts from the prompt's own tokens.
         exact = whole[: len(prompt)] == prompt
         response = whole[len(prompt) :] if exact else template.encode([turn.completion])[0]
         examples.append(
@@ -193,8 +193,8 @@ def _encode(turns: Sequence[_Turn], template: ChatTemplate) -> list[SftExample]:
 
 
 def _end_turn(response: list[int], template: ChatTemplate) -> list[int]:
-    """Cut the white space, and the EOS of a conversation, that templates write after the end-of-turn token; add the
-    token where it is not there."""
+    """Cut what templates write after the end-of-turn token (white space, a conversation's EOS); append the token if it
+    is missing."""
     end = template.end_of_turn_id
     for i in range(len(response) - 1, -1, -1):
         if response[i] == end:

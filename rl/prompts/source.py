@@ -1,4 +1,4 @@
-"""The order of training prompts: seeded shuffling per epoch, and a position that resumes exactly.
+"""The order of training prompts: a seeded shuffle per epoch, and a position that resumes exactly.
 
 Left out: loading (`rl.prompts.load`), and choosing prompts by difficulty (`rl.prompts.curriculum`).
 """
@@ -19,13 +19,12 @@ _UINT64 = 2**64
 
 
 class PromptSource:
-    """An endless sequence of prompts, drawn in pieces of any size.
+    """An endless sequence of prompts, drawn in batches of any size.
 
-    Epoch follows epoch, each a permutation of all prompts that depends on (seed, epoch) alone. So every prompt is drawn
-    exactly once an epoch whatever the pieces are; a piece may span two epochs (or more, when the dataset is smaller
-    than it).
+    Each epoch is a permutation of all prompts that depends only on (seed, epoch). So every prompt is drawn exactly once
+    per epoch, whatever the batch sizes; a batch may span two epochs (or more, if it is larger than the dataset).
 
-    Example: prompts a, b, c, drawn by twos, no shuffling: ab, ca, bc, ab, ...
+    Example: prompts a, b, c, drawn two at a time without shuffling: ab, ca, bc, ab, ...
 
     The whole state is one number, the count of prompts drawn so far.
     """
@@ -58,7 +57,7 @@ class PromptSource:
         return self._num_drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; `load_state_dict` on a source over the same dataset goes on with the next prompt."""
+        """JSON-serialisable; after `load_state_dict`, a source over the same dataset continues with the next prompt."""
         return {
             "num_drawn": self._num_drawn,
             "seed": self._seed,
@@ -71,7 +70,7 @@ class PromptSource:
         """Go to the saved position.
 
         Raises:
-            CheckpointError: the dataset, the seed or shuffling is not what the state was saved with.
+            CheckpointError: the dataset, the seed or the shuffle setting differs from when the state was saved.
         """
         own = self.state_dict()
         if state["fingerprint"] != own["fingerprint"]:
@@ -98,7 +97,7 @@ class PromptSource:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A digest of what was asked and what counts as right, in order. Token ids belong to the model and are left out."""
+    """A digest of all prompts in order, with every field except the token ids, which depend on the model."""
     digest = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
         asked = (prompt.prompt_id, prompt.text, prompt.ground_truth, prompt.data_source, prompt.reward)

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates: from messages to text to token ids.
 
-Left out: reading rows (`rl.prompts.rows`) and understanding responses (`rollout.chat`).
+Left out: reading rows (`rl.prompts.rows`) and parsing responses (`rollout.chat`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rl.config import ModelConfig
 from rl.config.types import looks_local
 from rl.errors import ConfigError, DataError
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else the template knows
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and other keys that the template reads
 
-# Templates that print today's date (GPT-OSS, Llama 3) get this one, so that a run's prompts, and with them its weights,
-# do not depend on the day it starts or resumes. `chat_template_options.current_date` sets another.
+# The date that templates which print today's (GPT-OSS, Llama 3) get, so that a run's prompts, and therefore its
+# weights, do not depend on the day it starts or resumes. `chat_template_options.current_date` overrides it.
 DEFAULT_DATE = datetime.date(2026, 1, 1)
 
 _REASONING_EFFORTS = ("low", "medium", "high")
@@ -29,7 +29,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
     """The checkpoint's tokenizer (a transformers PreTrainedTokenizerBase), with `model.chat_template` applied.
 
     Raises:
-        ConfigError: no tokenizer there, no chat template, a chat template file that does not exist, or no EOS token.
+        ConfigError: the tokenizer cannot be loaded, makes no tokens, or has no EOS token; or the chat template is
+            missing, cannot be read, or never reads `messages`.
     """
     from transformers import AutoTokenizer
 
@@ -71,7 +72,8 @@ class ChatTemplate:
         """Raises ConfigError for an option that the template never reads."""
         self.tokenizer = tokenizer
         source = tokenizer.get_chat_template()
-        # None unsets what an extended file has set, and a template may ask only whether an option is there.
+        # None unsets an option that an extended file has set; it must go, because a template may only test for
+        # presence.
         options = {name: value for name, value in options.items() if value is not None}
         for name in options:
             if not _reads(source, "strftime_now" if name == "current_date" else name):
@@ -89,12 +91,12 @@ class ChatTemplate:
         self._options = {**options, "strftime_now": date.strftime}
 
     def keys_read(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that the template reads of a message, as `.name` or "name"."""
+        """Those of `names` that the template reads from a message, as `.name` or "name"."""
         source = self.tokenizer.get_chat_template()
         return [name for name in names if re.search(rf"\.{name}\b|['\"]{name}['\"]", source)]
 
     def render(self, messages: Sequence[Message], location: str, *, add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises DataError, naming `location`, where the template refuses the messages."""
+        """The conversation as text. Raises DataError, naming `location`, if the template refuses the messages."""
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
@@ -106,7 +108,7 @@ class ChatTemplate:
             ) from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that the template rendered: special tokens are recognised, none are added."""
+        """Token ids of texts that the template rendered. Special tokens in them are recognised, but none are added."""
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -114,17 +116,17 @@ class ChatTemplate:
 
     @functools.cached_property
     def end_of_turn_id(self) -> int:
-        """The token that ends an assistant turn: what the template puts after it, else the tokenizer's EOS.
+        """The token that ends an assistant turn: the one that the template writes after it, else the tokenizer's EOS.
 
-        The two differ for base models that got a chat template (Qwen's <|im_end|> against <|endoftext|>).
+        The two differ for base models with an added chat template (Qwen's <|im_end|> and <|endoftext|>).
         """
-        said = "0.1.2"  # what no template has of itself
+        said = "0.1.2"  # a text that no template contains
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
         text = self.render(messages, "chat template", add_generation_prompt=False).rpartition(said)[2]
         special = set(self.tokenizer.all_special_ids)
         special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         ids = self.encode([text])[0]
-        # The first one: some templates have the EOS of a whole conversation behind it (Phi-3).
+        # The first special token: some templates write the EOS of the whole conversation after it (Phi-3).
         first = next((i for i, token in enumerate(ids) if token in special), None)
         if first is None or self.tokenizer.decode(ids[:first]).strip():
             return self.tokenizer.eos_token_id
@@ -136,7 +138,7 @@ def _reads(source: str, name: str) -> bool:
 
 
 def _check_local_path(path: str) -> None:
-    """Refuse a mistyped folder before the hub is asked for it."""
+    """Refuse a mistyped folder before asking the hub for it."""
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ConfigError(f"model.path {path} is not a folder (looked in {Path.cwd()})")
 
