@@ -1,4 +1,4 @@
-"""What the parts of weight sync agree on: the client Protocol, parameter descriptions, the verdict over digests.
+"""What the parts of weight sync share: the client Protocol, parameter descriptions, and the comparison of digests.
 
 Left out: torch (except in annotations), vLLM and Ray.
 """
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 Transport = Literal["shm", "nccl", "ipc"]
 
-_MOST_NAMED = 8  # parameters that one error message names before it counts the rest
+_MOST_NAMED = 8  # parameters that an error message names before it only counts the rest
 
 
 def resolve_transport(transport: Literal["auto", "shm", "nccl", "ipc"], *, cuda: bool, colocate: bool) -> Transport:
-    """What `sync.transport` means on this cluster: shared memory without GPUs, CUDA IPC on shared ones, else NCCL.
+    """The transport that `sync.transport` means here: shared memory without GPUs, CUDA IPC on shared GPUs, else NCCL.
 
     Raises:
-        ConfigError: the one that is asked for cannot work there, which vLLM would say when every model has loaded.
+        ConfigError: the requested transport cannot work here, which vLLM would report only after every model has
+            loaded.
     """
     best: Transport = "shm" if not cuda else "ipc" if colocate else "nccl"
     if transport in ("auto", "shm", best):
@@ -39,7 +40,7 @@ def resolve_transport(transport: Literal["auto", "shm", "nccl", "ipc"], *, cuda:
 
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
-    """One tensor on the wire, in checkpoint terms. Field names are those of vLLM's `ParamMeta`."""
+    """One tensor on the wire, as a checkpoint names and shapes it. Field names are those of vLLM's `ParamMeta`."""
 
     name: str
     dtype: torch.dtype
@@ -51,32 +52,41 @@ class ParameterInfo:
 
 
 class WeightSource(Protocol):
-    """A re-iterable stream of full tensors. Every rank iterates it, in the same order, because gathering is a
-    collective; a rank that does not send gets no items. (vLLM's trainer engines take it as their `WeightSource`.)"""
+    """A re-iterable stream of full tensors, which vLLM's trainer engines accept as their own `WeightSource`.
+
+    Every rank iterates it, in the same order, because gathering is a collective; a rank that does not send gets no
+    items.
+    """
 
     def metadata(self) -> list[ParameterInfo]: ...
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class WeightSyncClient(Protocol):
-    """The control plane to all engines, called by rank 0 only. Every method returns when every engine has answered, and
-    raises WeightSyncError, naming the engine, when one fails or has not answered in time."""
+    """The control plane to all engines, called only by rank 0.
+
+    Every method returns when every engine has answered, and raises WeightSyncError, naming the engine, when one fails
+    or does not answer in time.
+    """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
     def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
     def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
-        """One dict an engine: checkpoint name -> digest of the tensor as it arrived."""
+        """One dict per engine: checkpoint name -> digest of the tensor as it arrived."""
         ...
 
     def late(self) -> str:
-        """Which engines have not answered the call that is running, in words; empty where all have. Called from another
-        thread, for the error of a wait that ends before the call's own."""
+        """Which engines have not yet answered the running call, in words; empty if all have.
+
+        Called from another thread, for the error of a wait that times out before the call does.
+        """
         ...
 
 
 def check_digests(policy_version: int, sent: Mapping[str, int], received: Sequence[Mapping[str, int]]) -> None:
-    """Raise WeightSyncError unless every engine received exactly what was sent; names engine, version, parameters."""
+    """Raise WeightSyncError, naming engine, version and parameters, unless every engine received exactly what was
+    sent."""
     problems = []
     for index, digests in enumerate(received):
         faults = (
@@ -95,6 +105,6 @@ def check_digests(policy_version: int, sent: Mapping[str, int], received: Sequen
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first few of many names, and how many more there are."""
+    """The first few names, and how many more there are."""
     shown = ", ".join(names[:_MOST_NAMED])
     return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

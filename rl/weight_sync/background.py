@@ -1,6 +1,6 @@
-"""Calls that may hang, run on a daemon thread and waited for with a deadline.
+"""Run calls that may hang on a daemon thread, and wait for them with a deadline.
 
-Left out: cancelling them. A late call goes on, but it cannot keep the process from exiting (a thread pool's would).
+Left out: cancelling calls. A late one goes on, but it cannot keep the process from exiting (in a thread pool it would).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def start_call(call: Callable[[], T], name: str) -> Future[T]:
-    """Run `call` on a daemon thread; the future gets its result or its exception."""
+    """Run `call` on a daemon thread; the future receives its result or exception."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -32,10 +32,10 @@ def start_call(call: Callable[[], T], name: str) -> Future[T]:
 def finish_call(
     future: Future[T], what: str, timeout_s: float, late: Callable[[], str], failure: Future[T] | None = None
 ) -> T:
-    """The call's result. Raises WeightSyncError, saying `what` was done, when the call fails or is late.
+    """The call's result. Raises WeightSyncError, saying `what` was being done, if the call fails or is late.
 
-    `late` says whom it waits for (`WeightSyncClient.late`). `failure` ends the wait early: it gets an error that the
-    call itself cannot hear of, because it waits for others.
+    `late` says whom the call is waiting for (`WeightSyncClient.late`). `failure` ends the wait early: it receives
+    errors that the call itself cannot see while it waits for others.
     """
     done, _ = wait([future] if failure is None else [future, failure], timeout_s, return_when=FIRST_COMPLETED)
     if not done:
@@ -45,6 +45,6 @@ def finish_call(
         return (future if future in done else done.pop()).result()
     except Exception as error:
         failed = WeightSyncError(f"{what} failed: {type(error).__name__}: {error}")
-        for note in getattr(error, "__notes__", ()):  # an engine's traceback; the cause does not travel
+        for note in getattr(error, "__notes__", ()):  # an engine's traceback; the cause is lost between processes
             failed.add_note(note)
         raise failed from error

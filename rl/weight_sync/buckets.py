@@ -1,8 +1,8 @@
-"""Buckets of tensors in shared memory: how weights reach an engine on the same machine without a GPU.
+"""Buckets of tensors in shared memory, by which weights reach an engine without GPUs on the same machine.
 
 A bucket is an anonymous memory file (`memfd_create`) that the receiver maps through `/proc/<pid>/fd/<fd>`. It has no
 name in /dev/shm, so nothing is left behind however either side dies, and a container's /dev/shm limit does not apply.
-Left out: who sends which bucket when (`rl.weight_sync.shm_transport`).
+Left out: which bucket is sent when (`rl.weight_sync.shm_transport`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rl.weight_sync.api import ParameterInfo
 
 T = TypeVar("T")
 
-_ALIGNMENT = 64  # bytes; a tensor of any dtype may be viewed at a multiple of it
+_ALIGNMENT = 64  # bytes; a tensor of any dtype can be viewed at a multiple of this
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class BucketPlan:
 
 
 def consecutive(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Items in order, as many together as their sizes allow; one that is larger than `most` comes alone."""
+    """Group items in order, up to a total size of `most` per group; a larger item gets a group of its own."""
     group: list[T] = []
     total = 0
     for item in items:
@@ -57,7 +57,8 @@ def consecutive(items: Iterable[T], size_of: Callable[[T], int], most: int) -> I
 
 
 def plan_buckets(parameters: Iterable[ParameterInfo], bucket_bytes: int) -> list[BucketPlan]:
-    """Split parameters, in order, into buckets of at most `bucket_bytes`; a larger one gets a bucket of its own."""
+    """Split parameters, in order, into buckets of at most `bucket_bytes`; a larger parameter gets a bucket of its
+    own."""
 
     def room(parameter: ParameterInfo) -> int:
         return -(-parameter.num_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -70,7 +71,7 @@ def plan_buckets(parameters: Iterable[ParameterInfo], bucket_bytes: int) -> list
 
 
 class SharedBucket:
-    """The sender's side of one bucket: filled in plan order, then announced by `update_info`, then closed."""
+    """The sender's side of one bucket: fill it in plan order, announce it with `update_info`, then close it."""
 
     def __init__(self, plan: BucketPlan) -> None:
         self.plan = plan
@@ -84,7 +85,7 @@ class SharedBucket:
             raise
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Copy the next tensor of the plan in, from whatever device it is on."""
+        """Copy in the next tensor of the plan, from any device."""
         expected = self.plan.parameters[self._filled]
         if name != expected.name or tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
             raise WeightSyncError(
@@ -98,7 +99,7 @@ class SharedBucket:
         self._filled += 1
 
     def update_info(self) -> dict[str, Any]:
-        """What the receiver needs to map the bucket; plain JSON-like values."""
+        """What the receiver needs to map the bucket, as plain JSON-like values."""
         return {
             "pid": os.getpid(),
             "fd": self._fd,
@@ -111,7 +112,7 @@ class SharedBucket:
         }
 
     def close(self) -> None:
-        """Give the memory up; it lives on only while a receiver has it mapped. A second call does nothing."""
+        """Release the memory, which then lives only as long as a receiver maps it. A second call does nothing."""
         if not self._memory.closed:
             self._memory.close()
             os.close(self._fd)
@@ -121,7 +122,7 @@ def open_bucket(info: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """The receiver's side: map the bucket that `SharedBucket.update_info` announced.
 
     The tensors are views of a private (copy-on-write) mapping that lives as long as they do; the sender may close its
-    bucket as soon as this has returned. Raises WeightSyncError when the sender is gone.
+    bucket as soon as this function has returned. Raises WeightSyncError if the sender is gone.
     """
     path = Path(f"/proc/{info['pid']}/fd/{info['fd']}")
     size = max(int(info["num_bytes"]), 1)

@@ -1,6 +1,6 @@
 """The digest of a tensor: proof that the receiver holds the bytes that the sender sent.
 
-Pure torch, so it runs where the tensor lives (CPU or CUDA) and gives the same number on both. Left out: cryptographic
+It is pure torch, so it runs where the tensor lives (CPU or CUDA), with the same result on both. Left out: cryptographic
 strength; the digest guards against faults, not against an adversary.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _WORD = 8  # bytes; the tensor is read as a sequence of 64-bit words, padded with zero bytes
-_CHUNK_WORDS = 1 << 20  # bounds the temporaries to a few times 8 MiB, whatever the tensor's size
+_CHUNK_WORDS = 1 << 20  # limits temporaries to a few times 8 MiB for a tensor of any size
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -24,14 +24,14 @@ def digest(tensor: Tensor) -> int:
     """A 64-bit digest, 0 <= value < 2**64, of the tensor's bytes in row-major order, its dtype and its shape.
 
     With words w_i, the digest is the sum of mix(w_i xor key_i) modulo 2**64, where key_i depends on the position, the
-    dtype and the shape, and mix is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014). What follows:
+    dtype and the shape, and mix is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Therefore:
 
     - A sum of integers modulo 2**64 does not depend on the order of summation, so every device and every chunking gives
       the same value; the keys make it depend on the order of the words.
     - mix is a bijection: a change confined to one aligned 8-byte word *always* changes the digest.
-    - mix is not linear: changes in several words cancel with probability 2**-64, also where a linear checksum is weak
-      (two flipped sign bits, swapped experts, a shifted row). Over a million tensors and a million syncs, the chance of
-      one unnoticed fault among as many faults is 2**-24.
+    - mix is not linear: changes in several words cancel with probability 2**-64, even where a linear checksum is weak
+      (two flipped sign bits, swapped experts, a shifted row). If every one of a million tensors were damaged in every
+      one of a million syncs, the chance that one fault goes unnoticed would be 2**-24.
     """
     return int(digest_tensor(tensor).item()) & _MASK
 
@@ -50,7 +50,7 @@ def digest_tensor(tensor: Tensor) -> Tensor:
 
 
 def digest_values(digests: Mapping[str, Tensor]) -> dict[str, int]:
-    """The digests by name as 0 <= value < 2**64, in one copy from their device: one by one, each would wait for it."""
+    """The digests by name as 0 <= value < 2**64, copied from the device at once: one by one, each would wait for it."""
     values = torch.stack(list(digests.values())).tolist() if digests else []
     return {name: value & _MASK for name, value in zip(digests, values, strict=True)}
 
@@ -69,7 +69,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _seed(tensor: Tensor) -> int:
-    """Equal bytes of another dtype or shape are another tensor."""
+    """A seed from dtype and shape, because equal bytes of another dtype or shape are another tensor."""
     text = f"{tensor.dtype}{tuple(tensor.shape)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_WORD).digest(), "little")
 

@@ -1,7 +1,7 @@
-"""The GPU transports, over vLLM's own trainer engines: NCCL between GPUs, CUDA IPC on a shared GPU.
+"""The GPU transports, built on vLLM's own trainer engines: NCCL between GPUs, CUDA IPC on a shared GPU.
 
-The one module here that imports vllm, and only when a run with GPUs connects. Left out: shared memory
-(`rl.weight_sync.shm_transport`).
+This is the only module here that imports vllm, and it does so only when a run with GPUs connects. Left out: shared
+memory (`rl.weight_sync.shm_transport`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class DigestingSource:
-    """A `WeightSource` that digests what passes; the digests stay on the device until `report` asks for them."""
+    """A `WeightSource` that digests every tensor it passes on; the digests stay on the device until `report`."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -48,8 +48,8 @@ class DigestingSource:
             self._num_bytes += tensor.numel() * tensor.element_size()
             self.last_name = name
             if tensor.is_cuda:
-                # vLLM packs on two streams in turns. A tensor that was gathered on the other one is free for that one's
-                # next allocation as soon as it is dropped, though this stream's copy may still be waiting.
+                # vLLM packs on two streams in turn. Once dropped, a tensor that was gathered on the other stream would
+                # be free for that stream's next allocation, although this stream's copy of it may still be pending.
                 tensor.record_stream(torch.cuda.current_stream())
             yield name, tensor
 
@@ -58,10 +58,10 @@ class DigestingSource:
 
 
 class TrainerClient:
-    """vLLM's `VLLMWeightSyncClient` over ours: adds what our messages carry, and keeps the engines' digests.
+    """Adapts our client to vLLM's `VLLMWeightSyncClient`: adds our extra fields, and keeps the engines' digests.
 
-    vLLM's trainer hears of an engine's error only when its own half is done, and over NCCL that half waits for the very
-    engine: for ever. So `failure` gets the error as well.
+    vLLM's trainer sees an engine's error only when its own half is done, and over NCCL that half waits for the failed
+    engine forever. So `failure` receives the error as well.
     """
 
     def __init__(self, client: WeightSyncClient, extra_init_info: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class TrainerClient:
             self._client.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """CUDA IPC handles hold torch types, which vLLM's own wire format refuses: they travel pickled, as text."""
+        """Send CUDA IPC handles pickled, as text: they hold torch types, which vLLM's own wire format refuses."""
         assert isinstance(update_info, dict), "only vLLM's sharded transports send a list"
         if "ipc_handles" in update_info:
             handles = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
@@ -107,7 +107,7 @@ class TrainerClient:
 
 
 class GpuTransport:
-    """One of vLLM's trainer engines, run with a deadline. Subclasses say which."""
+    """One of vLLM's trainer engines, run with a deadline. Subclasses choose the engine."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class GpuTransport:
         rank: int,
         bucket_bytes: int,
         timeout_s: float,
-        **extra_init_info: Any,  # for the engines, beside vLLM's
+        **extra_init_info: Any,  # sent to the engines in addition to vLLM's
     ) -> None:
         self._source = DigestingSource(source)
         self._client = TrainerClient(client, extra_init_info)
@@ -134,11 +134,11 @@ class GpuTransport:
         return WeightTransferTrainerFactory.trainer_init(self._init_info(), client=self._client, source=self._source)
 
     def connect(self) -> None:
-        """Meet the engines, on every rank. Once: a group with a lost member is of no more use."""
+        """Connect to the engines, on every rank. Call it once: a group that has lost a member cannot be used again."""
         self._engine = self._run(self._trainer, "connecting to the engines")
 
     def send(self, policy_version: int) -> SendReport:
-        """Broadcast everything; the deadline holds for the whole of it."""
+        """Send everything; the deadline covers the whole transfer."""
         engine = self._engine
         if engine is None:
             raise WeightSyncError("send before connect")
@@ -147,7 +147,7 @@ class GpuTransport:
         return self._source.report(self._client.received) if self._rank == 0 else SendReport()
 
     def close(self) -> None:
-        """Give back what the connection holds on the GPU. vLLM's shutdown only drops its reference to a communicator,
+        """Release what the connection holds on the GPU. vLLM's shutdown only drops its reference to the communicator,
         which does not free it."""
         if self._engine is None:
             return
@@ -162,7 +162,7 @@ class GpuTransport:
         failure = self._client.failure = Future()
 
         def on_device() -> T:
-            torch.cuda.set_device(device)  # the current device is each thread's own
+            torch.cuda.set_device(device)  # each thread has its own current device
             return call()
 
         try:
@@ -173,7 +173,7 @@ class GpuTransport:
 
 
 class NcclTransport(GpuTransport):
-    """Packed broadcasts from rank 0 to every worker of every engine, in a group of their own."""
+    """Packed broadcasts from rank 0 to every worker of every engine, in a process group of their own."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class NcclTransport(GpuTransport):
         rank_offsets: list[int],
         address: str,
     ) -> None:
-        # Each engine takes its own place among the offsets.
+        # Each engine picks its own entry from the offsets.
         super().__init__(source, client, rank, bucket_bytes, timeout_s, rank_offsets=rank_offsets)
         self._group_size = group_size
         self._address = address
@@ -206,7 +206,7 @@ class NcclTransport(GpuTransport):
 
 
 class IpcTransport(GpuTransport):
-    """One packed buffer on the GPU of each learner that has an engine beside it, which maps it."""
+    """One packed buffer on the GPU of each learner that shares it with an engine, which maps the buffer."""
 
     def __init__(
         self,
@@ -236,13 +236,16 @@ class IpcTransport(GpuTransport):
 
 
 def _bystander() -> type[IPCTrainerWeightTransferEngine]:
-    """The trainer of a rank without an engine on its GPU. vLLM's exports a buffer on every rank, and torch keeps what
-    was exported until somebody has mapped it: nobody would, so each sync would cost such a rank a buffer for good."""
+    """The trainer for a rank without an engine on its GPU.
+
+    vLLM's own trainer exports a buffer on every rank, and torch keeps an exported buffer until somebody has mapped it.
+    Here nobody would, so every sync would leak a buffer.
+    """
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
 
     class Bystander(IPCTrainerWeightTransferEngine):
         def _send_packed(self, source: Any) -> None:
-            """Takes part in the gathers of each chunk, which ends where `packed_ipc_producer` ends it."""
+            """Join the gathers of every chunk, with the same chunk boundaries as `packed_ipc_producer`."""
             total = 0
             for _, tensor in source:
                 size = tensor.numel() * tensor.element_size()

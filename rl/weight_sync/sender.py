@@ -1,7 +1,7 @@
 """`WeightSender`: the learner's half of a weight sync, over shared memory, NCCL or CUDA IPC.
 
-Every learner rank calls `send`; rank 0 drives the engines through the client and compares digests; all ranks return the
-same `WeightVersion` or raise the same error. Left out: reaching the engines (the client) and serving the weights
+Every learner rank calls `send`; rank 0 drives the engines through the client and compares digests; then all ranks
+return the same `WeightVersion` or raise. Left out: reaching the engines (the client) and serving the weights
 (`RolloutEngine.activate`).
 """
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SendsWeights(Protocol):
-    """A transport. Both methods are collectives over the learner's ranks."""
+    """A transport. `connect` and `send` are collectives over the learner's ranks; `close` is not."""
 
     def connect(self) -> None: ...
     def close(self) -> None: ...
@@ -48,14 +48,15 @@ class WeightSender:
     ) -> None:
         """
         Args:
-            source: every rank's end of the gather; its `keep` must be "all" for ipc.
+            source: this rank's part in gathering the weights; for ipc its `keep` must be "all".
             transport: see `rl.weight_sync.api.resolve_transport`.
-            client: the engines; only rank 0's is called.
-            rank, world_size: of the learner, in torch's default process group.
-            num_engines, tensor_parallel_size: how many receivers there are, for the NCCL group.
-            bucket_bytes: the most that one message carries (or one tensor, where one is larger).
-            timeout_s: of each wait: one call, one bucket, or the whole NCCL broadcast.
-            address: by which the engines' nodes reach this one, for the NCCL group.
+            client: reaches the engines; only rank 0 drives them through it.
+            rank, world_size: the learner's, in torch's default process group.
+            num_engines, tensor_parallel_size: determine the receivers: the size of the NCCL group, and the ranks with
+                an engine on their GPU for ipc.
+            bucket_bytes: the largest size of one message (a larger tensor travels alone).
+            timeout_s: limit of each wait: for one call, one bucket, or a whole transfer over NCCL or CUDA IPC.
+            address: at which the engines' nodes reach this one, for the NCCL group.
         """
         self._rank = rank
         self._world_size = world_size
@@ -76,16 +77,17 @@ class WeightSender:
             self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s, has_engine=has_engine)
 
     def close(self) -> None:
-        """Leave the engines, for good: after one was replaced, another sender meets those that there are then. Not a
+        """Disconnect for good: after an engine has been replaced, a new sender connects to the current ones. Not a
         collective."""
         self._transport.close()
 
     def send(self, policy_version: int) -> WeightVersion:
-        """Transfer every tensor, end the update at every engine and compare digests.
+        """Transfer every tensor, finish the update on every engine, and compare digests.
 
-        Returns, on every rank, what was sent and has arrived. The engines stay paused: serve the weights with
-        `activate`. Raises WeightSyncError, on every rank, when an engine fails, is late, or holds something else than
-        was sent; the engines must then be restarted.
+        Returns the version that has arrived, on every rank. The engines stay paused: serve the weights with `activate`.
+        Raises WeightSyncError, on every rank, when an engine fails, is late, or holds anything other than what was
+        sent; the engines must then be restarted. A broken transfer between GPUs raises BrokenSyncError, possibly on one
+        rank alone.
         """
         if not self._connected:
             self._agree(self._transport.connect)
@@ -100,10 +102,10 @@ class WeightSender:
         return WeightVersion(policy_version, report.num_bytes, time.monotonic() - started)
 
     def _agree(self, action: Callable[[], T]) -> T:
-        """Run `action` on this rank; every rank returns rank 0's result or raises rank 0's error (or its own).
+        """Run `action` on this rank; every rank returns rank 0's result, or raises rank 0's error or else its own.
 
-        A broken sync is raised on its rank alone: the others may be in a gather of the same group still, where no
-        verdict would reach them. It ends the run.
+        A BrokenSyncError, which ends the run, is raised only on the rank where it happened: the others may still be in
+        a gather of the same group, where no verdict would reach them.
         """
         result: T | None = None
         error: WeightSyncError | None = None

@@ -1,4 +1,4 @@
-"""The shared-memory transport: buckets to engines on the same machine, two alive at a time.
+"""The shared-memory transport: buckets for engines on the same machine, at most two in memory at a time.
 
 Left out: GPU transports (`rl.weight_sync.gpu_transports`) and the bucket format (`rl.weight_sync.buckets`).
 """
@@ -28,7 +28,7 @@ class SendReport:
     """What rank 0 knows after a transfer; empty on the other ranks."""
 
     sent: dict[str, int] = field(default_factory=dict)  # checkpoint name -> digest
-    received: list[dict[str, int]] = field(default_factory=list)  # the same, one dict an engine
+    received: list[dict[str, int]] = field(default_factory=list)  # the same, one dict per engine
     num_bytes: int = 0
 
 
@@ -45,7 +45,7 @@ class ShmTransport:
         self._timeout_s = timeout_s
 
     def connect(self) -> None:
-        """Nothing to meet; the engines are called all the same, so that a dead one is found before training starts."""
+        """Call every engine, so that a dead one is found before training starts; there is nothing to connect."""
         if self._rank == 0:
             self._call("connecting to the engines", lambda: self._client.init_weight_transfer_engine({}))
 
@@ -53,8 +53,8 @@ class ShmTransport:
         """Nothing is held between transfers."""
 
     def send(self, policy_version: int) -> SendReport:
-        """Transfer everything. Gathering is a collective, so whatever fails at the engines, rank 0 walks the source to
-        its end with the other ranks before it raises."""
+        """Transfer everything. Gathering is a collective, so even when an engine fails, rank 0 walks the source to its
+        end with the other ranks before it raises."""
         pairs = iter(self._source)
         try:
             return self._send(pairs, policy_version) if self._rank == 0 else SendReport()

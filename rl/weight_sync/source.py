@@ -1,4 +1,4 @@
-"""`Zero3WeightSource`: a model's full weights in checkpoint names, gathered from ZeRO-3 shards a bucket at a time.
+"""`Zero3WeightSource`: a model's full weights under checkpoint names, gathered from ZeRO-3 shards bucket by bucket.
 
 Left out: sending them. DeepSpeed is imported only when the module is partitioned.
 """
@@ -18,12 +18,12 @@ from rl.weight_sync.buckets import consecutive
 
 
 class Zero3WeightSource:
-    """Full tensors of a transformers model, partitioned by ZeRO-3 or plain, as a checkpoint would hold them.
+    """Full tensors of a transformers model (partitioned by ZeRO-3 or not), as a checkpoint would hold them.
 
-    Names and shapes are those of the checkpoint: fused experts are taken apart again (`revert_weight_conversion`), a
-    tied output head is not repeated. Floating tensors are cast to `dtype`, the engine's. Iteration is a collective: all
-    ranks iterate in step, and only those that keep the data yield anything. At most `bucket_bytes` (or one parameter,
-    where one is larger) are gathered at a time, and the same again is held by the copies that are being yielded.
+    Names and shapes are those of the checkpoint: fused experts are split again (`revert_weight_conversion`), and a tied
+    output head is not repeated. Floating-point tensors are cast to `dtype`, the engine's. Iteration is a collective:
+    all ranks iterate in step, and only those that keep the data yield anything. At most `bucket_bytes` (or one larger
+    parameter) are gathered at a time, and the copies being yielded take as much again.
     """
 
     def __init__(
@@ -37,17 +37,19 @@ class Zero3WeightSource:
     ) -> None:
         """
         Args:
-            module: the transformers model (of a DeepSpeed engine: `engine.module`).
-            dtype: of floating tensors on the wire.
+            module: the transformers model (for a DeepSpeed engine, `engine.module`).
+            dtype: the dtype of floating-point tensors on the wire.
             bucket_bytes: how much is gathered at a time.
-            rank: of this process; rank 0 is the sender.
-            keep: who yields tensors. CUDA IPC needs "all", because every GPU's engine reads its own neighbour.
+            rank: this process's rank; rank 0 is the sender.
+            keep: which ranks yield tensors. CUDA IPC needs "all", because each engine reads from the learner on its own
+                GPU.
         """
         self._module = module
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._keeps = keep == "all" or rank == 0
-        # named_parameters() yields a shared parameter once, under its first name: a tied head goes with the embedding.
+        # named_parameters() yields a shared parameter once, under its first name, so a tied head travels as the
+        # embedding.
         self._parameters = list(module.named_parameters())
         self._metadata = [
             ParameterInfo(name, tensor.dtype, tuple(tensor.shape))
@@ -62,13 +64,13 @@ class Zero3WeightSource:
             )
 
     def metadata(self) -> list[ParameterInfo]:
-        """Name, dtype and shape of everything iteration yields, in its order; transfers nothing."""
+        """Name, dtype and shape of everything that iteration yields, in the same order. Transfers nothing."""
         return list(self._metadata)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        # Equal on every rank, because full sizes are.
+        # Groups are equal on every rank, because full sizes are.
         for group in consecutive(self._parameters, lambda item: _num_bytes(item[1]), self._bucket_bytes):
-            self._wait_for_gpu()  # copies of the last group may still be read, on a stream that the allocator ignores
+            self._wait_for_gpu()  # the last group's copies may still be read on a stream unknown to the allocator
             yield from self._gather(group)
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class Zero3WeightSource:
         with _gathered([parameter for _, parameter in group]):
             if not self._keeps:
                 return []
-            # Checkpoint pieces can be views of the gathered storage, which goes when the gather ends: copy them now.
+            # Checkpoint tensors can be views of the gathered storage, which is freed when the gather ends: copy them.
             copies = [
                 (checkpoint_name, tensor.clone(memory_format=torch.contiguous_format))
                 for name, parameter in group
@@ -86,12 +88,13 @@ class Zero3WeightSource:
         return copies
 
     def _wait_for_gpu(self) -> None:
-        """vLLM's NCCL sender takes turns between two streams, and pulls tensors on one that it reads on the other."""
+        """Synchronise, because vLLM's NCCL sender alternates between two streams, and may read a tensor on one that was
+        gathered on the other."""
         if self._parameters[0][1].is_cuda:
             torch.cuda.synchronize()
 
     def _to_checkpoint(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        """One parameter in memory -> its checkpoint tensors, in the wire dtype."""
+        """The checkpoint tensors of one parameter in memory, in the wire dtype."""
         from transformers.core_model_loading import revert_weight_conversion
 
         pieces: dict[str, Tensor] = revert_weight_conversion(cast(Any, self._module), {name: tensor})
@@ -104,7 +107,7 @@ def _full_shape(parameter: Any) -> torch.Size:
 
 
 def _num_bytes(parameter: nn.Parameter) -> int:
-    """Of the whole parameter."""
+    """Size of the whole parameter."""
     return _full_shape(parameter).numel() * parameter.element_size()
 
 
