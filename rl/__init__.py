@@ -1,1 +1,1 @@
-"""Fledge's core: the currency, the mathematics, the learner, the loop."""
+"""Fledge's core: the data types, the mathematics, the learner and the loop."""

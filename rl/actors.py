@@ -1,6 +1,6 @@
-"""Waiting for Ray actors, and ending them for good.
+"""Wait for Ray actors, and end them for good.
 
-Left out: starting them (`launch.cluster` places them), and what they do.
+Left out: starting actors (`launch.cluster` places them), and what they do.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rl.errors import FledgeError
 
 _DEATH_TIMEOUT_S = 30.0
-_ASK_AGAIN_S = 0.02  # whether an actor that was killed is dead
-_NEWS_OF_A_LOSS_S = 5.0  # that Ray may take to tell of a dead actor
-# Of the text of ray.exceptions.OutOfMemoryError, which goes on for 4,000 characters about Ray's settings.
+_ASK_AGAIN_S = 0.02  # between checks whether a killed actor is dead
+_NEWS_OF_A_LOSS_S = 5.0  # that Ray may take to report a dead actor
+# Parts of the text of ray.exceptions.OutOfMemoryError, which has 4,000 more characters about Ray's settings.
 _NODE_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),.*?was (\S+) used / (\S+) limit")
 _MEMORY_USER = re.compile(r"^\d+\t([\d.]+)\t(\S+)", re.MULTILINE)
 
 
-_GUESSES = " Some common causes include"  # follow, at length, in Ray's text
+_GUESSES = " Some common causes include"  # where Ray's text turns to lengthy guesses
 
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """How the errors of actors of one kind are told."""
+    """A kind of actor, and how errors of its members are reported."""
 
-    member: str  # "learner rank", say
+    member: str  # what a member is called, for example "learner rank"
     error: type[FledgeError]
-    passing: tuple[type[FledgeError], ...] = ()  # raised by a member, these are raised here as they are
-    remedy: str = ""  # where a member is lost
-    collective: bool = False  # the members wait for one another, so what they say of a lost one hides it
+    passing: tuple[type[FledgeError], ...] = ()  # errors of a member that are re-raised unchanged
+    remedy: str = ""  # appended to the error when a member is lost
+    collective: bool = False  # members wait for one another, so the others' errors can hide a lost one
 
     def wait(
         self,
@@ -47,17 +47,17 @@ class Crew:
         setting: str,
         members: Sequence[int] | None = None,
     ) -> list[Any]:
-        """What one call a member returns, in order.
+        """Wait for one call to each member; the results, in the order of the calls.
 
         Args:
-            calls: references.
-            what: the members were to do.
-            setting: the key that the deadline comes from.
-            members: whom the calls are of; None: 0, 1, ...
+            calls: Ray object references.
+            what: what the members were asked to do, for errors.
+            setting: the configuration key that the timeout comes from.
+            members: the number of each call's member; None: 0, 1, ...
 
         Raises:
-            FledgeError: of the first call that fails, at once, because the others may only be waiting for that member;
-                or calls are late, and whose.
+            FledgeError: a call failed (raised at once, because the others may only be waiting for that member), or
+                calls are late, and then it names their members.
         """
         names = list(members if members is not None else range(len(calls)))
         results: dict[int, Any] = {}
@@ -78,7 +78,8 @@ class Crew:
         return [results[index] for index in range(len(calls))]
 
     def get(self, call: Any, index: int, what: str) -> Any:
-        """The result of a call that has ended. An error that nobody foresaw has its traceback as a note."""
+        """The result of a call that has ended. For an unforeseen error, the member's traceback is attached as a
+        note."""
         try:
             return ray.get(call)
         except RayTaskError as error:
@@ -90,21 +91,23 @@ class Crew:
             if not foreseen:
                 failure.add_note(str(error))  # the traceback of the member's process
             raise failure from error
-        except RayError as error:  # it died, its node did, or Ray's memory monitor killed it
+        except RayError as error:  # the member or its node died, or Ray's memory monitor killed it
             raise self.error(
                 f"{self.member} {index} was lost before it could {what}: {_why(error)}{self.remedy}"
             ) from error
 
 
 def _lost(calls: Sequence[Any]) -> Any:
-    """The first of these calls whose member is gone, if any; the others' collectives with it fail a little before Ray
-    tells of it, in words that do not say whom they miss."""
+    """The first of these calls whose member is gone, if any.
+
+    The other members' collectives fail a little before Ray reports the loss, in words that do not say who is missing.
+    """
     ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_NEWS_OF_A_LOSS_S) if calls else ([], [])
     return next((call for call in ended if _is_lost(call)), None)
 
 
 def has_failed(call: Any) -> bool:
-    """Whether a call has ended with an error; False while it goes on."""
+    """Whether a call has ended with an error; False while it is running."""
     try:
         ray.get(call, timeout=0)
     except GetTimeoutError:
@@ -115,7 +118,7 @@ def has_failed(call: Any) -> bool:
 
 
 def _is_lost(call: Any) -> bool:
-    """Whether the member of a call that has ended is gone."""
+    """Whether the member that ran this ended call is gone."""
     try:
         ray.get(call)
     except RayTaskError:
@@ -126,7 +129,8 @@ def _is_lost(call: Any) -> bool:
 
 
 def _why(error: RayError) -> str:
-    """Ray's text in one line: of a lack of memory what counts, else all but the identities of the actor (indented)."""
+    """Ray's text in one line: the essentials if memory ran out, else all but its guesses and the actor's (indented)
+    identifiers."""
     text = str(error)
     if memory := _NODE_MEMORY.search(text):
         node, used, limit = memory.groups()
@@ -140,10 +144,10 @@ def _why(error: RayError) -> str:
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:
-    """Kill actors and wait until they are dead. Never raises: it runs while other errors are on their way out.
+    """Kill actors and wait until they are dead. Never raises, because it runs while other errors propagate.
 
-    The handles are held until then. Where the last one is dropped first, Ray ends the worker in order instead, and its
-    destructors can lock against each other (Ray 2.60, ~CoreWorkerProcessImpl), which leaves a process behind for good.
+    The handles are held until then. If the last one were dropped earlier, Ray would end the worker gracefully instead,
+    and its destructors can deadlock (Ray 2.60, ~CoreWorkerProcessImpl), which leaves a process behind for good.
     """
     for actor in actors:
         ray.kill(actor)
@@ -154,9 +158,9 @@ def end_actors(actors: Sequence[ActorHandle]) -> None:
 
 
 def _answers(actor: ActorHandle, timeout_s: float) -> bool:
-    """Whether it is still there: Ray's word to end goes another way than a call, which may arrive before it."""
+    """Whether the actor still answers: Ray's kill signal takes another route than a call, which may overtake it."""
     try:
         ray.get(actor.__ray_ready__.remote(), timeout=timeout_s)
-    except RayError:  # it is dead, or time is up
+    except RayError:  # the actor is dead, or time is up
         return False
     return True

@@ -1,7 +1,7 @@
-"""The currency: what flows from prompt to update, one frozen type a stage.
+"""The currency: the data that flows from prompt to update, one frozen type per stage.
 
 `Prompt` -> `RolloutBatch` -> `ScoredBatch` -> `TrainBatch` -> `UpdateResult`. Each stage returns the next type; no
-field is None now and filled in later. An optional field is None for a whole run, because that run does not use it.
+field starts as None to be filled in later. An optional field is None for a whole run, because that run does not use it.
 Sequences are ragged numpy arrays; nothing here is padded. Left out: frameworks, and every computation with them.
 
 Shape legend: N samples, P prompt tokens of one sample, R response tokens of one sample.
@@ -20,7 +20,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
-EQUAL_REWARDS = 1e-9  # rewards no further apart are equal: sums of parts round, 0.1 + 0.2 is not 0.3
+EQUAL_REWARDS = 1e-9  # rewards this close count as equal: sums of parts round, 0.1 + 0.2 is not 0.3
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]  # (prompt_ids, response_ids)
 
 
@@ -29,30 +29,30 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"  # the model ended its turn (EOS or a stop string)
     LENGTH = "length"  # cut at max_response_tokens or the model's context
-    ABORT = "abort"  # the engine gave the request up; the sample carries no learning signal
+    ABORT = "abort"  # the engine gave up the request; the sample carries no learning signal
 
 
 class RewardStatus(enum.StrEnum):
-    """What became of scoring one sample. Everything but OK is excluded from the loss, never scored 0."""
+    """The outcome of scoring one sample. Any status but OK excludes it from the loss; it is never scored 0."""
 
     OK = "ok"
-    PLUGIN_ERROR = "plugin_error"  # the reward function raised or returned something that is no reward
+    PLUGIN_ERROR = "plugin_error"  # the reward function raised, or returned something other than a reward
     GROUND_TRUTH_ERROR = "ground_truth_error"  # the row's ground truth cannot be used
-    TIMEOUT = "timeout"  # the deadline passed in our own code, not in the model's program
+    TIMEOUT = "timeout"  # the deadline passed in scoring itself, not in the model's program
     INFRASTRUCTURE_ERROR = "infrastructure_error"  # worker lost, sandbox unavailable, endpoint down
     SKIPPED = "skipped"  # no reward, because the rollout was aborted or rejected
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem, ready to generate from."""
+    """One problem, ready for generation."""
 
     prompt_id: str  # stable across runs and resumes, for example "train:17"
     token_ids: tuple[int, ...]  # [P], the chat template already applied
     text: str  # the user's question as people read it (last user message), for rewards and sample files
     ground_truth: Any = None  # whatever the reward function expects; JSON-like
     data_source: str = ""  # the dataset's own name for the task (verl's field)
-    reward: str | None = None  # a reward named by the row, in place of the config's
+    reward: str | None = None  # a reward named by the row, instead of the config's
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's other fields
 
 
@@ -64,10 +64,10 @@ class Rollout:
     group_id: int  # samples with equal group_id answer the same prompt and are compared with each other
     sample_index: int  # 0 .. group_size-1 within the group
     token_ids: IntArray  # [R] int32, the stop token included when one was generated
-    rollout_logprobs: FloatArray  # [R] of the sampler's own distribution, after temperature and truncation
+    rollout_logprobs: FloatArray  # [R] under the sampler's own distribution, after temperature and truncation
     finish_reason: FinishReason
     policy_version: int  # of the weights that generated the first token; the sample's age counts from it
-    text: str  # token_ids decoded; of special tokens only those that mark thinking or channels
+    text: str  # token_ids decoded; the only special tokens kept mark thinking or channels
     answer: str  # the part of `text` that counts as the final answer (after thinking tags or harmony channels)
     last_policy_version: int = -1  # of the weights that generated the last token; -1 means the same as the first
     routed_experts: npt.NDArray[np.integer] | None = None  # [P+R-1, layers, top_k] for router replay, when recorded
@@ -84,7 +84,7 @@ class Rollout:
         return len(self.token_ids)
 
 
-OnGroup = Callable[[Prompt, Sequence[Rollout]], None]  # is told of each group of samples as soon as it is generated
+OnGroup = Callable[[Prompt, Sequence[Rollout]], None]  # called with each group of samples once it is generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class RolloutBatch:
 
     prompts: tuple[Prompt, ...]
     rollouts: tuple[Rollout, ...]  # [N]
-    seconds: float = 0.0  # wall-clock of the generation
+    seconds: float = 0.0  # wall-clock time of the generation
 
     @property
     def num_tokens(self) -> int:
@@ -113,8 +113,8 @@ class Score:
     status: RewardStatus = RewardStatus.OK
     error: str = ""  # one line, when status is not OK
     unshaped_reward: float | None = None  # before length shaping and the like; None means equal to `reward`
-    passed: bool | None = None  # whether every task part says so; None: when the task reward is 1
-    extracted: str | None = None  # the answer that was judged, in one spelling; None: the reward knows of none
+    passed: bool | None = None  # whether every task part passed; None: judge by a task reward of 1
+    extracted: str | None = None  # the answer that was judged, normalised; None: the reward extracts none
 
     @property
     def ok(self) -> bool:
@@ -122,7 +122,7 @@ class Score:
 
     @property
     def task_reward(self) -> float:
-        """The reward before shaping: what says whether the task was solved."""
+        """The reward before shaping, which tells whether the task was solved."""
         return self.reward if self.unshaped_reward is None else self.unshaped_reward
 
     @property
@@ -132,7 +132,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """A RolloutBatch with one Score a rollout."""
+    """A RolloutBatch with one Score per rollout."""
 
     batch: RolloutBatch
     scores: tuple[Score, ...]  # [N], in the order of batch.rollouts
@@ -143,7 +143,7 @@ class ScoredBatch:
 
     @property
     def valid(self) -> tuple[bool, ...]:
-        """[N]: False for a sample that carries no signal: its reward is unknown, it was aborted, or it is empty."""
+        """[N]: False for a sample without a signal: its reward is unknown, or it was aborted, or it is empty."""
         return tuple(
             score.ok and rollout.finish_reason is not FinishReason.ABORT and rollout.length > 0
             for rollout, score in zip(self.batch.rollouts, self.scores, strict=True)
@@ -152,7 +152,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True, slots=True)
 class Annotations:
-    """What the learner says about a batch before it is updated. A field is None in runs that do not use it."""
+    """What the learner computes about a batch before the update. A field is None in runs that do not use it."""
 
     old_logprobs: tuple[FloatArray, ...] | None = None  # N x [R]; None: one optimizer step, so old equals current
     ref_logprobs: tuple[FloatArray, ...] | None = None  # N x [R]; None: no KL term
@@ -162,7 +162,7 @@ class Annotations:
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """What a forward pass needs of one sample."""
+    """What a forward pass needs from one sample."""
 
     prompt_ids: IntArray  # [P]
     response_ids: IntArray  # [R]
@@ -180,9 +180,10 @@ class TokenSequence:
 
     @property
     def prompt_key(self) -> bytes:
-        """Equal for prompts that may be computed once: equal tokens and, where they are recorded, equal experts.
+        """A key that is equal for prompts that may share one computation: equal tokens and equal recorded experts, if
+        any.
 
-        The sampler computes a group's prompt more than once where its cache misses, and rounding may choose others.
+        When its cache misses, the sampler computes a group's prompt again, and rounding may then choose other experts.
         """
         tokens = self.prompt_ids.tobytes()
         if self.routed_experts is None:
@@ -232,7 +233,7 @@ class TrainSample:
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """Everything one update needs. The denominators are global and fixed here, before any forward pass."""
+    """Everything that one update needs. The denominators are global and fixed here, before any forward pass."""
 
     samples: tuple[TrainSample, ...]
     num_loss_tokens: int  # sum of loss_mask over the whole batch (all ranks, all micro-batches)
@@ -260,7 +261,7 @@ class UpdateResult:
 
 @dataclass(frozen=True, slots=True)
 class WeightVersion:
-    """One weight transfer that has arrived, proven by the digests of what every engine loaded."""
+    """One weight transfer that has arrived, as the digests of every engine's weights prove."""
 
     policy_version: int
     num_bytes: int

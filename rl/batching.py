@@ -1,4 +1,4 @@
-"""How a batch of samples becomes mini-batches, shares of ranks, and micro-batches. Pure and deterministic.
+"""Split a batch of samples into mini-batches, ranks' shares, and micro-batches. Pure and deterministic.
 
 Left out: tensors and padding (`rl.layouts`), and the forward pass (`rl.learner`).
 """
@@ -22,8 +22,8 @@ _HIDDEN_SIZE = 4096
 
 @dataclass(frozen=True, slots=True)
 class MiniBatchShare:
-    """What one rank computes of one optimizer step. The denominators are those of the whole mini-batch, over all ranks,
-    so that the loss does not depend on how the work is split."""
+    """One rank's share of one optimizer step. The denominators are those of the whole mini-batch, over all ranks, so
+    the loss does not depend on how the work is split."""
 
     samples: tuple[TrainSample, ...]
     num_loss_tokens: int
@@ -33,8 +33,8 @@ class MiniBatchShare:
 def split_into_mini_batches(batch: TrainBatch, mini_batches: int, *, seed: int) -> list[TrainBatch]:
     """Shuffle and cut a batch into `mini_batches` parts whose sample counts differ by at most one.
 
-    Samples without a loss token are left out: they would cost a forward pass and add nothing. A part may be empty when
-    fewer samples than parts are left. With one mini-batch the order stays.
+    Samples without a loss token are left out: they would cost a forward pass and add nothing. A part is empty when
+    fewer samples than parts are left. A single mini-batch keeps the order.
     """
     useful = [s for s in batch.samples if s.num_loss_tokens]
     order = np.arange(len(useful))
@@ -46,19 +46,19 @@ def split_into_mini_batches(batch: TrainBatch, mini_batches: int, *, seed: int) 
 def sequence_cost(num_tokens: int) -> float:
     """Relative compute of one sequence: n (1 + n / 6H).
 
-    A transformer layer costs about 24 H^2 FLOPs a token for its matrices and 4 n H for attention over n tokens. H is a
-    typical one: what is balanced does not need to be exact.
+    A transformer layer costs about 24 H^2 FLOPs per token for its matrices, and 4 n H for attention over n tokens. H is
+    a typical hidden size: balancing needs no exact costs.
     """
     return num_tokens * (1.0 + num_tokens / (6.0 * _HIDDEN_SIZE))
 
 
 def balance(sequences: Sequence[TokenSequence], num_ranks: int, *, share_prefixes: bool = False) -> list[list[int]]:
-    """The places of each rank's sequences, dealt so that costs are about equal: longest first, each to the least
-    loaded.
+    """The indices of each rank's sequences, dealt so that costs are about equal: costliest first, each to the least
+    loaded rank.
 
-    The largest load is at most 4/3 - 1/(3 num_ranks) of the best possible one (Graham 1969). Every rank gets work as
-    long as there are as many sequences as ranks. With `share_prefixes`, those of one prompt stay together, which costs
-    the prompt once, as far as four pieces for each rank are left to deal.
+    The largest load is at most 4/3 - 1/(3 num_ranks) times the best possible one (Graham 1969). Every rank gets work if
+    there are at least as many sequences as ranks. With `share_prefixes`, sequences with the same prompt are dealt
+    together, so that a rank computes the prompt once, but in pieces small enough to leave at least four per rank.
     """
     pieces = [[i] for i in range(len(sequences))]
     if share_prefixes:
@@ -79,7 +79,7 @@ def balance(sequences: Sequence[TokenSequence], num_ranks: int, *, share_prefixe
 
 
 def _by_prompt(prompts: Sequence[bytes]) -> list[list[int]]:
-    """Indices of equal prompts together, in order of first appearance."""
+    """Indices grouped by equal prompts, in order of first appearance."""
     groups: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
@@ -95,8 +95,10 @@ def _cost_together(sequences: Sequence[TokenSequence]) -> float:
 def collect(
     parts: Sequence[tuple[FloatArray, ...] | None], places: Sequence[Sequence[int]], lengths: Sequence[int]
 ) -> tuple[FloatArray, ...] | None:
-    """Put the ranks' results back in the order of the samples, of these lengths, with zeros for a sample that no rank
-    had; None if a rank has no results."""
+    """Put the ranks' results back into the order of the samples.
+
+    `lengths` are those of the samples; a sample that no rank had gets zeros. None if any rank has no results.
+    """
     whole: dict[int, FloatArray] = {}
     for part, part_places in zip(parts, places, strict=True):
         if part is None:
@@ -114,10 +116,10 @@ def plan_update(
     seed: int = 0,
     share_prefixes: bool = False,
 ) -> list[list[MiniBatchShare]]:
-    """The whole update: for each rank its share of every optimizer step, `epochs * mini_batches` of them.
+    """The whole update: each rank's share of each of the `epochs * mini_batches` optimizer steps.
 
-    Each epoch shuffles anew, from `seed` and the epoch's number. Which samples make a mini-batch does not depend on
-    `share_prefixes`; which rank computes them does.
+    Each epoch shuffles anew, by `seed` and the epoch's number. `share_prefixes` affects which rank computes a sample,
+    but not which mini-batch it belongs to.
     """
     plan: list[list[MiniBatchShare]] = [[] for _ in range(num_ranks)]
     for epoch in range(epochs):
@@ -135,12 +137,12 @@ def micro_batches(
 ) -> list[list[int]]:
     """Group sequences so that no group holds more than `max_tokens` positions, padding included.
 
-    bucketed: sequences of similar length together; a group of k sequences costs k times its longest one. The groups are
-    the cheapest ones, where every group costs an overhead of max_tokens / 16 besides.
+    bucketed: sequences of similar length together; a group of k sequences costs k times its longest one, plus an
+    overhead of max_tokens / 16. The total cost is minimal.
     packed: first-fit decreasing; a group costs the sum of its lengths.
-    together: one group where all of them fit, though several may be cheaper.
+    together: a single group if all sequences fit, even if several groups would be cheaper.
 
-    Groups come longest or fullest first, so that ranks that run in lockstep meet groups of similar cost.
+    Bucketed groups come longest first, packed ones fullest first, so that ranks in lockstep run groups of similar cost.
 
     Example: `micro_batches([30, 8, 8, 7], 32, "bucketed")` is `[[0], [1, 2, 3]]`, with one position of padding;
     `micro_batches([3, 5, 1], 6, "packed")` is `[[1, 2], [0]]`.
@@ -159,11 +161,13 @@ def micro_batches(
 def shared_prefix_micro_batches(
     prompts: Sequence[bytes], prompt_lengths: Sequence[int], lengths: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """As packed `micro_batches`, where a group holds each of its distinct prompts once.
+    """Like packed `micro_batches`, but a group holds each of its distinct prompts only once.
 
-    Sequences of one prompt stay together as long as they fit. Example with two sequences of one prompt of 4 positions
-    and one of another: `shared_prefix_micro_batches([b"x", b"y", b"x"], [4, 4, 4], [6, 9, 7], 10)` is `[[0, 2], [1]]`,
-    of 4 + 2 + 3 and 9 positions.
+    Sequences with the same prompt stay together as long as they fit.
+
+    Example with two sequences of one prompt of 4 positions and one of another:
+    `shared_prefix_micro_batches([b"x", b"y", b"x"], [4, 4, 4], [6, 9, 7], 10)` is
+    `[[0, 2], [1]]`, groups of 4 + 2 + 3 and of 9 positions.
 
     Raises:
         LearnerError: a sequence is longer than `max_tokens`.
@@ -195,7 +199,7 @@ def _check_fits(length: int, max_tokens: int) -> None:
 
 
 def _bucket(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut the sorted sequences where the sum of padded costs and overheads is least (dynamic programming)."""
+    """Cut the sorted sequences into groups with the least sum of padded costs and overheads (dynamic programming)."""
     overhead = max_tokens // 16
     least = [0.0] * (len(order) + 1)  # least[i]: cost of the first i sequences
     cut = [0] * (len(order) + 1)  # where the last group of that solution starts

@@ -1,7 +1,7 @@
 """Run state on disk: atomic checkpoint folders, and the newest complete one.
 
-A checkpoint is written to a temporary folder and renamed, so a folder named `step_N` is always complete. Left out: what
-the learner writes inside (`rl.learner_checkpoint`), and the Hugging Face export.
+A checkpoint is written to a temporary folder and then renamed, so a folder named `step_N` is always complete. Left out:
+what the learner writes inside (`rl.learner_checkpoint`), and the Hugging Face export.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ LEARNER = "learner"  # the sub-folder that the learner writes
 
 
 class Resumable(NamedTuple):
-    """What a run can go on from."""
+    """A checkpoint from which a run can continue."""
 
     path: Path
     state: dict[str, Any]
-    changed: list[str]  # settings that are other ones now, as "key old -> new"
+    changed: list[str]  # settings that differ from the checkpoint's, as "key old -> new"
 
     def describe(self) -> str:
-        """For people: where the run goes on, and what is different from now on."""
+        """A message for people: where the run continues, and which settings have changed."""
         changes = f"; changed since: {', '.join(self.changed)}" if self.changed else ""
         return f"resumed from {self.path} ({self.state['step']} steps done){changes}"
 
 
 class CheckpointStore:
-    """The folder `checkpoints/` of a run.
+    """A run's folder `checkpoints/`.
 
     Args:
         directory: created when the first checkpoint is saved.
         keep: how many of the newest checkpoints stay on disk; None: all.
-        settings: the run's configuration, in plain nested dicts; it goes into every checkpoint.
-        fixed: dotted keys of the settings and sections that a run must share with the checkpoint it goes on from.
+        settings: the run's configuration as plain nested dicts, which every checkpoint records.
+        fixed: dotted keys of settings and sections that must be the same in a run and the checkpoint it resumes from.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class CheckpointStore:
         self._fixed = fixed
 
     def save(self, step: int, state: Mapping[str, Any], write_learner: Callable[[Path], None]) -> Path:
-        """Write a checkpoint of `step` completed steps; `write_learner` fills its learner folder.
+        """Write a checkpoint after `step` completed steps; `write_learner` fills its learner folder.
 
-        Nothing is visible under its final name before everything is on disk. Older checkpoints go only after that.
+        The final name appears only when everything is on disk. Older checkpoints are deleted only after that.
         """
         final = self.directory / f"step_{step:06d}"
         temporary = self.directory / f".writing_{step:06d}"
@@ -91,22 +91,23 @@ class CheckpointStore:
         return final
 
     def _discard(self, path: Path) -> None:
-        """Put a checkpoint aside, to be deleted at the end of this `save` or of a later one: NFS keeps files that
-        another process reads, and a healthy run must not end of it."""
+        """Set a checkpoint aside, to be deleted at the end of this `save` or a later one: NFS keeps files that another
+        process is reading, and that must not end a healthy run."""
         aside = self.directory / f"{_DISCARDED}{path.name}_{time.time_ns()}"
         path.rename(aside)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. Changes nothing: the run may be alive, and writing the next one."""
+        """The newest complete checkpoint, or None. Changes nothing on disk, because the run may be alive and
+        writing."""
         return next(reversed(self.complete().values()), None)
 
     def resume(self) -> Resumable | None:
-        """The newest complete checkpoint, for the run that goes on from it; None when there is none.
+        """The newest complete checkpoint, for the run that continues from it; None if there is none.
 
-        Folders that a killed run left half-written are removed.
+        Folders that a killed run left half-written or half-deleted are removed.
 
         Raises:
-            CheckpointError: it cannot be read, or a fixed setting is another one; the message names each.
+            CheckpointError: it cannot be read, or fixed settings differ; the message names each of them.
         """
         for leftover in (*self.directory.glob(".writing_*"), *self.directory.glob(f"{_DISCARDED}*")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -127,7 +128,7 @@ class CheckpointStore:
         return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in self._fixed)
 
     def complete(self) -> dict[int, Path]:
-        """The complete checkpoints by step, the oldest first."""
+        """The complete checkpoints by step, oldest first."""
         if not self.directory.is_dir():
             return {}
         found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -135,7 +136,8 @@ class CheckpointStore:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The run state that `CheckpointStore.save` wrote. Raises CheckpointError when it is not a checkpoint."""
+    """The run state that `CheckpointStore.save` wrote. Raises CheckpointError if the folder is not a complete
+    checkpoint."""
     path = checkpoint / _STATE
     try:
         state = json.loads(path.read_text())
@@ -153,7 +155,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys of the leaves that differ, each with "key old -> new"."""
+    """Dotted keys of the values that differ, each with "key old -> new"."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in (*before, *(name for name in after if name not in before)):
             inner = f"{key}.{name}" if key else str(name)

@@ -4,10 +4,10 @@
        ^            |                                                                        |
        '------------'------------------- the next step waits for the weights <---------------'
 
-Each arrow is a typed value from `rl.batch`; scoring begins with the first group that is generated. `StepGroups` decides
-which groups a step learns from, and whether to generate again to get them. Left out: Ray, vLLM, DeepSpeed and torch.
-What the loop drives are the Protocols below, so tests drive it with fakes; what happens around a step (metrics,
-samples, checkpoints, evaluation) is in `rl.run`.
+Each arrow is a typed value from `rl.batch`; scoring begins as soon as the first group is generated. `StepGroups`
+decides which groups a step learns from, and whether to generate more of them. Left out: Ray, vLLM, DeepSpeed and torch.
+The loop drives the Protocols below, so tests can drive it with fakes; what happens around a step (metrics, samples,
+checkpoints, evaluation) is in `rl.run`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class PromptSource(Protocol):
-    """Endless prompts in a seeded order."""
+    """An endless sequence of prompts in a seeded order."""
 
     def draw(self, count: int) -> tuple[Prompt, ...]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -52,11 +52,12 @@ class RolloutPool(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, step: int, first_prompt: int = 0, on_group: OnGroup
     ) -> RolloutBatch:
-        """`first_prompt` counts the step's prompts that were generated before; the samples' seeds go on from there."""
+        """`first_prompt` is the number of prompts already generated in this step, from which the samples' seeds
+        continue."""
         ...
 
     def load_weights(self, version: WeightVersion) -> None:
-        """Serve the weights that were just sent. Raises WeightSyncError where a worker does not hold this version."""
+        """Serve the weights that were just sent. Raises WeightSyncError if a worker does not hold this version."""
         ...
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[FloatArray]]:
@@ -64,7 +65,7 @@ class RolloutPool(Protocol):
         ...
 
     def replace_lost_workers(self) -> int:
-        """Start a worker in place of every lost one; returns how many. Raises RolloutError when that cannot help."""
+        """Replace every lost worker; returns how many were lost. Raises RolloutError if replacing cannot help."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
@@ -76,12 +77,12 @@ class RewardPool(Protocol):
     """The reward workers."""
 
     def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
-        """Start to score a group while others are still generated. `score` takes these results, scores the rest, and
-        discards those of rollouts that are not in its batch."""
+        """Start scoring a group while others are still being generated. `score` uses these results, scores the rest,
+        and discards those of rollouts that are not in its batch."""
         ...
 
     def score(self, rollouts: RolloutBatch, *, earlier: Sequence[Score] = ()) -> ScoredBatch:
-        """`earlier` holds the step's scores so far: too many failures are a share of the whole step."""
+        """`earlier` holds the step's scores so far, because the limit on failures is a share of the whole step."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
@@ -90,21 +91,22 @@ class RewardPool(Protocol):
 
 
 class Learners(Protocol):
-    """The learner workers as one."""
+    """The learner workers as a single learner."""
 
     def annotate(self, scored: ScoredBatch) -> Annotations:
-        """Log-probabilities that the algorithm needs before the update (empty when it needs none)."""
+        """What the algorithm needs before the update: log-probabilities and a critic's values (empty if it needs
+        nothing)."""
         ...
 
     def update(self, batch: TrainBatch) -> UpdateResult: ...
 
     @property
     def is_updating(self) -> bool:
-        """Whether an interrupt has left an update under way."""
+        """Whether an interrupt left an update unfinished."""
         ...
 
     def finish_update(self) -> UpdateResult | None:
-        """The last update, which is waited for where an interrupt has left it under way; None before the first."""
+        """The last update's result, waiting for one that an interrupt left unfinished; None before the first update."""
         ...
 
     def publish_weights(self) -> WeightVersion: ...
@@ -120,20 +122,20 @@ BuildTrainBatch = Callable[[ScoredBatch, Annotations], TrainBatch]  # estimates 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Everything that one step produced, for whoever records it."""
+    """Everything that one step produced, for recording."""
 
     step: int
     scored: ScoredBatch
     batch: TrainBatch
     update: UpdateResult
     weights: WeightVersion
-    shaping: Mapping[str, float] = field(default_factory=dict)  # metrics of how the step's groups were chosen
+    shaping: Mapping[str, float] = field(default_factory=dict)  # metrics on how the step's groups were chosen
     workers: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollout and reward workers themselves
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall-clock seconds, and "step" for the whole
 
 
 class Controller:
-    """Owns the order of things within a step, and nothing else."""
+    """Owns the order of operations within a step, and nothing else."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class Controller:
         group_size: int,
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`report` is told of every rollout worker that was lost and replaced, and why."""
+        """`report` receives a message, with the reason, whenever lost rollout workers have been replaced."""
         self.prompt_source = prompt_source
         self.rollout_pool = rollout_pool
         self.reward_pool = reward_pool
@@ -156,8 +158,8 @@ class Controller:
         self.new_groups = new_groups
         self.group_size = group_size
         self.report = report
-        self.policy_version: int | None = None  # of the weights that the rollout workers serve
-        self.steps_learned = 0  # steps that are in the learners' weights, also where what follows in a step fails
+        self.policy_version: int | None = None  # version of the weights that the rollout workers serve
+        self.steps_learned = 0  # steps in the learners' weights, even if the rest of the last step fails
         self.last_update: UpdateResult | None = None
 
     def sync_weights(self) -> WeightVersion:
@@ -165,7 +167,7 @@ class Controller:
         return self.surviving_losses(self._sync, syncs=True)
 
     def _sync(self) -> WeightVersion:
-        if lost := self.rollout_pool.replace_lost_workers():  # before any learner waits for them in a collective
+        if lost := self.rollout_pool.replace_lost_workers():  # before a learner waits for them in a collective
             self.report(f"{lost} rollout worker(s) lost and replaced: they did not answer before a sync")
         version = self.learners.publish_weights()
         self.rollout_pool.load_weights(version)
@@ -173,9 +175,12 @@ class Controller:
         return version
 
     def surviving_losses(self, call: Callable[[], T], *, syncs: bool = False) -> T:
-        """What `call` returns. When it fails and rollout workers are lost, they are replaced and given the weights
-        (which a call that `syncs` does itself), and it is called again; a failure for another reason is raised, and one
-        to replace them with what was lost."""
+        """What `call` returns, repeating it after rollout workers were lost.
+
+        If `call` fails and workers are lost, they are replaced and given the weights (unless `call` itself `syncs`)
+        before it runs again. A failure with no worker lost is re-raised. If workers cannot be replaced, the error names
+        the original failure too.
+        """
         needs_sync = False
         while True:
             try:
@@ -211,12 +216,12 @@ class Controller:
         return StepResult(step, scored, batch, update, weights, shaping, workers, clock.seconds())
 
     def finish_update(self) -> None:
-        """After an interrupt: let the update end that it may have cut short, so that what was learned can be saved."""
+        """After an interrupt: wait for an update that it may have cut off, so that what was learned can be saved."""
         if (update := self.learners.finish_update()) is not None:
             self.last_update, self.steps_learned = update, update.policy_version
 
     def _sample(self, step: int, clock: _Clock) -> tuple[ScoredBatch, Mapping[str, float]]:
-        """Generate and score until the step has its groups; all rounds come from the same weights."""
+        """Generate and score until the step has its groups; all rounds use the same weights."""
         groups = self.new_groups()
         scores: list[Score] = []
         while groups.missing:
@@ -230,7 +235,7 @@ class Controller:
         return groups.take()
 
     def _generate(self, prompts: Sequence[Prompt], step: int, first_prompt: int) -> RolloutBatch:
-        """Generate; again, with the same seeds and so the same samples, when a worker is lost."""
+        """Generate; if a worker is lost, again with the same seeds and therefore the same samples."""
         rollouts = self.surviving_losses(
             lambda: self.rollout_pool.generate(
                 prompts,
@@ -254,7 +259,7 @@ class Controller:
 
 
 class _Clock:
-    """Wall-clock seconds of each stage of a step; a stage that runs more than once adds up."""
+    """Wall-clock seconds of each stage of a step, summed if a stage runs more than once."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()

@@ -1,14 +1,14 @@
-"""Linear layers in float32 on AMD processors with AVX-512, multiplied by oneDNN.
+"""Float32 linear layers computed with oneDNN on AMD processors with AVX-512.
 
-torch multiplies float32 with MKL, which keeps to AVX2 on them and is about half as fast as oneDNN; with AVX2 alone
-neither is ahead (`benchmarks/cpu_linear.py`). torch has no public name for oneDNN's product of plain tensors; the
-operator used here is the one that torch.compile lowers torch.nn.Linear to.
+torch multiplies float32 with MKL, which uses only AVX2 on these processors and is about half as fast as oneDNN; on
+processors with AVX2 alone, neither is ahead (`benchmarks/cpu_linear.py`). torch has no public name for oneDNN's product
+of plain tensors; the operator used here is the one to which torch.compile lowers torch.nn.Linear.
 
 oneDNN compiles a kernel for each shape that it meets, and keeps it. Micro-batches differ in length, and kernels that
-lie between their tensors keep the memory of these from being used again: a learner of 403 MiB grew to 1,077. So rows
-are multiplied in blocks of one size, and torch multiplies the rest.
+lie between their tensors in memory prevent its reuse: a learner of 403 MiB grew to 1,077 MiB. So oneDNN multiplies rows
+in blocks of one size, and torch multiplies the rest.
 
-Left out: other types and devices, which torch multiplies, and weights that are not in a torch.nn.Linear (experts).
+Left out: other dtypes and devices, which are left to torch, and weights outside a torch.nn.Linear (experts).
 
 Shape legend: N rows, I inputs, O outputs.
 """
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK = 256  # rows; with fewer a call costs too much, with more too many rows are left over
+BLOCK = 256  # rows; smaller blocks cost too many calls, larger ones leave too many rows over
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[N, I], [O, I], [O] or None -> [N, O], as torch.nn.functional.linear, outside autograd."""
+    """[N, I], [O, I], [O] or None -> [N, O]: like torch.nn.functional.linear, but outside autograd."""
     if not _by_onednn(inputs):
         return nn.functional.linear(inputs, weight, bias)
     result = inputs.new_empty(len(inputs), len(weight))
@@ -40,7 +40,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
-    """[N, O], [N, I] -> [O, I]: of the weight of a linear layer, from the gradient of its outputs."""
+    """[N, O], [N, I] -> [O, I]: the gradient of a linear layer's weight, from its outputs' gradient and its inputs."""
     if not _by_onednn(inputs):
         return grad.t() @ inputs
     rest = len(inputs) - len(inputs) % BLOCK
@@ -52,7 +52,7 @@ def weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of a float32 model on CPUs multiply so, in both passes."""
+    """Make the linear layers of a float32 model on CPUs use oneDNN in both passes, if it is faster."""
     if not onednn_is_faster():
         return
     for module in model.modules():
@@ -96,7 +96,7 @@ def _by_onednn(inputs: Tensor) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Than torch's own product: where that is MKL's, the processor is AMD's, and it has AVX-512."""
+    """Whether oneDNN beats torch's own product: if that is MKL's, on an AMD processor with AVX-512."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return both and wide and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

@@ -1,9 +1,9 @@
-"""The critic of PPO: a value model on a ZeRO-3 engine of its own, and a learner that trains one beside its policy.
+"""PPO's critic: a value model on its own ZeRO-3 engine, and a learner that trains one beside its policy.
 
 V(s_t), the value of response token t, is read where the policy predicts that token: from the last hidden state of the
-position before it. So it is known before the token is drawn, and it has the alignment of the log-probabilities.
+preceding position. So it is known before the token is drawn, and it is aligned like the log-probabilities.
 
-One object is one rank, and methods are collectives, as in `rl.learner`. Left out: advantages and returns
+As in `rl.learner`, one object is one rank, and methods are collectives. Left out: advantages and returns
 (`rl.advantages.gae`) and the loss per token (`rl.losses.value`).
 """
 
@@ -33,17 +33,17 @@ from rl.models import load_config, load_value_model
 from rl.objectives import flat, loss_mask
 from rl.zero3 import training_config
 
-_FOLDER = "critic"  # in the learner's checkpoint
+_FOLDER = "critic"  # within the learner's checkpoint
 
 
 class Critic:
     """One rank of the critic.
 
     Args:
-        config: the critic's section.
-        learner: the learner's; micro-batches, layout, offloading and activation checkpointing are those of the policy.
-        model: the policy; its dtype, attention and tokenizer are the critic's too.
-        device: of this rank; the process group exists already.
+        config: the critic's section of the configuration.
+        learner: the learner's section; micro-batches, layout, offloading and activation checkpointing are the policy's.
+        model: the policy's section; the critic uses the same dtype, attention and tokenizer.
+        device: this rank's device; the process group must exist already.
         total_optimizer_steps: the length of the learning-rate schedule.
 
     Raises:
@@ -85,11 +85,11 @@ class Critic:
         return tuple(self._engine.map_tokens(sequences, self._forward))
 
     def update(self, mini_batches: Sequence[MiniBatchShare]) -> dict[str, float]:
-        """One optimizer step for each mini-batch on the clipped squared error, mean over all loss tokens.
+        """One optimizer step per mini-batch on the clipped squared error, averaged over all loss tokens.
 
         Returns:
-            Metrics under `critic/`. `explained_variance` is 1 - Var(R - V) / Var(R) with the values before the update;
-            it is left out while all returns are equal.
+            Metrics under `critic/`. `explained_variance` is 1 - Var(R - V) / Var(R) with the values before the update,
+            and is omitted if all returns are equal.
 
         Raises:
             LearnerError: samples without values or returns, or too many non-finite steps in a row.
@@ -112,11 +112,11 @@ class Critic:
         save_checkpoint(self._engine.engine, directory, {"skipped_in_a_row": self._engine.skipped_in_a_row})
 
     def load_checkpoint(self, directory: Path) -> None:
-        """Raises CheckpointError if it is missing or of another number of ranks."""
+        """Raises CheckpointError if the checkpoint is missing or was written by another number of ranks."""
         self._engine.skipped_in_a_row = load_checkpoint(self._engine.engine, directory)["skipped_in_a_row"]
 
     def export_hf(self, directory: Path) -> None:
-        """Write a Hugging Face token classification checkpoint, which `critic.path` takes."""
+        """Write a Hugging Face token classification checkpoint, which `critic.path` accepts."""
         export_hf(self.module, self._model_config, directory)
 
     def close(self) -> None:
@@ -160,15 +160,15 @@ class Critic:
 
 
 class LearnerWithCritic(Learner):
-    """A learner whose batches are annotated with values, and whose updates train the critic too.
+    """A learner that annotates batches with values too, and whose updates also train the critic.
 
-    In the first `critic.warmup_steps` updates the critic alone learns: the policy's weights and optimizer stay as they
-    are, and its version counts on, because a version says how many updates came before.
+    In the first `critic.warmup_steps` updates only the critic learns: the policy's weights and optimizer stay as they
+    are, but its version still advances, because a version says how many updates came before.
 
     Args:
-        critic: the critic's section.
-        total_optimizer_steps: of the whole run; the policy's schedule is shorter by the warm-up.
-        others: as of `Learner`.
+        critic: the critic's section of the configuration.
+        total_optimizer_steps: in the whole run; the policy's schedule is shorter by the warm-up.
+        others: as in `Learner`.
     """
 
     def __init__(
@@ -186,11 +186,11 @@ class LearnerWithCritic(Learner):
         self.critic = Critic(critic, config, model, device=self.device, total_optimizer_steps=total_optimizer_steps)
 
     def annotate(self, sequences: Sequence[TokenSequence], *, old_logprobs: bool) -> Annotations:
-        """The policy's annotations, and values."""
+        """The policy's annotations and the critic's values."""
         return replace(super().annotate(sequences, old_logprobs=old_logprobs), values=self.critic.values(sequences))
 
     def update(self, mini_batches: Sequence[MiniBatchShare]) -> UpdateResult:
-        """Train the critic, and after the warm-up the policy, on the same mini-batches."""
+        """Train the critic and, after the warm-up, the policy on the same mini-batches."""
         start = time.perf_counter()
         metrics = self.critic.update(mini_batches)
         if self.policy_version < self.critic.config.warmup_steps:
@@ -220,7 +220,7 @@ _MOMENT = "critic_moment:"  # sums that only `_explained_variance` reads
 
 
 def _explained_variance(sums: dict[str, float]) -> dict[str, float]:
-    """From plain sums over all ranks; empty without loss tokens, or where the returns do not vary."""
+    """The metric from plain sums over all ranks; empty without loss tokens, or if the returns do not vary."""
     count = sums.get(_MOMENT + "tokens", 0.0)
     if not count:
         return {}
@@ -234,9 +234,9 @@ def _explained_variance(sums: dict[str, float]) -> dict[str, float]:
 
 
 def _in_float32(head: nn.Linear) -> None:
-    """Let the head compute in float32: a bfloat16 value would be rounded to 1/256 of its size.
+    """Make the head compute in float32: in bfloat16 a value would be rounded by up to 1/256 of its size.
 
-    Its `forward` is replaced, not called around, so that ZeRO-3 gathers its weights as of any module.
+    Its `forward` is replaced and not bypassed, so that ZeRO-3 gathers its weights as it does for any module.
     """
 
     def forward(hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Which samples a step learns from: pure functions over scored batches, and the small states around them.
+"""Which samples a step learns from: pure functions over scored batches, and the little state that they need.
 
 Dynamic sampling, rejection of endless repetition, and pass rates for the curriculum. Left out: generation and scoring
-(the controller asks `StepGroups` whether it wants more), the curriculum's draw (`rl.prompts.curriculum`), penalties on
+(the controller asks `StepGroups` whether it needs more), the curriculum's draw (`rl.prompts.curriculum`), penalties on
 the reward (`rewards.length`), and the estimators (`rl.advantages`).
 """
 
@@ -19,8 +19,8 @@ from rl.config import CurriculumConfig, DynamicSamplingConfig, RejectDegenerateC
 def groups_with_signal(scored: ScoredBatch, *, of_task: bool = True) -> dict[int, bool]:
     """group_id -> whether its valid samples have unequal rewards, in order of appearance.
 
-    DAPO, arXiv 2503.14476, eq. 11: a group that is all right or all wrong has advantage 0. `of_task` looks at the task
-    rewards alone, because a length penalty would make every group look unequal.
+    DAPO, arXiv 2503.14476, eq. 11: a group with only right or only wrong responses has advantage 0. `of_task` looks at
+    the task rewards alone, because a length penalty would make every group look unequal.
     """
     rewards: dict[int, list[float]] = {}
     for rollout, score, valid in zip(scored.batch.rollouts, scored.scores, scored.valid, strict=True):
@@ -30,9 +30,9 @@ def groups_with_signal(scored: ScoredBatch, *, of_task: bool = True) -> dict[int
 
 
 def select_groups(scored: ScoredBatch, group_ids: Iterable[int]) -> ScoredBatch:
-    """The batch of these groups alone, in the batch's order; prompts and groups are numbered anew from 0.
+    """The batch reduced to these groups, in the batch's order; prompts and groups are renumbered from 0.
 
-    The seconds of the generation are the groups' share of its tokens, so that tokens a second stay what they were.
+    The generation's seconds are scaled by the groups' share of its tokens, so that tokens per second stay the same.
     """
     wanted = set(group_ids)
     kept = [i for i, rollout in enumerate(scored.batch.rollouts) if rollout.group_id in wanted]
@@ -51,7 +51,7 @@ def select_groups(scored: ScoredBatch, group_ids: Iterable[int]) -> ScoredBatch:
 
 
 def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
-    """One batch of all parts in order; prompts and groups are numbered anew, seconds add up."""
+    """One batch of all parts in order; prompts and groups are renumbered, and seconds are added up."""
     prompts: list[Prompt] = []
     rollouts = []
     next_group = 0
@@ -69,11 +69,12 @@ def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
 def trailing_repetition(
     token_ids: IntArray, *, max_period: int = 64, min_tokens: int = 0, min_repeats: int = 2
 ) -> tuple[int, int]:
-    """(period, tokens) of the longest stretch at the end that repeats a block of at most `max_period` tokens, among
-    those of at least `min_tokens` and `min_repeats` blocks.
+    """(period, tokens) of the longest stretch at the end that repeats a block of at most `max_period` tokens and has at
+    least `min_tokens` tokens and `min_repeats` blocks; (0, 0) if there is none.
 
-    A stop token after the loop is not looked past: a response that ends by itself did leave its loop. (0, 0) without
-    one. Example: [7, 1, 2, 1, 2, 1, 2] gives (2, 6).
+    A stop token after the loop counts as its end: a response that ends by itself did leave its loop.
+
+    Example: [7, 1, 2, 1, 2, 1, 2] gives (2, 6).
     """
     best = (0, 0)
     for period in range(1, min(max_period, len(token_ids) // 2) + 1):
@@ -86,10 +87,10 @@ def trailing_repetition(
 
 
 def reject_degenerate(scored: ScoredBatch, limits: RejectDegenerateConfig) -> tuple[ScoredBatch, int]:
-    """Exclude responses that end in endless repetition; the batch and how many.
+    """Exclude responses that end in endless repetition; returns the batch and their number.
 
-    Degenerate: at least `min_tokens` at the end, and at least `min_repeats` times the same block. Such a sample is
-    taken out of the loss and of its group's statistics (status skipped), because its reward says nothing about the
+    A response is degenerate if `min_tokens` or more tokens at its end repeat one block at least `min_repeats` times. It
+    is taken out of the loss and of its group's statistics (status skipped), because its reward says nothing about the
     problem.
     """
     scores, count = [], 0
@@ -116,17 +117,18 @@ def reject_degenerate(scored: ScoredBatch, limits: RejectDegenerateConfig) -> tu
 
 @dataclass(slots=True)
 class PassRateCurriculum:
-    """The running pass rate p of each prompt, and how much it is worth to generate from it.
+    """The running pass rate p of each prompt, and how much generating from it is worth.
 
-    The chance of a group of n to carry a signal is 1 - p^n - (1-p)^n, largest at p = 1/2; a prompt's weight is its
-    variance 4 p (1 - p), at least `floor`, so that none is lost for good. A prompt never seen weighs 1.
+    A group of n carries a signal with probability 1 - p^n - (1-p)^n, which is largest at p = 1/2. A prompt's weight is
+    its variance scaled to a maximum of 1, 4 p (1 - p), but at least `floor`, so that none is lost for good. A prompt
+    that was never seen weighs 1.
     """
 
     config: CurriculumConfig
     rates: dict[str, float] = field(default_factory=dict)  # prompt_id -> running pass rate
 
     def update(self, scored: ScoredBatch) -> None:
-        """Take in the pass rates of one round of groups."""
+        """Update the pass rates with one round of groups."""
         passes: dict[str, list[bool]] = {}
         for rollout, score in zip(scored.batch.rollouts, scored.scores, strict=True):
             if score.ok:
@@ -138,7 +140,7 @@ class PassRateCurriculum:
             self.rates[prompt_id] = self.config.decay * old + (1.0 - self.config.decay) * rate
 
     def weight(self, prompt_id: str) -> float:
-        """Relative chance of being generated from, from `floor` to 1."""
+        """The prompt's relative chance to be generated from, between `floor` and 1."""
         rate = self.rates.get(prompt_id)
         return 1.0 if rate is None else max(4.0 * rate * (1.0 - rate), self.config.floor)
 
@@ -147,22 +149,22 @@ class PassRateCurriculum:
 class StepGroups:
     """Collects the groups of one step.
 
-    Without `dynamic_sampling` one round is the step. With it, rounds of just as many further prompts as are missing
-    follow until all of `num_groups` have a signal, or `max_rounds` is reached; then the step is filled up with groups
-    without a signal, so that its size, which divides into mini-batches and ranks, stays the same. No group with a
-    signal is ever left over.
+    Without `dynamic_sampling` a step is one round. With it, further rounds, each of as many prompts as groups are
+    missing, follow until all `num_groups` groups have a signal, or `max_rounds` is reached. Then groups without a
+    signal fill up the step, so that its size, which divides into mini-batches and ranks, stays the same. No group with
+    a signal is ever left over.
     """
 
     num_groups: int
     dynamic_sampling: DynamicSamplingConfig | None = None
     reject_degenerate: RejectDegenerateConfig | None = None
-    curriculum: PassRateCurriculum | None = None  # lives longer than the step, and learns from every group of it
+    curriculum: PassRateCurriculum | None = None  # outlives the step, and learns from all its groups
     _rounds: list[ScoredBatch] = field(default_factory=list)
-    _signals: list[dict[int, bool]] = field(default_factory=list)  # of each round: group_id -> whether it has one
+    _signals: list[dict[int, bool]] = field(default_factory=list)  # per round: group_id -> whether it has a signal
     _num_degenerate: int = 0
 
     def add(self, scored: ScoredBatch) -> None:
-        """Take in one round."""
+        """Add one round."""
         if self.reject_degenerate is not None:
             scored, count = reject_degenerate(scored, self.reject_degenerate)
             self._num_degenerate += count
@@ -173,7 +175,7 @@ class StepGroups:
 
     @property
     def generated(self) -> int:
-        """Groups taken in so far."""
+        """Groups added so far."""
         return sum(len(signals) for signals in self._signals)
 
     @property
@@ -183,7 +185,7 @@ class StepGroups:
         return 0 if len(self._rounds) >= max_rounds else self.num_groups - self._num_with_signal
 
     def take(self) -> tuple[ScoredBatch, dict[str, float]]:
-        """The step's batch, groups in the order of generation, and metrics of how it came about."""
+        """The step's batch, groups in the order of generation, and metrics on how it was chosen."""
         scored = self._rounds[0] if self.dynamic_sampling is None else self._selected()
         return scored, self._metrics()
 
@@ -192,7 +194,7 @@ class StepGroups:
         return sum(sum(signals.values()) for signals in self._signals)
 
     def _selected(self) -> ScoredBatch:
-        """Every group with a signal, and the first ones without where those do not fill the step."""
+        """Every group with a signal and, if they do not fill the step, the first ones without."""
         to_fill = self.num_groups - self._num_with_signal
         parts = []
         for scored, signals in zip(self._rounds, self._signals, strict=True):
@@ -212,7 +214,7 @@ class StepGroups:
                 "rollout/dynamic_sampling_generated_groups": float(self.generated),
                 "rollout/dynamic_sampling_dropped_groups": float(self.generated - self.num_groups),
                 "rollout/dynamic_sampling_filled_groups": float(self.num_groups - self._num_with_signal),
-                # The kept groups' mean says little about the policy: groups that are all right are left out of it.
+                # The kept groups' mean says little about the policy: it lacks the groups with only right responses.
                 "reward/generated_mean": float(np.mean(rewards)) if rewards else float("nan"),
             }
         if self.reject_degenerate is not None:

@@ -1,8 +1,8 @@
-"""Checkpoint tensors that are known by name, shape and dtype, and read only when a parameter takes their values.
+"""Checkpoint tensors of known name, shape and dtype that are read only when a parameter takes their values.
 
-transformers hands a checkpoint to a ZeRO-3 model as one dictionary on every rank, converted: a mixture of experts is
-stacked, MXFP4 is dequantised. Made of deferred tensors, that dictionary weighs nothing: what is asked of them is noted,
-and computed parameter by parameter on the one rank that reads. Left out: the model (`rl.models`).
+transformers hands a checkpoint to a ZeRO-3 model as one dictionary on every rank, after conversion: experts are
+stacked, MXFP4 is dequantised. Made of deferred tensors, that dictionary takes no memory: operations on them are
+recorded, and computed parameter by parameter on the one rank that reads. Left out: the model (`rl.models`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-_BLOCKS, _SCALES = "_blocks", "_scales"  # what MXFP4 makes of one tensor
+_BLOCKS, _SCALES = "_blocks", "_scales"  # the two tensors in which MXFP4 stores one
 
 
 class Deferred:
-    """Stands for a tensor in torch functions: together with real tensors (`parameter.copy_(deferred)`) its values are
-    computed, alone it gives another deferred tensor. Values are not kept."""
+    """Stands for a tensor in torch functions. Combined with a real tensor (`parameter.copy_(deferred)`), its values are
+    computed; otherwise the result is another deferred tensor. Values are not cached."""
 
     def __init__(self, meta: Tensor, compute: Callable[[], Tensor]) -> None:
         """`meta` has the shape and dtype of what `compute` returns."""
@@ -67,9 +67,9 @@ def _apply(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> A
 
 
 def read_deferred(path: str, revision: str | None) -> dict[str, Deferred]:
-    """The tensors of a safetensors checkpoint, in a folder or on the hub; none if it has no such file.
+    """The tensors of a safetensors checkpoint, in a folder or on the hub; empty if it has no safetensors file.
 
-    Of each file only the header is read before a value is computed.
+    Only the header of each file is read until a value is computed.
     """
     return {name: tensor for file in _files(path, revision) for name, tensor in _read_file(file)}
 
@@ -94,8 +94,8 @@ def _read_file(path: str) -> Iterator[tuple[str, Deferred]]:
 
 
 def dequantize_mxfp4(tensors: dict[str, Deferred]) -> dict[str, Deferred]:
-    """[E, N, K/32, 16] blocks of 32 four-bit numbers and their [E, N, K/32] scales -> [E, K, N] bfloat16, which has
-    them exactly (OCP Microscaling Formats v1.0, section 5.3)."""
+    """[E, N, K/32, 16] blocks of 32 four-bit numbers and their [E, N, K/32] scales -> [E, K, N] bfloat16, which
+    represents the values exactly (OCP Microscaling Formats v1.0, section 5.3)."""
     result = dict(tensors)
     for name in tensors:
         if not name.endswith(_BLOCKS):

@@ -1,18 +1,18 @@
-"""The exception tree. Every error that a user can cause or meet derives from `FledgeError`.
+"""The exception hierarchy. Every error that a user can cause or encounter derives from `FledgeError`.
 
-Left out: retry policy and logging. Each class is picklable (one message argument), because errors cross process
-boundaries, and is also the standard error that it resembles, so that plain Python code can catch it.
+Each class is picklable (one message argument), because errors cross process boundaries, and also derives from the
+standard error that it resembles, so that plain Python code can catch it. Left out: retry policy and logging.
 """
 
 
 class FledgeError(Exception):
-    """Base of all Fledge errors. The message says what happened, with the numbers, and what to change."""
+    """Base of all Fledge errors. The message says what happened, with numbers, and what to change."""
 
     exit_code = 1
 
 
 class ConfigError(FledgeError, ValueError):
-    """The configuration is wrong. Raised as early as that can be known: mostly before any process starts."""
+    """The configuration is wrong. Raised as early as possible, mostly before any process starts."""
 
     exit_code = 2
 
@@ -42,14 +42,14 @@ class LearnerError(FledgeError, RuntimeError):
 
 
 class WeightSyncError(FledgeError, RuntimeError):
-    """The rollout workers do not hold the learner's weights. Names what is known of version, engine and parameters."""
+    """The rollout workers do not hold the learner's weights. Names the version, engine and parameters where known."""
 
     exit_code = 6
 
 
 class BrokenSyncError(WeightSyncError):
-    """A transfer between GPUs broke off. The learner ranks may stand in different collectives, so it cannot be repeated
-    in this run; resume from the last checkpoint."""
+    """A transfer between GPUs broke off. The learner ranks may be in different collectives, so it cannot be repeated in
+    this run; resume from the last checkpoint."""
 
 
 class CheckpointError(FledgeError, RuntimeError):

@@ -1,6 +1,6 @@
-"""Evaluation: avg@k, unbiased pass@k and maj@k over a scored batch, and the evaluator that makes one.
+"""Evaluation: avg@n, unbiased pass@k and maj@n over a scored batch, and the evaluator that produces the batch.
 
-Left out: training, and where results are shown.
+Left out: training, and displaying results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EvaluationPool(Protocol):
     """The part of the rollout pool that evaluation uses."""
 
     def generate_eval(self, prompts: Sequence[Prompt], *, on_group: OnGroup) -> RolloutBatch:
-        """samples_per_prompt responses a prompt, under the evaluation's own sampling parameters."""
+        """samples_per_prompt responses per prompt, with the evaluation's own sampling parameters."""
         ...
 
 
@@ -50,13 +50,14 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def eval_metrics(name: str, scored: ScoredBatch, pass_at: Sequence[int]) -> dict[str, float]:
-    """`eval/NAME/...`: avg@n, pass@k, maj@n, length, truncation and failures, all of the reward before shaping; where
-    the rows name several data sources, `eval/NAME/SOURCE/...` too.
+    """`eval/NAME/...`: avg@n, pass@k and maj@n of the reward before shaping, and length, truncation and failures; if
+    the rows name several data sources, also `eval/NAME/SOURCE/...`.
 
-    A sample passes when it has full marks in every task part that has a weight, and no gate is closed. maj@n is the
-    reward of the commonest extracted answer (of ties the first), and absent where no reward extracts answers; samples
-    without one do not vote. A sample whose reward is unknown is left out of its prompt's n; a prompt with fewer than k
-    samples left counts only in the metrics that it can.
+    A sample passes if it has full marks in every task part that has a weight, and no gate is closed. maj@n is the
+    reward of the commonest extracted answer (the first one in a tie); it is absent for n = 1 and if no reward extracts
+    answers. Samples without an extracted answer do not vote. A sample whose reward is unknown is left out of its
+    prompt's n; a prompt with fewer than k samples left does not count in pass@k, and a prompt with none in none of
+    these.
     """
     samples = list(zip(scored.batch.rollouts, scored.scores, strict=True))
     metrics = _summary(f"eval/{name}", samples, pass_at)
@@ -100,7 +101,7 @@ def _majority_reward(group: Sequence[Score]) -> float:
 
 
 class Evaluator:
-    """Generates, scores and summarises every evaluation set; samples go to disk."""
+    """Generates, scores and summarises every evaluation set, and writes the samples to disk."""
 
     def __init__(
         self, sets: Sequence[EvalSet], rollout_pool: EvaluationPool, reward_pool: RewardPool, *, pass_at: Sequence[int]
@@ -115,7 +116,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Metrics of all sets; samples are written to `samples_dir/eval_NAME_LABEL.jsonl`.
 
-        `surviving` generates, and again where a rollout worker was lost (`Controller.surviving_losses`).
+        `surviving` runs the generation, repeating it after a rollout worker was lost (`Controller.surviving_losses`).
         """
         metrics: dict[str, float] = {}
         for eval_set in self.sets:

@@ -1,10 +1,10 @@
-"""Micro-batches as tensors: padded rows of similar length ("bucketed"), or one row of packed sequences ("packed"),
-where equal prompts may be shared ("shared_prefix").
+"""Micro-batches as tensors: padded rows of similar length ("bucketed"), one row of packed sequences ("packed"), or one
+row in which equal prompts are shared ("shared_prefix").
 
-All are exact: a sequence gets the log-probabilities that it gets alone. Left out: which samples go together
+All are exact: a sequence gets the same log-probabilities as it does alone. Left out: which samples go together
 (`rl.batching`) and the forward pass (`rl.learner`).
 
-A model reads every token but a sequence's last one, which nothing is predicted from: a sequence of P prompt and R
+A model reads every token of a sequence except the last, from which nothing is predicted: a sequence of P prompt and R
 response tokens takes n = P + R - 1 positions, and the last R of them predict the response.
 
 Shape legend: S sequences, n positions of one of them, B x L the padded input, T response tokens of the micro-batch.
@@ -27,16 +27,16 @@ from rl.errors import LearnerError
 from rl.shared_prefix import Places, refuse_unshareable, shared_prefixes
 
 FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
-# These leave position_ids out of their attention mask, so packed sequences need explicit masks.
+# These models ignore position_ids in their attention mask, so packed sequences need explicit masks.
 _NEEDS_EXPLICIT_MASKS = ("gpt_oss",)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Model inputs of S sequences, and where their response tokens are predicted."""
+    """Model inputs for S sequences, and the positions that predict their response tokens."""
 
-    model_inputs: dict[str, Any]  # input_ids [B, L] and what the layout adds
-    positions: Tensor  # [T] int64 into B x L flattened: the hidden state that predicts each response token
+    model_inputs: dict[str, Any]  # input_ids [B, L] and what else the layout needs
+    positions: Tensor  # [T] int64 into flattened B x L: the hidden state that predicts each response token
     targets: Tensor  # [T] int64, the response tokens
     sequence_index: Tensor  # [T] int64, 0..S-1, non-decreasing
     lengths: tuple[int, ...]  # S x R
@@ -55,10 +55,14 @@ class MicroBatch:
 def resolve_layout(
     layout: Layout | Literal["auto"], *, attention: str, device: str, windows_in_masks: bool = False
 ) -> Layout:
-    """The layout that `learner.layout` means: `auto` packs where attention has a variable-length kernel (without one,
-    packing pays for the whole masked square), shares prompts on a CPU with sdpa, and else makes buckets.
+    """The layout that `learner.layout` means.
 
-    Prompts are not shared where `rl.shared_prefix.windows_in_masks`."""
+    On a GPU, `auto` packs if attention has a variable-length kernel (without one, packing pays for the whole masked
+    square); on a CPU it shares prompts with sdpa attention, unless `rl.shared_prefix.windows_in_masks` holds; otherwise
+    it makes buckets.
+
+    Any other value is returned as it is.
+    """
     if layout == "auto":
         if device == "cuda":
             return "packed" if attention in FLASH_ATTENTIONS else "bucketed"
@@ -67,9 +71,8 @@ def resolve_layout(
 
 
 def refuse_inexact_layout(layout: str, *, config: Any, attention: str, windows_in_masks: bool = False) -> None:
-    """Raise LearnerError where sequences that are packed would see each other (`rl.learner_checks` measures), or
-    prompts that are shared more than their own layer lets them (`rl.shared_prefix.windows_in_masks`). `config` is the
-    model's in transformers."""
+    """Raise LearnerError if packed sequences would see each other (`rl.learner_checks` measures it), or if prompts
+    cannot be shared (`rl.shared_prefix.refuse_unshareable`). `config` is the model's transformers configuration."""
     model_type, chunks = config.model_type, getattr(config, "attention_chunk_size", None) is not None
     if layout == "packed" and chunks:
         raise LearnerError(
@@ -97,13 +100,13 @@ def collate(
 
     Args:
         sequences: S >= 1, each with at least one prompt and one response token.
-        layout: bucketed gives [S, max n], packed gives [1, sum n], shared_prefix the same with equal prompts once.
+        layout: bucketed gives [S, max n], packed [1, sum n], and shared_prefix the same with equal prompts only once.
         model_config: the transformers configuration of the model.
         device: where the tensors go.
-        dtype: of additive attention masks, where the model needs them; that of its activations.
+        dtype: the dtype of the model's activations, for additive attention masks where the model needs them.
 
     Raises:
-        LearnerError: a sequence without a prompt or a response, or a packed layout that would not be exact.
+        LearnerError: a sequence lacks a prompt or a response, or the packed layout would not be exact.
     """
     for index, sequence in enumerate(sequences):
         if not len(sequence.prompt_ids) or not len(sequence.response_ids):
@@ -130,7 +133,7 @@ def collate(
     elif layout == "shared_prefix":
         inputs["shared_prefixes"] = shared_prefixes(places, tensor)
     # Bucketed rows are padded on the right and need neither mask nor positions: attention is causal, so a real token
-    # never sees the padding behind it.
+    # never sees the padding after it.
     return MicroBatch(
         model_inputs=inputs,
         positions=tensor(np.concatenate([place[-r:] for place, r in zip(places, responses, strict=True)])),
@@ -143,7 +146,7 @@ def collate(
 
 
 def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[Places], int, int]:
-    """(S x [n] where a sequence's tokens lie in B x L flattened, B, L)."""
+    """(S x [n] places of each sequence's tokens in flattened B x L, B, L)."""
     lengths = [s.num_positions for s in sequences]
     if layout == "bucketed":
         width = max(lengths)
@@ -152,7 +155,7 @@ def _places(sequences: Sequence[TokenSequence], layout: Layout) -> tuple[list[Pl
     prompts: dict[bytes, Places] = {}
     end = 0
     for sequence, length in zip(sequences, lengths, strict=True):
-        key = sequence.prompt_key if layout == "shared_prefix" else b""  # a copy of its prompt's recorded experts
+        key = sequence.prompt_key if layout == "shared_prefix" else b""  # read once: it copies recorded experts
         prompt = prompts.get(key) if key else None
         known = 0 if prompt is None else len(prompt)
         own = np.arange(end, end + length - known)
@@ -173,8 +176,8 @@ def _position_ids(places: Sequence[Places], width: int) -> Places:
 def _packed_mask(
     lengths: Sequence[int], model_config: Any, device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Tensor] | None:
-    """None: from positions that restart, transformers builds block-diagonal attention (and only without a mask and a
-    cache). Explicit masks for the models that do not look at them."""
+    """None if positions that restart are enough: from them transformers builds block-diagonal attention (only without a
+    mask and a cache). Explicit masks for models that ignore positions there."""
     attention = model_config._attn_implementation
     refuse_inexact_layout("packed", config=model_config, attention=attention)
     if model_config.model_type not in _NEEDS_EXPLICIT_MASKS or attention in FLASH_ATTENTIONS:
@@ -184,8 +187,8 @@ def _packed_mask(
 
 
 def _explicit_masks(sequence: Tensor, model_config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """[L] sequence numbers -> additive masks [1, 1, L, L] by layer type: causal within a sequence, and in sliding
-    layers over the last `sliding_window` tokens only."""
+    """[L] sequence numbers -> additive masks [1, 1, L, L] by layer type: causal within a sequence and, in sliding
+    layers, limited to the last `sliding_window` tokens."""
     index = torch.arange(len(sequence), device=sequence.device)
     distance = index[:, None] - index[None, :]
     full = (sequence[:, None] == sequence[None, :]) & (distance >= 0)
@@ -203,7 +206,7 @@ def _routed_experts(
     size: int,
     tensor: Callable[[npt.NDArray[Any]], Tensor],
 ) -> Tensor | None:
-    """The recorded experts of every position, in the layout's order; padding gets the first experts."""
+    """The recorded experts of every position, in the layout's order; padding gets the first top_k experts."""
     recorded = [s.routed_experts for s in sequences if s.routed_experts is not None]
     if not recorded:
         return None

@@ -1,4 +1,4 @@
-"""The learner: a ZeRO-3 engine as a plain class. It annotates, updates, scores, saves and exports one policy.
+"""The learner: a plain class around a ZeRO-3 engine that annotates, updates, scores, saves and exports one policy.
 
 One object is one rank. Methods are collectives: every rank calls them in the same order, each with its own share.
 Left out: Ray (`rl.workers`), the transfer of weights (`rl.weight_sync`), advantages, and the critic (`rl.critic`), made
@@ -39,21 +39,21 @@ class Learner:
     """One rank of the ZeRO-3 learner.
 
     Args:
-        config: the learner's section.
+        config: the learner's section of the configuration.
         model: the policy to load.
-        algorithm: the loss and what is around it; None for supervised training only.
-        seed: of everything random in this process.
-        deterministic: refuse operations whose result is not repeatable.
+        algorithm: the loss and its options; None for supervised training.
+        seed: seeds everything random in this process.
+        deterministic: refuse operations whose results are not repeatable.
         device: "cpu" (gloo) or "cuda" (NCCL, this rank's LOCAL_RANK).
         total_optimizer_steps: the length of the learning-rate schedule.
-        fixed_length: the longest possible response, for the aggregation of that name.
-        temperature: of the rollouts; log-probabilities are of the distribution that was sampled from.
+        fixed_length: the longest possible response, for the aggregation `fixed_length`.
+        temperature: the rollouts' temperature, so that log-probabilities are those of the sampled distribution.
 
     Raises:
         LearnerError: the model cannot be loaded, or the layout would not be exact with its attention.
     """
 
-    def __init__(  # noqa: PLR0913 - one call site, all by name
+    def __init__(  # noqa: PLR0913 - one call site, all passed by name
         self,
         config: LearnerConfig,
         model: ModelConfig,
@@ -89,14 +89,14 @@ class Learner:
 
     @property
     def layout(self) -> Layout:
-        """Of its micro-batches."""
+        """The layout of its micro-batches."""
         return self._policy.layout
 
     def annotate(self, sequences: Sequence[TokenSequence], *, old_logprobs: bool) -> Annotations:
-        """Log-probabilities of this rank's sequences before the update, in their order, at the rollout's temperature.
+        """Log-probabilities of this rank's sequences before the update, in their order, at the rollouts' temperature.
 
-        The policy's where `old_logprobs` asks for them, the reference's where there is a KL term. kl_coefficient is the
-        adaptive one's value for this step.
+        The policy's if `old_logprobs` is set, the reference's if there is a KL term. `kl_coefficient` is the
+        coefficient for this step, which may be adaptive, if the KL is in the reward.
         """
         if self._algorithm is None or not isinstance(self._objective, PolicyObjective):
             raise LearnerError("annotate needs an algorithm; this learner was made for supervised training")
@@ -114,10 +114,10 @@ class Learner:
         return self._score(self._policy.engine, self._head, sequences, temperature=1.0)
 
     def update(self, mini_batches: Sequence[MiniBatchShare]) -> UpdateResult:
-        """One optimizer step for each mini-batch, from this rank's shares (see `rl.batching.plan_update`).
+        """One optimizer step per mini-batch, from this rank's shares (see `rl.batching.plan_update`).
 
         Raises:
-            LearnerError: too many non-finite steps in a row, or samples that lack what the algorithm needs.
+            LearnerError: too many non-finite steps in a row, or samples lack what the algorithm needs.
         """
         if len(mini_batches) > 1 and any(s.old_logprobs is None for share in mini_batches for s in share.samples):
             raise LearnerError(
@@ -132,7 +132,7 @@ class Learner:
         return UpdateResult(result.policy_version, {**result.metrics, **used}, result.seconds)
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write weights, optimizer, schedule and random state into `directory`, each rank its own shard."""
+        """Write weights, optimizer, schedule and random state to `directory`; each rank writes its own shard."""
         state = {
             "policy_version": self.policy_version,
             "skipped_in_a_row": self._policy.skipped_in_a_row,
@@ -141,7 +141,7 @@ class Learner:
         save_checkpoint(self._policy.engine, Path(directory), state)
 
     def load_checkpoint(self, directory: str | Path) -> None:
-        """Continue from `save_checkpoint`. Raises CheckpointError if it is missing or of another number of ranks."""
+        """Continue from a saved checkpoint. Raises CheckpointError if it is missing or from another number of ranks."""
         state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]
@@ -149,11 +149,11 @@ class Learner:
             self._objective.kl.load_state_dict(state.get("kl", {}))
 
     def export_hf(self, directory: str | Path) -> None:
-        """Write a Hugging Face checkpoint: safetensors in checkpoint names, configuration, tokenizer."""
+        """Write a Hugging Face checkpoint: safetensors under checkpoint names, configuration, tokenizer."""
         export_hf(self.module, self._model_config, Path(directory))
 
     def close(self) -> None:
-        """Free the engines. The process group stays: whoever made it ends it."""
+        """Free the engines. The process group stays, for its creator to end."""
         if self._reference is not None:
             self._reference[0].destroy()
             self._reference = None
@@ -245,7 +245,7 @@ class Learner:
                 "learner.moe.router_replay is set, but the engines returned no routed_experts with the rollouts; set "
                 "it to false"
             )
-        # The backward pass is within, because checkpointed activations are recomputed with the same experts.
+        # The backward pass is inside, because it recomputes checkpointed activations with the same experts.
         with self._routers.forward_pass(
             micro.real,
             experts=micro.routed_experts if moe.router_replay else None,
@@ -265,7 +265,7 @@ class Learner:
         return loss
 
     def _aux_loss(self, samples: Sequence[TrainSample], share: MiniBatchShare, sums: MetricSums) -> Tensor:
-        """Every micro-batch's load balancing loss, weighted by its share of the loss tokens."""
+        """This micro-batch's load-balancing loss, weighted by its share of the loss tokens."""
         balance = self._routers.aux_loss()
         tokens = sum(s.num_loss_tokens for s in samples)
         sums.add_mean("learner/router_aux_loss", balance.detach() * tokens, tokens)

@@ -1,4 +1,4 @@
-"""The learner's files: sharded checkpoints to continue from, and Hugging Face checkpoints to use elsewhere.
+"""The learner's files: sharded checkpoints to resume from, and Hugging Face checkpoints to use elsewhere.
 
 Left out: atomicity (`rl.checkpoint` writes into a temporary folder and renames it) and the run's own state.
 """
@@ -25,8 +25,8 @@ from rl.weight_sync.source import Zero3WeightSource
 
 _TAG = "zero3"
 _META = "learner.json"
-_OF_ONE_RANK = re.compile(r"(?:random|(?:bf16_)?zero_pp_rank)_(\d+)")  # all other files are rank 0's
-LAST_WRITTEN = "generation_config.json"  # of an exported model
+_OF_ONE_RANK = re.compile(r"(?:random|(?:bf16_)?zero_pp_rank)_(\d+)")  # rank 0 writes all other files
+LAST_WRITTEN = "generation_config.json"  # last file of an exported model
 _SHARD_BYTES = 4 * 2**30
 
 
@@ -50,7 +50,7 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
 
 
 def _flush(directory: Path, rank: int) -> None:
-    """Put on disk what this rank has written, so that a node that loses power keeps a checkpoint that is whole."""
+    """Flush this rank's files to disk, so that the checkpoint stays whole if the node loses power."""
     for path in directory.rglob("*"):
         numbered = _OF_ONE_RANK.match(path.name)
         if path.is_file() and int(numbered[1] if numbered else 0) == rank:
@@ -79,7 +79,7 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
         random_state = torch.load(directory / f"random_{rank}.pt", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and DeepSpeed's assertions, each in its own words
         if isinstance(error, torch.OutOfMemoryError | OSError) and not isinstance(error, FileNotFoundError):
-            raise  # the machine's fault, and a whole checkpoint must not be removed for it
+            raise  # the machine's fault: nobody should delete an intact checkpoint for it
         raise CheckpointError(_damaged(directory, f"{type(error).__name__}: {error}")) from error
     if path is None:
         raise CheckpointError(_damaged(directory, f"DeepSpeed found nothing in {_TAG}"))
@@ -106,13 +106,14 @@ def _damaged(directory: Path, what: str) -> str:
 
 
 def _hyperparameters(engine: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """What the configuration says of each parameter group, and the learning rates that the schedule is a factor of."""
+    """The configured settings of each parameter group, and the base learning rates that the schedule multiplies."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     return groups, list(engine.lr_scheduler.base_lrs)
 
 
 def _set_hyperparameters(engine: Any, groups: list[dict[str, Any]], rates: list[float]) -> None:
-    """A checkpoint brings back its run's learning rate, betas and decay; resuming with others would change nothing."""
+    """Restore the configured settings after loading: a checkpoint brings back the learning rate, betas and decay it was
+    saved with, so changed ones would have no effect."""
     schedule = engine.lr_scheduler
     schedule.base_lrs = rates
     current = [rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)]
@@ -135,7 +136,7 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def export_hf(model: Any, source: ModelConfig, directory: Path) -> None:
-    """Write the weights as safetensors in checkpoint names, with configuration, generation settings and tokenizer.
+    """Write the weights as safetensors under checkpoint names, with configuration, generation settings and tokenizer.
 
     A collective. Memory is bounded by one bucket on every rank and one file (4 GiB) on rank 0.
     """
@@ -155,7 +156,7 @@ def export_hf(model: Any, source: ModelConfig, directory: Path) -> None:
 
 
 def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) -> None:
-    """Write the Hugging Face checkpoint of a `save_checkpoint` folder, in this process alone, without an engine.
+    """Convert a `save_checkpoint` folder to a Hugging Face checkpoint, in this process alone and without an engine.
 
     Memory is bounded by one parameter and one file. Raises CheckpointError if there is no learner checkpoint.
     """
@@ -166,29 +167,29 @@ def export_checkpoint(checkpoint: Path, source: ModelConfig, directory: Path) ->
     _read_meta(checkpoint)
     config = load_config(source)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the checkpoint holds what was trained, which is not quantised
+        del config.quantization_config  # the trained weights are not quantised
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[source.dtype], trust_remote_code=source.trust_remote_code
         )
     # The float32 master weights round to exactly the weights that were trained with.
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
             masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG, lazy_mode=True)
-    except Exception as error:  # as in `load_checkpoint`
+    except Exception as error:  # of many types, as in `load_checkpoint`
         raise CheckpointError(_damaged(checkpoint, f"{type(error).__name__}: {error}")) from error
     writer = _ShardWriter(directory)
     for name, _ in skeleton.named_parameters():
         whole = masters[name].contiguous().to(DTYPES[source.dtype])
         writer.add(revert_weight_conversion(skeleton, {name: whole}))
-    for name in _persistent_buffers(skeleton):  # in float32, as the routing biases are that matter
+    for name in _persistent_buffers(skeleton):  # in float32, as are the routing biases, for which it matters
         writer.add(revert_weight_conversion(skeleton, {name: masters[name].contiguous()}))
     writer.finish()
     _write_companions(skeleton, source, directory)
 
 
 def _persistent_buffers(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint holds beside the parameters: the routing bias of some mixtures of experts, say."""
+    """What a checkpoint holds besides parameters: for example, the routing biases of some mixtures of experts."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
@@ -202,7 +203,7 @@ def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
     config["dtype"] = source.dtype
     config["architectures"] = [type(model).__name__]
     written = type(model.config).from_dict(config)
-    if model._auto_class is not None:  # as save_pretrained does: the model's own code goes with it
+    if model._auto_class is not None:  # copy the model's own code too, as save_pretrained does
         custom_object_save(model, directory, config=written)
     written.save_pretrained(directory)
     try:
@@ -218,13 +219,15 @@ def _write_companions(model: Any, source: ModelConfig, directory: Path) -> None:
     if tokenizer.chat_template:
         end_of_turn = ChatTemplate(tokenizer, source.chat_template_options).end_of_turn_id
         generation.eos_token_id = with_end_of_turn(generation.eos_token_id, end_of_turn)
-    # Not by save_pretrained, which refuses what many published configurations hold: a temperature without do_sample.
+    # Not with save_pretrained, which refuses a temperature without do_sample, as many published configurations have.
     (directory / LAST_WRITTEN).write_text(generation.to_json_string())
 
 
 def with_end_of_turn(ends: int | list[int] | None, end_of_turn: int) -> int | list[int]:
-    """A generation configuration's `eos_token_id` with the token that ends an assistant's turn, which is what the model
-    was trained to stop with; a base model's own configuration knows only the end of a text."""
+    """A generation configuration's `eos_token_id`, extended by the token that ends an assistant's turn.
+
+    The model was trained to stop with that token; a base model's own configuration knows only the end of a text.
+    """
     known = [] if ends is None else [ends] if isinstance(ends, int) else ends
     if ends is not None and end_of_turn in known:
         return ends
@@ -258,7 +261,7 @@ class _ShardWriter:
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._files, start=1):
             file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._part(number).chmod(0o644)  # safetensors writes for the owner only
+            self._part(number).chmod(0o644)  # safetensors makes files readable for the owner only
             self._part(number).rename(self._directory / file)
             weight_map |= dict.fromkeys(names, file)
         if count > 1:

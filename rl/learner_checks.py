@@ -1,9 +1,9 @@
-"""What is proven about a loaded model before it is trained: what it says of a token does not depend on the layout.
+"""Checks of a loaded model before training: its results do not depend on the layout, nor on training mode.
 
-Short sequences, two of them with one prompt, run alone through the plain model, and together through the layout (and
-the policy's chunked head). That finds attention across sequences or to padding, positions that do not restart, and
-models that change the logits after their output head. How far rounding alone goes, which a deep model in bfloat16
-carries on from layer to layer, is measured beside it. Left out: the layouts themselves (`rl.layouts`).
+Short sequences, two of them with the same prompt, run alone through the plain model, and together through the layout
+(and the policy's chunked head). That reveals attention across sequences or to padding, positions that do not restart,
+and models that change the logits after their output head. The effect of rounding alone, which a deep bfloat16 model
+amplifies from layer to layer, is measured alongside. Left out: the layouts themselves (`rl.layouts`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from rl.logprobs import LogprobHead
 from rl.models import has_experts
 from rl.shared_prefix import own_attention
 
-# Mean |difference|, in nats or of states of unit size. A leak between sequences moves log-probabilities by 0.1 to 4.
-# Rounding moves those of small models by 1e-6 or 0.003; where another number of rows is another kernel, those of a deep
-# model in bfloat16 by up to 0.1.
+# Bounds on the mean |difference|, in nats, or between states of unit size. A leak between sequences moves
+# log-probabilities by 0.1 to 4. Rounding moves those of small models by 1e-6 (float32) or 0.003 (bfloat16), and those
+# of a deep bfloat16 model by up to 0.1 if another number of rows selects another kernel.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-_ROUNDINGS = 3.0  # or so many times what another number of rows alone changes,
-# which more than rounding must not be; where rounding sends tokens to other experts, it goes further.
+_ROUNDINGS = 3.0  # raise the bound to this multiple of what another number of rows alone changes,
+# but to at most these values, beyond which it is not rounding; with experts, rounding can also change the routing.
 _MOST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 _MOST_TOLERANCE_WITH_EXPERTS = {torch.float32: 1e-4, torch.bfloat16: 1.0}
-_COPIES = 3  # of a sequence, in a batch of which each can only see itself or its equal
+_COPIES = 3  # of one sequence in a batch, in which each can see only itself or its equals
 
 Forward = Callable[[MicroBatch], Tensor]  # -> [T] or [T, H]
 
 
 def check_layout(engine: Any, head: LogprobHead, layout: Layout, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise LearnerError unless the policy's log-probabilities are exact in the layout. A collective."""
+    """Raise LearnerError unless the policy's log-probabilities are exact in the layout and in training. A
+    collective."""
 
     def chunked(micro: MicroBatch) -> Tensor:
         with head.query(micro.positions, micro.targets, temperature=1.0):
@@ -52,9 +53,9 @@ def check_layout(engine: Any, head: LogprobHead, layout: Layout, *, device: torc
 
 
 def check_value_layout(engine: Any, layout: Layout, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise LearnerError unless the states that the critic's head reads are exact in the layout. A collective.
+    """Raise LearnerError unless the states that the critic's head reads are exact in the layout and in training.
 
-    Values cannot tell: a fresh head makes every one of them 0.
+    A collective. Values cannot be compared instead: a fresh head makes all of them 0.
     """
 
     def states(micro: MicroBatch) -> Tensor:
@@ -69,9 +70,9 @@ def check_value_layout(engine: Any, layout: Layout, *, device: torch.device, dty
 def _compare(
     engine: Any, layout: Layout, found: Forward, expected: Forward, *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """`found` of all sequences in the layout against `expected` of each alone.
+    """Compare `found` of all sequences in the layout, and `expected` in training mode, with `expected` of each alone.
 
-    Every rank runs the same tokens. Lengths exceed a short sliding window, and differ, so that the buckets are padded.
+    Every rank runs the same tokens. Lengths exceed a short sliding window, and differ so that buckets are padded.
     """
     model = engine.module
     generator = np.random.default_rng(0)

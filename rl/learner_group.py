@@ -1,4 +1,4 @@
-"""The learner workers as one learner, which the controller drives.
+"""The learner workers combined into one learner, which the controller drives.
 
 Left out: what a rank does (`rl.workers`), and where it runs (`launch.cluster`).
 """
@@ -33,7 +33,7 @@ from rl.errors import ConfigError, FledgeError, LearnerError
 from rl.workers import LearnerSpec
 
 _EXIT_TIMEOUT_S = 20.0
-_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show what another node wrote
+_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show another node's files
 _LOOK_AGAIN_S = 0.1
 _LEARNERS = Crew(
     "learner rank",
@@ -46,21 +46,21 @@ _LEARNERS = Crew(
 
 @dataclass(slots=True)
 class LearnerGroup:
-    """N learner workers as one; implements `rl.controller.Learners`.
+    """N learner workers combined; implements `rl.controller.Learners`.
 
-    Build it with `LearnerGroup.start`. `receivers` gives the rollout workers that hold the weights now, because lost
-    ones are replaced during a run.
+    Build it with `LearnerGroup.start`. `receivers` returns the current rollout workers, because lost ones are replaced
+    during a run.
     """
 
     spec: LearnerSpec
     workers: list[ActorHandle]
     receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
     policy_version: int = 0
-    empty_in_a_row: int = 0  # updates without a token to learn from
-    nodes: list[str] = field(default_factory=list)  # [rank] address of its node
+    empty_in_a_row: int = 0  # consecutive updates without a token to learn from
+    nodes: list[str] = field(default_factory=list)  # [rank] -> address of its node
     last_update: UpdateResult | None = None
-    updating: list[Any] = field(default_factory=list)  # calls of an update that has not come back, by rank
-    share_prefixes: bool = False  # whether a prompt costs a rank once, however many of its samples the rank has
+    updating: list[Any] = field(default_factory=list)  # calls of an unfinished update, by rank
+    share_prefixes: bool = False  # whether a rank computes a prompt once for all its samples
 
     @classmethod
     def start(
@@ -88,8 +88,8 @@ class LearnerGroup:
         return group
 
     def check_run_dir(self, run_dir: Path) -> None:
-        """Raise ConfigError where the driver and a rank do not see each other's files in the run directory; the first
-        checkpoint would find out, hours later."""
+        """Raise ConfigError if the driver and a rank do not see each other's files in the run directory; otherwise the
+        first checkpoint would fail, hours later."""
         ranks = range(len(self.workers))
         with TemporaryDirectory(prefix=".shared_", dir=run_dir) as made:
             directory = Path(made).absolute()
@@ -109,16 +109,17 @@ class LearnerGroup:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """With more than one optimizer step a batch, the first one moves the policy that the rest compares with."""
+        """Whether the update needs log-probabilities from before it: for the KL in the reward, or if a batch takes
+        several optimizer steps, because the first one moves the policy that the others compare with."""
         learner, algorithm = self.spec.learner, self.spec.algorithm
         return learner.epochs * learner.mini_batches > 1 or (
             algorithm is not None and algorithm.kl.placement == "reward"
         )
 
     def annotate(self, scored: ScoredBatch) -> Annotations:
-        """See `rl.controller.Learners`; does no work when the algorithm needs nothing.
+        """See `rl.controller.Learners`; does no work if the algorithm needs nothing.
 
-        Samples that are not valid get zeros: an engine that gave a request up has recorded no experts for it.
+        Samples that are not valid get zeros: an engine that gave up a request has recorded no experts for it.
         """
         algorithm = self.spec.algorithm
         needs_reference = algorithm is not None and algorithm.kl.placement != "none"
@@ -147,11 +148,12 @@ class LearnerGroup:
             old_logprobs=collect([p.old_logprobs for p in parts], places, lengths),
             ref_logprobs=collect([p.ref_logprobs for p in parts], places, lengths),
             values=collect([p.values for p in parts], places, lengths),
-            kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same, global KL
+            kl_coefficient=parts[0].kl_coefficient,  # every rank adapts it by the same global KL
         )
 
     def update(self, batch: TrainBatch) -> UpdateResult:
-        """All optimizer steps of one batch. Raises LearnerError when too many batches in a row had nothing to learn."""
+        """All optimizer steps of one batch. Raises LearnerError after too many batches in a row with nothing to
+        learn."""
         started = time.perf_counter()
         learner = self.spec.learner
         self._count_empty(batch)
@@ -169,7 +171,7 @@ class LearnerGroup:
 
     @property
     def is_updating(self) -> bool:
-        """Whether an interrupt has left an update under way."""
+        """Whether an interrupt left an update unfinished."""
         return bool(self.updating)
 
     def finish_update(self) -> UpdateResult | None:
@@ -188,7 +190,7 @@ class LearnerGroup:
         return self.last_update
 
     def _count_empty(self, batch: TrainBatch) -> None:
-        """A batch without a token to learn from moves nothing; too many of them in a row end the run."""
+        """Count batches without a token to learn from, which change nothing; too many in a row end the run."""
         self.empty_in_a_row = 0 if batch.num_loss_tokens else self.empty_in_a_row + 1
         if self.empty_in_a_row > self.spec.learner.max_skipped_steps:
             raise LearnerError(
@@ -198,12 +200,13 @@ class LearnerGroup:
             )
 
     def publish_weights(self) -> WeightVersion:
-        """Send the weights to the rollout workers. Raises WeightSyncError when one did not receive what was sent."""
+        """Send the weights to the rollout workers. Raises WeightSyncError if one did not receive what was sent."""
         versions: list[WeightVersion] = self._all("publish_weights", list(self.receivers()))
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
-        """[pair] -> [R] at temperature 1. All ranks compute all pairs: a probe is small, and gathers are collective."""
+        """[pair] -> [R] at temperature 1. Every rank computes all pairs: a probe is small, and gathers are
+        collective."""
         return self._all("score_logprobs", list(pairs))[0]
 
     def save_checkpoint(self, directory: Path) -> None:
@@ -223,7 +226,7 @@ class LearnerGroup:
         self._all("export_critic", str(directory.absolute()))
 
     def shutdown(self) -> None:
-        """End every rank. Never raises: it runs while other errors are on their way out."""
+        """End every rank. Never raises, because it runs while other errors propagate."""
         calls: list[Any] = [worker.close.remote() for worker in self.workers]
         ray.wait(calls, num_returns=len(calls), timeout=_EXIT_TIMEOUT_S)
         end_actors(self.workers)
@@ -233,6 +236,6 @@ class LearnerGroup:
         return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], method, setting)
 
     def _wait(self, calls: Sequence[Any], what: str, setting: str = "timeout_s") -> list[Any]:
-        """Results by rank, within a deadline of the learner's."""
+        """Results by rank, within a time limit from the learner's section."""
         timeout_s = getattr(self.spec.learner, setting)
         return _LEARNERS.wait(calls, what, timeout_s=timeout_s, setting=f"learner.{setting}")

@@ -1,6 +1,6 @@
-"""Sums that become metrics: added up over micro-batches, then over ranks, divided once at the end.
+"""Sums that become metrics: added up over micro-batches and then over ranks, and divided once at the end.
 
-Left out: what is measured (`rl.objectives`, `rl.learner`) and where metrics go (`rl.metrics`).
+Left out: what is measured (`rl.objectives`, `rl.learner`) and where metrics are written (`rl.metrics`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Number = Tensor | float
 class MetricSums:
     """Means (sum and weight), plain sums, and maxima by name.
 
-    A mean over tokens is right under any split only if numerator and denominator are added up apart; a mean of means is
-    not. Tensors stay on their device until `reduce`, so that nothing waits for a GPU in between.
+    A mean over tokens is independent of the split only if numerator and denominator are added up separately; a mean of
+    means is not. Tensors stay on their device until `reduce`, so that nothing waits for a GPU earlier.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class MetricSums:
         self._means.setdefault(name, []).append((total, weight))
 
     def add_masked_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Mean of `values` [T] where `mask` [T] holds."""
+        """Add the mean of `values` [T] where `mask` [T] holds."""
         values = values.detach()
         self.add_mean(name, torch.where(mask, values, torch.zeros_like(values)).double().sum(), mask.sum())
 
@@ -43,7 +43,7 @@ class MetricSums:
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """(means and maxima, plain sums) over all ranks. A collective: every rank calls it and gets the same numbers.
 
-        Ranks may hold different names (a rank without work holds few). A mean of weight 0 is left out.
+        Ranks may have different names (a rank without work has few). A mean with weight 0 is left out.
         """
         mine = (
             {n: (_total(t for t, _ in pairs), _total(w for _, w in pairs)) for n, pairs in self._means.items()},

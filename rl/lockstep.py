@@ -1,5 +1,4 @@
-"""A ZeRO-3 engine in training: micro-batches of all ranks in lockstep, and optimizer steps that leave out what is not
-finite. The policy and the critic each have one.
+"""A ZeRO-3 engine in training: all ranks run micro-batches in lockstep, and skip optimizer steps that are not finite.
 
 Methods are collectives. Left out: what a forward pass computes and what the loss is (`rl.learner`, `rl.critic`).
 """
@@ -23,14 +22,14 @@ from rl.optim import build_optimizer, build_schedule
 from rl.shared_prefix import use_shared_prefixes, windows_in_masks
 from rl.zero3 import backward, start_engine
 
-# What a rank runs when the others still have work: two tokens whose loss weighs nothing.
+# What a rank without work runs while others still have some: two tokens whose loss has weight 0.
 _EMPTY = TokenSequence(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
 
 MicroStep = Callable[[Sequence[TrainSample], MicroBatch], Tensor]  # forward and backward; returns its share of the loss
 
 
 def prepare_model(model: nn.Module, config: LearnerConfig, device: torch.device) -> Layout:
-    """Give a loaded model what the configuration asks for, before its engine is made; returns its layout."""
+    """Apply the configuration to a loaded model, before its engine is created; returns its layout."""
     model_config: Any = model.config
     layout = resolve_layout(
         config.layout,
@@ -46,15 +45,15 @@ def prepare_model(model: nn.Module, config: LearnerConfig, device: torch.device)
 
 
 class LockstepEngine:
-    """One rank of a model in training.
+    """One rank of a model in training. The policy and the critic each have one.
 
     Args:
         model: loaded with `zero`; frozen parameters stay out of the optimizer.
-        config: the learner's section, with this model's optimizer.
+        config: the learner's section, with this model's optimizer settings.
         zero: from `rl.zero3.training_config`.
         total_optimizer_steps: the length of the learning-rate schedule.
-        device: of this rank.
-        name: of its metrics ("learner", "critic").
+        device: this rank's device.
+        name: the prefix of its metrics ("learner", "critic").
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class LockstepEngine:
         return self.engine.module
 
     def collate(self, sequences: Sequence[TokenSequence], model_config: Any = None) -> MicroBatch:
-        """Tensors of one micro-batch; of `_EMPTY` when there are no sequences. `model_config`: see `map_tokens`."""
+        """Tensors of one micro-batch; those of `_EMPTY` if there are no sequences. `model_config`: see `map_tokens`."""
         return collate(
             sequences or [_EMPTY],
             self.layout,
@@ -98,10 +97,12 @@ class LockstepEngine:
     def map_tokens(
         self, sequences: Sequence[TokenSequence], forward: Callable[[MicroBatch], Tensor], model_config: Any = None
     ) -> list[FloatArray]:
-        """`forward` gives a number per response token ([T]); the results are [R] of each sequence, in their order.
-        `model_config`: the transformers configuration of what `forward` runs, where it is not this engine's model.
+        """Run `forward` over all sequences; the results are [R] for each, in their order.
 
-        A sequence without a response has an empty result and costs nothing.
+        `forward` returns a number per response token ([T]). `model_config` is the transformers configuration of the
+        model that it runs, if that is not this engine's.
+
+        A sequence without a response gets an empty result and costs nothing.
         """
         results: list[FloatArray] = [np.empty(0, dtype=np.float32)] * len(sequences)
         places = [i for i, sequence in enumerate(sequences) if len(sequence.response_ids)]
@@ -115,15 +116,15 @@ class LockstepEngine:
     def optimizer_step(
         self, share: MiniBatchShare, micro_step: MicroStep, sums: MetricSums, *, split_invariant: bool = True
     ) -> None:
-        """One optimizer step over this rank's share. `micro_step` runs `backward` and gets no samples where this rank
-        only keeps in step.
+        """One optimizer step over this rank's share. `micro_step` must run `backward`; it gets no samples when this
+        rank only keeps in step with the others.
 
         Raises:
-            LearnerError: a loss that cannot be split would have to be, or too many non-finite steps in a row.
+            LearnerError: a loss that must not be split would be, or too many non-finite steps in a row.
         """
         sums.add_sum(f"{self.name}/skipped_steps", 0.0)
         if share.num_loss_tokens == 0:
-            return  # nothing to learn on any rank; a step would still move the weights by momentum and decay
+            return  # nothing to learn on any rank, but a step would move the weights by momentum and decay
         groups = self._groups([s.tokens for s in share.samples], together=not split_invariant)
         if not split_invariant and (len(groups) > 1 or self.world_size > 1):
             raise LearnerError(
@@ -140,23 +141,23 @@ class LockstepEngine:
         sums.add_mean(f"{self.name}/lr", self.engine.get_lr()[0], 1.0)
         self.engine.step()
         if self._step_was_applied(sums):
-            # The ranks' parts add up to the loss, so all of them together weigh one.
+            # The ranks' parts add up to the loss, so their weights must add up to 1.
             sums.add_mean(f"{self.name}/loss", total, 1.0 / self.world_size)
             sums.add_mean(f"{self.name}/grad_norm", self.engine.get_global_grad_norm(), 1.0)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of a micro-batch's share of the loss, which is divided by the mini-batch's counts already."""
-        # The ranks' gradients are averaged; the loss is already divided by global counts.
+        """Backward pass of a micro-batch's share of the loss."""
+        # DeepSpeed averages the ranks' gradients, but the loss is already divided by global counts.
         backward(self.engine, loss * self.world_size)
 
     def skipped_steps(self, totals: dict[str, float]) -> dict[str, float]:
-        """The metric of steps that were left out, from the plain sums of a `MetricSums`."""
+        """The metric of skipped steps, from the plain sums of a `MetricSums`."""
         name = f"{self.name}/skipped_steps"
         return {name: totals[name] / self.world_size}
 
     def _groups(self, sequences: Sequence[TokenSequence], *, together: bool = False) -> list[list[int]]:
-        """Micro-batches of this rank, as many as the rank with the most has: ZeRO-3 runs in lockstep. Groups that are
-        empty run `_EMPTY`. `together`: as of `micro_batches`."""
+        """This rank's micro-batches, as many as the rank with the most has, because ZeRO-3 runs in lockstep; empty ones
+        run `_EMPTY`. `together`: as in `micro_batches`."""
         lengths, max_tokens = [s.num_positions for s in sequences], self.config.max_tokens_per_microbatch
         if self.layout == "shared_prefix":
             groups = shared_prefix_micro_batches(
@@ -169,7 +170,7 @@ class LockstepEngine:
         return groups + [[] for _ in range(int(count) - len(groups))]
 
     def _step_was_applied(self, sums: MetricSums) -> bool:
-        """DeepSpeed leaves a step out, on all ranks, when the gradient's norm is not finite."""
+        """Whether the step was applied: DeepSpeed skips it on all ranks if the gradient's norm is not finite."""
         if not self.engine.optimizer.overflow:
             self.skipped_in_a_row = 0
             return True

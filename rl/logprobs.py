@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of chosen tokens through a model's output head, without the [T, V] logits.
+"""Log-probabilities and entropies from a model's output head for chosen tokens, without the full [T, V] logits.
 
 Left out: the model's forward pass (`rl.learner`) and which positions are chosen (`rl.layouts`).
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rl.cpu_linear import linear, weight_gradient
 from rl.errors import LearnerError
 
-# Rows of the head's gradient that are updated at a time, so that a second [V, H] tensor never exists.
+# Rows of the head's gradient to update at a time, so that a second [V, H] tensor never exists.
 _VOCABULARY_BLOCK = 16384
 
 
@@ -32,7 +32,7 @@ class _Options(NamedTuple):
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """log p(target) and entropy per token; saves only the log-sum-exp and the entropy, and recomputes the logits.
+    """log p(target) and entropy per token. It saves only the log-sum-exp and the entropy, and recomputes the logits.
 
     With z the logits over temperature and p = softmax(z): d log p_t / d z_j = [j = t] - p_j, and for the entropy
     S = logsumexp(z) - sum_j p_j z_j, d S / d z_j = -p_j (log p_j + S).
@@ -109,8 +109,9 @@ def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
-    """[C, H] -> [C, V]: the product in the model's dtype or in float32, as the sampler makes it; at least float32."""
-    if options.float32 and hidden.is_cuda:  # the product of bfloat16, not rounded: no float32 copy of the weight
+    """[C, H] -> [C, V]: computed in the model's dtype or in float32, as in the sampler; returned in at least
+    float32."""
+    if options.float32 and hidden.is_cuda:  # a bfloat16 product with float32 output needs no float32 weight
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         logits = logits if bias is None else logits.add_(bias)
     elif options.float32:
@@ -131,15 +132,15 @@ def token_logprobs(
     entropy_grad: bool = False,
     float32: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each distribution.
+    """The log-probability of each target and the entropy of each distribution.
 
     Args:
         hidden: [T, H], the last hidden states at the positions that predict the targets.
-        weight: [V, H] of the output head.
-        bias: [V] or None.
+        weight: [V, H], the output head's.
+        bias: [V], the output head's, or None.
         targets: [T] int64.
-        temperature: the logits are divided by it, as the sampler does.
-        chunk_tokens: C; peak memory is that of [C, V], whatever T is.
+        temperature: divides the logits, as in the sampler.
+        chunk_tokens: C; peak memory is that of [C, V] for any T.
         entropy_grad: let gradients flow through the entropy.
         float32: do not round the logits to the model's dtype. The gradient's products stay in the model's dtype.
 
@@ -160,11 +161,11 @@ class _Query:
 
 
 class LogprobHead:
-    """Makes a causal language model's output head return log-probabilities and entropies in place of logits.
+    """Makes a causal language model's output head return log-probabilities and entropies instead of logits.
 
-    It replaces the `forward` of the head module, so that all chunks happen in one call of that module: under ZeRO-3 the
-    head is then gathered once for the forward pass and once for the backward pass. Outside `query` the head is as it
-    was.
+    It replaces the head module's `forward`, so that one call of that module covers all chunks: under ZeRO-3 the head is
+    then gathered only once for the forward pass and once for the backward pass. Outside `query` the head works as
+    before.
     """
 
     def __init__(self, model: nn.Module, chunk_tokens: int, *, float32: bool = False) -> None:
@@ -185,10 +186,10 @@ class LogprobHead:
     def query(
         self, positions: Tensor, targets: Tensor, *, temperature: float, entropy_grad: bool = False
     ) -> Iterator[None]:
-        """Within: the model's `logits` are [2, T], the log-probabilities of `targets` and the entropies.
+        """Inside the context, the model's `logits` are [2, T]: the log-probabilities of `targets`, and the entropies.
 
         Args:
-            positions: [T] int64, into batch x length flattened, of the hidden states that predict the targets.
+            positions: [T] int64 into flattened batch x length: the hidden states that predict the targets.
             targets: [T] int64 token ids.
             temperature: as in `token_logprobs`.
             entropy_grad: as in `token_logprobs`.

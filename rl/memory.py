@@ -1,4 +1,4 @@
-"""How much memory a process has needed, learner or engine. Left out: where the figure goes."""
+"""How much memory a learner or engine process has needed. Left out: recording the figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def memory_peak_gib() -> float:
-    """Peak memory of this process: CUDA memory in use where there is a GPU, else resident memory."""
+    """Peak memory of this process: allocated CUDA memory if there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

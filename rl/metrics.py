@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def step_metrics(result: StepResult) -> dict[str, float]:
-    """Everything about one training step, under its metric name."""
+    """Every metric of one training step, by name."""
     metrics = {
         **score_metrics(result.scored),
         **result.shaping,
@@ -45,7 +45,8 @@ def step_metrics(result: StepResult) -> dict[str, float]:
 
 
 def score_metrics(scored: ScoredBatch) -> dict[str, float]:
-    """reward/... and rollout/... of one scored batch; samples without a reward are counted, not averaged."""
+    """The metrics reward/... and rollout/... of one scored batch; samples without a reward are counted, not
+    averaged."""
     rollouts, scores = scored.batch.rollouts, scored.scores
     rewards = np.array([s.reward for s in scores if s.ok], dtype=np.float64)
     lengths = np.array([r.length for r in rollouts], dtype=np.float64)
@@ -76,22 +77,22 @@ def _share(items: Sequence[Any], predicate: Any) -> float:
     return sum(1 for item in items if predicate(item)) / max(len(items), 1)
 
 
-Record = Callable[[int, Mapping[str, float]], None]  # (step, its metrics): keeps them in every sink
+Record = Callable[[int, Mapping[str, float]], None]  # (step, its metrics): writes them to every sink
 
 
 class MetricSink(Protocol):
-    """Keeps one flat mapping a step."""
+    """Stores one flat mapping per step."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one object a step, flushed at once, so a killed run keeps what it measured.
+    """`metrics.jsonl`: one object per step, flushed at once, so that a killed run keeps what it measured.
 
     Args:
-        run_dir: where the file lives.
-        done_steps: rows of later steps are from a life that is being resumed, and are removed; -1: all.
+        run_dir: the folder that holds the file.
+        done_steps: rows of later steps, left over from before a resume, are removed; -1: all rows are.
     """
 
     def __init__(self, run_dir: Path, *, done_steps: int) -> None:
@@ -112,7 +113,8 @@ class JsonlSink:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line that a kill cut short is left out. Raises CheckpointError for another one."""
+    """Rows of metrics.jsonl, without a last line that a kill cut short. Raises CheckpointError for other damaged
+    lines."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         return []
@@ -128,7 +130,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    # NaN is not JSON; null is what readers expect of a quantity that was not measured in a step.
+    # NaN is not JSON; readers expect null for a quantity that was not measured in a step.
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(clean) + "\n"
 
@@ -143,7 +145,7 @@ class TensorBoardSink:
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
-        # Tells TensorBoard to drop what an earlier life wrote after these.
+        # Tells TensorBoard to drop what was written for later steps before a resume.
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=done_steps + 1, session_log=start))
 
@@ -157,10 +159,10 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run; it resumes under the same id.
+    """A W&B run, which resumes under the same id.
 
-    Charts have our `step` as their axis. W&B's own step only grows, and what a resumed run logs at one that was logged
-    before would be dropped.
+    Charts use the training step as their axis. W&B's own step can only grow, so it would drop what a resumed run logs
+    at a step that was logged before.
     """
 
     def __init__(
@@ -180,4 +182,4 @@ class WandbSink:
         self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        self._run.finish(exit_code=1 if sys.exception() else 0)  # W&B has alerts for runs that failed
+        self._run.finish(exit_code=1 if sys.exception() else 0)  # so that W&B can alert on failed runs

@@ -1,6 +1,6 @@
-"""Load a Hugging Face model as a ZeRO-3 module: attention by model and device, MXFP4 checkpoints as bfloat16.
+"""Load a Hugging Face model as a ZeRO-3 module, with attention chosen by model and device, and MXFP4 dequantised.
 
-Left out: the DeepSpeed engine around it (`rl.zero3`), and tokenisation.
+Left out: the DeepSpeed engine around the model (`rl.zero3`), and tokenisation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_attention(requested: str, model_class: type, device: str, dtype: str) -> str:
-    """The attention that `model.attention` means: `auto` is flash attention for bfloat16 on a GPU with the package
-    `flash_attn` or `flash_attn_interface`, else sdpa or eager.
+    """The attention that `model.attention` means: `auto` is flash attention for bfloat16 on a GPU if the package
+    `flash_attn` or `flash_attn_interface` is installed, else sdpa or eager.
 
-    GPT-OSS runs with eager unless asked otherwise: its attention sinks have no sdpa form, and flash attention with
-    sinks needs the `kernels` package.
+    GPT-OSS uses eager unless set otherwise: its attention sinks have no sdpa form, and flash attention with sinks needs
+    the `kernels` package.
     """
     if requested != "auto":
         return requested
@@ -44,7 +44,7 @@ def choose_attention(requested: str, model_class: type, device: str, dtype: str)
 
 
 def attention_of(model: ModelConfig, config: Any, device: str) -> str:
-    """The attention of a model with this transformers configuration. Raises LearnerError where the device has none."""
+    """The attention of a model with this transformers configuration. Raises LearnerError if it cannot run so."""
     attention = choose_attention(model.attention, model_class(config), device, model.dtype)
     if attention.startswith("flash") and device == "cpu":
         raise LearnerError(f"model.attention {attention} runs on GPUs only; set it to auto, sdpa or eager on a CPU")
@@ -59,13 +59,13 @@ def attention_of(model: ModelConfig, config: Any, device: str) -> str:
 
 
 def load_config(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Any:
-    """The transformers configuration of the policy, or of `path`, the value of `key`, in its place. Raises LearnerError
-    if there is none."""
+    """The transformers configuration of the policy, or of another checkpoint at `path`, which comes from `key`. Raises
+    LearnerError if there is none."""
     try:
         return AutoConfig.from_pretrained(
             path or model.path, revision=None if path else model.revision, trust_remote_code=model.trust_remote_code
         )
-    except Exception as error:  # transformers' classes check their values by errors of many types
+    except Exception as error:  # transformers' classes raise errors of many types
         raise LearnerError(
             f"cannot load a model configuration from {path or model.path!r}: {error}; "
             f"give a folder or hub name of a Hugging Face checkpoint as {key}"
@@ -73,12 +73,12 @@ def load_config(model: ModelConfig, path: str | None = None, key: str = "model.p
 
 
 def has_experts(config: Any) -> bool:
-    """Whether a transformers configuration is of a mixture of experts."""
+    """Whether a transformers configuration describes a mixture of experts."""
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def refuse_untrainable(config: Any, path: str) -> None:
-    """Raise LearnerError for the transformers configuration of a checkpoint at `path` that the learner cannot train."""
+    """Raise LearnerError if the learner cannot train the checkpoint at `path` with this transformers configuration."""
     if config.get_text_config() is not config:
         raise LearnerError(
             f"{path!r} is a {config.model_type}, of which the language model is only one part; the learner trains "
@@ -93,13 +93,13 @@ def refuse_untrainable(config: Any, path: str) -> None:
 
 
 def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, path: str | None = None) -> nn.Module:
-    """Load weights, partitioned over the ranks while they are read.
+    """Load the weights, partitioning them over the ranks while reading.
 
     Args:
-        model: the policy; its dtype and attention also hold for `path`.
+        model: the policy's section; its dtype and attention also apply to `path`.
         zero_config: the DeepSpeed configuration that the engine will use.
         device: "cpu" or "cuda".
-        path: another checkpoint (the KL reference) in place of `model.path`.
+        path: another checkpoint (the KL reference) to load instead of `model.path`.
 
     Returns:
         The transformers model. Quantised (MXFP4) checkpoints are dequantised to `model.dtype`.
@@ -115,10 +115,10 @@ def load_model(model: ModelConfig, zero_config: dict[str, Any], *, device: str, 
 def load_value_model(
     model: ModelConfig, zero_config: dict[str, Any], *, device: str, path: str | None = None
 ) -> nn.Module:
-    """A critic: the backbone of a checkpoint with a head of one number a token (`score`, a torch.nn.Linear).
+    """A critic: a checkpoint's backbone with a head that gives one number per token (`score`, a torch.nn.Linear).
 
-    Arguments are those of `load_model`. A causal language model gets a head of zeros, so that its first values are 0; a
-    reward model or an exported critic keeps its own.
+    The arguments are those of `load_model`. A causal language model gets a head of zeros, so that its first values are
+    0; a reward model or an exported critic keeps its head.
 
     Raises:
         LearnerError: the checkpoint lacks more than the head, or the architecture has no token classification form.
@@ -141,7 +141,7 @@ def load_value_model(
 
 
 def _refuse_missing(loaded: nn.Module, missing: set[str], path: str) -> None:
-    """transformers would give them random values."""
+    """Raise LearnerError for missing weights, to which transformers would give random values."""
     if missing:
         raise LearnerError(
             f"{path!r} lacks weights of {type(loaded).__name__}: {', '.join(sorted(missing)[:5])}; "
@@ -158,7 +158,7 @@ def _load(
     path: str | None,
     settings: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, set[str]]:
-    """(the model, the names of the weights that its checkpoint lacks). `settings` overrule the checkpoint's
+    """(the model, the names of the weights that its checkpoint lacks). `settings` override the checkpoint's
     configuration."""
     config = load_config(model, path)
     refuse_untrainable(config, path or model.path)
@@ -171,7 +171,7 @@ def _load(
     }
     for name, value in (settings or {}).items():
         setattr(config, name, value)
-    # transformers partitions what it loads as long as this object lives (it keeps a weak reference).
+    # transformers partitions what it loads while this object is alive (it keeps a weak reference).
     zero3 = HfDeepSpeedConfig(zero_config)
     try:
         model_class, where = _source(auto_class, path or model.path, None if path else model.revision, config)
@@ -192,12 +192,11 @@ def _load(
 
 
 def _refuse_kept_in_float32(loaded: nn.Module, model: ModelConfig, path: str) -> None:
-    """Raise LearnerError where a model needs parameters in float32 beside others in bfloat16: partitions have one
-    dtype."""
+    """Raise LearnerError if a model needs float32 parameters beside bfloat16 ones: partitions have one dtype."""
     patterns = getattr(loaded, "_keep_in_fp32_modules_strict", None) or ()
     if model.dtype == "float32" or not patterns:
         return
-    kept, *_ = build_glob_alternation(sorted(patterns))  # as transformers finds them
+    kept, *_ = build_glob_alternation(sorted(patterns))  # matched as transformers does
     if names := [name for name, _ in loaded.named_parameters() if kept.search(name)]:
         raise LearnerError(
             f"{path!r} keeps {names[0]} (of {len(names)} parameters) in float32, which would be rounded to "
@@ -206,24 +205,24 @@ def _refuse_kept_in_float32(loaded: nn.Module, model: ModelConfig, path: str) ->
 
 
 def _turn_off_dropout(model: nn.Module) -> None:
-    """The update must see the policy that generated: with dropout its ratios would be noise.
+    """The update must see the policy that generated the rollouts: with dropout, ratios would be noise.
 
-    The configuration, which is exported, keeps its values.
+    The configuration keeps its values, because it is exported.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # transformers' attention keeps a number
+        for name, value in vars(module).items():  # transformers' attention stores the rate as a number
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
 def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tuple[Any, dict[str, Any]]:
-    """Whose from_pretrained to call, and what tells it where the weights are: deferred tensors, which a rank reads one
-    parameter at a time.
+    """The class whose from_pretrained to call, and the arguments that give it the weights: as deferred tensors, which a
+    rank reads one parameter at a time.
 
-    transformers reads the path itself where the code is remote, which it finds by the path, and where there is no
-    safetensors file.
+    transformers reads the path itself if the model's code is remote, because it finds that code by the path, or if
+    there is no safetensors file.
     """
     chosen = model_class(config, auto_class)
     method = quantization_method(config)
@@ -239,7 +238,7 @@ def _source(auto_class: Any, path: str, revision: str | None, config: Any) -> tu
 
 
 def model_class(config: Any, auto_class: Any = AutoModelForCausalLM) -> Any:
-    """transformers' class for this configuration; torch.nn.Module where the code is remote: nothing is known of it, so
-    its attention is eager."""
-    known: Any = auto_class._model_mapping  # lazy: it looks like a dict, and imports what is asked for
+    """The transformers class for this configuration; torch.nn.Module if the code is remote: nothing is known about it
+    then, so its attention is eager."""
+    known: Any = auto_class._model_mapping  # a lazy dict, which imports what is looked up
     return known.get(type(config), nn.Module)

@@ -1,7 +1,7 @@
-"""Mixture-of-experts routers under training: recorded experts used again, load and entropy measured, weights frozen.
+"""Mixture-of-experts routers in training: replay recorded experts, measure load and entropy, freeze weights.
 
-Everything happens in forward hooks on the router modules, so the models stay transformers' own. Left out: expert
-parallelism, and recording experts in the sampler (the rollout engine does).
+Replay and measurement are forward hooks on the router modules, so the models stay transformers' own. Left out: expert
+parallelism, and recording experts in the sampler (the rollout engine does that).
 
 Shape legend: N tokens of a micro-batch (padding included), E experts, K experts a token, D layers with a router.
 """
@@ -20,7 +20,7 @@ from rl.errors import LearnerError
 
 
 def _qwen3_moe_scores(router: nn.Module, logits: Tensor, experts: Tensor) -> Tensor:
-    """Softmax over all experts, then the chosen ones, renormalised if the model does so."""
+    """Softmax over all experts, restricted to the chosen ones, and renormalised if the model does so."""
     scores = torch.softmax(logits, dim=-1, dtype=torch.float).gather(-1, experts)
     if router.norm_topk_prob:
         scores = scores / scores.sum(dim=-1, keepdim=True)
@@ -36,7 +36,7 @@ def _gpt_oss_scores(router: nn.Module, logits: Tensor, experts: Tensor) -> Tenso
 
 ROUTED_MODELS = ("qwen3_moe", "gpt_oss")  # the model types with these routers
 
-# Router class -> how it weighs chosen experts. Each router returns (logits [N, E], scores [N, K], experts [N, K]).
+# Router class -> how it weighs chosen experts. A router returns (logits [N, E], scores [N, K], experts [N, K]).
 _SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "Qwen3MoeTopKRouter": _qwen3_moe_scores,
     "GptOssTopKRouter": _gpt_oss_scores,
@@ -45,10 +45,10 @@ _SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 
 @dataclass(slots=True)
 class _Pass:
-    """What one forward pass wants of the routers, and what it saw."""
+    """What one forward pass wants from the routers, and what it saw."""
 
     real: Tensor  # [N] bool, False on padding
-    experts: Tensor | None  # [N, D, K] to use in place of the routers' own choice
+    experts: Tensor | None  # [N, D, K] to use instead of the routers' own choice
     measure: bool
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (logits, experts)
 
@@ -56,7 +56,7 @@ class _Pass:
 class Routers:
     """The routers of one model, in layer order.
 
-    Metrics are of real tokens only and add up over micro-batches (`take_sums`), so they do not depend on the split.
+    Metrics cover real tokens only and add up over micro-batches (`take_sums`), so they do not depend on the split.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str) -> None:
@@ -80,10 +80,10 @@ class Routers:
 
     @contextmanager
     def forward_pass(self, real: Tensor, *, experts: Tensor | None = None, measure: bool = False) -> Iterator[None]:
-        """Within: routers use `experts` ([N, D, K] int64) if given, and are measured if asked.
+        """Inside the context, routers use `experts` ([N, D, K] int64) if given, and are measured if `measure` is set.
 
-        The backward pass must be within too where activations are checkpointed, because their recomputation has to meet
-        the same experts; nothing is measured twice then.
+        With activation checkpointing the backward pass must be inside too, because the recomputation must use the same
+        experts; nothing is then measured twice.
         """
         if experts is not None and experts.shape[1] != len(self._routers):
             raise LearnerError(
@@ -97,11 +97,11 @@ class Routers:
             self._pass = None
 
     def aux_loss(self) -> Tensor:
-        """Load-balancing loss of the forward pass just done (call it within `forward_pass`), mean over layers.
+        """Load-balancing loss of the preceding forward pass (call it inside `forward_pass`), averaged over layers.
 
-        E * sum_e f_e P_e, with f_e the share of tokens sent to expert e (times K) and P_e the mean router probability
-        (Switch Transformer, arXiv 2101.03961, eq. 4-6). It is of this micro-batch: the product of means does not add up
-        over micro-batches.
+        E * sum_e f_e P_e, with f_e the share of tokens sent to expert e (these shares sum to K) and P_e the mean router
+        probability (Switch Transformer, arXiv 2101.03961, eq. 4-6). It belongs to this micro-batch: the product of
+        means does not add up over micro-batches.
         """
         if self._pass is None or not self._pass.seen:
             raise LearnerError("aux_loss must follow a forward pass through the routers, within forward_pass")
@@ -133,8 +133,8 @@ class Routers:
             if current.experts is not None:
                 experts = current.experts[:, layer]
                 scores = _SCORES[type(router).__name__](router, logits, experts)
-            # The second time is the recomputation of checkpointed activations. It must save the same tensors for the
-            # backward pass as the first time, so nothing that saves any happens here.
+            # A second call is the recomputation of checkpointed activations. It must save the same tensors for the
+            # backward pass as the first, so nothing here may save any.
             if layer not in current.seen:
                 current.seen[layer] = (logits, experts)
                 if current.measure:
@@ -155,7 +155,7 @@ class Routers:
 def _probs_and_load(logits: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """(router probabilities, 0 on padding [N, E]; real tokens sent to each expert [E]), float32.
 
-    Neither makes the host wait for the GPU, as picking the real tokens or `bincount` would, in every layer.
+    Neither makes the host wait for the GPU, as selecting the real tokens or `bincount` would in every layer.
     """
     weights = real.to(torch.float)
     probs = torch.softmax(logits, dim=-1, dtype=torch.float) * weights[:, None]
@@ -166,8 +166,9 @@ def _probs_and_load(logits: Tensor, experts: Tensor, real: Tensor) -> tuple[Tens
 def router_metrics(load: Tensor, entropy: Tensor, tokens: int) -> dict[str, float]:
     """Metrics from sums over all micro-batches and ranks.
 
-    load [D, E] and entropy [D] as in `Routers.take_sums`. `router_load_max_over_mean` is the busiest expert's load over
-    the mean one, mean over layers (1 is perfect balance); `router_entropy` is in nats, mean over tokens and layers.
+    load [D, E] and entropy [D] are as in `Routers.take_sums`. `router_load_max_over_mean` is the busiest expert's load
+    over the mean load, averaged over layers (1 is perfect balance); `router_entropy` is in nats, averaged over tokens
+    and layers.
     """
     ratio = load.max(dim=1).values / load.mean(dim=1).clamp_min(1e-12)
     return {

@@ -1,6 +1,6 @@
-"""From log-probabilities of one micro-batch to its share of the loss: the policy objective, and the supervised one.
+"""From one micro-batch's log-probabilities to its share of the loss: the policy objective and the supervised one.
 
-Left out: the losses themselves (`rl.losses`), the forward and backward passes (`rl.learner`).
+Left out: the losses themselves (`rl.losses`), and the forward and backward passes (`rl.learner`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rl.plugins import check_options
 
 
 class Objective(Protocol):
-    """What the learner minimises. Called once a micro-batch; the results of all micro-batches and ranks add up."""
+    """What the learner minimises. Called once per micro-batch; the results of all micro-batches and ranks add up."""
 
     entropy_grad: bool  # whether gradients must flow through the entropy
     split_invariant: bool  # False: one micro-batch must hold the whole mini-batch
@@ -45,7 +45,7 @@ class Objective(Protocol):
 
 
 class PolicyObjective:
-    """Policy loss + KL penalty - entropy bonus, as `algorithm` says."""
+    """Policy loss + KL penalty - entropy bonus, as configured by `algorithm`."""
 
     def __init__(self, algorithm: AlgorithmConfig, fixed_length: int) -> None:
         self._algorithm = algorithm
@@ -101,7 +101,7 @@ class PolicyObjective:
             raise LearnerError("algorithm.kl.placement is loss, but samples carry no ref_logprobs; annotate them first")
         assert rollout is not None  # every sample has them
         if old is None:
-            old = logprobs.detach()  # one optimizer step a batch: the current policy is the old one
+            old = logprobs.detach()  # one optimizer step per batch: the current policy is the old one
         mask = loss_mask(samples, device)
         _measure_difference(old, rollout, mask, samples, micro, sums)
         weights, correction = rollout_weights(
@@ -124,7 +124,7 @@ class PolicyObjective:
 
 
 class SupervisedObjective:
-    """Negative log-likelihood, mean over all response tokens."""
+    """Negative log-likelihood, averaged over all response tokens."""
 
     entropy_grad = False
     split_invariant = True
@@ -148,7 +148,7 @@ _CORRECTION = "rollout_correction:"  # sums that only `correction_metrics` reads
 
 
 def correction_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The rollout correction's metrics from the plain sums of a `MetricSums`; empty without any."""
+    """The rollout correction's metrics from the plain sums of a `MetricSums`; empty if it has none of them."""
     mine = {name.removeprefix(_CORRECTION): value for name, value in sums.items() if name.startswith(_CORRECTION)}
     return rollout_metrics(mine) if mine else {}
 
@@ -165,14 +165,15 @@ def flat(samples: Sequence[TrainSample], name: str, device: torch.device) -> Ten
 
 
 def loss_mask(samples: Sequence[TrainSample], device: torch.device) -> Tensor:
-    """[T] bool of all samples."""
+    """[T] bool: the loss masks of all samples."""
     return torch.from_numpy(np.concatenate([s.loss_mask for s in samples])).to(device)
 
 
 def _measure_difference(
     old: Tensor, rollout: Tensor, mask: Tensor, samples: Sequence[TrainSample], micro: MicroBatch, sums: MetricSums
 ) -> None:
-    """|rollout - learner| over loss tokens of samples that were generated with the learner's own weights."""
+    """Measure |rollout - learner| over loss tokens of samples that were generated with the learner's current
+    weights."""
     fresh = torch.tensor([s.policy_lag == 0 for s in samples], device=old.device)[micro.sequence_index]
     chosen = mask & fresh
     difference = torch.where(chosen, (old - rollout).abs(), torch.zeros_like(old))

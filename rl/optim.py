@@ -18,14 +18,14 @@ from rl.config import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters. Vectors (norms, attention sinks) and biases are not decayed.
 
-    adamw is torch's fused kernel, which works on GPUs and CPUs alike (so on offloaded states too); sgd has no momentum.
+    adamw is torch's fused kernel, which works on GPUs and CPUs (and so on offloaded states); sgd has no momentum.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Under ZeRO-3 a parameter's own shape is empty; its whole shape is ds_shape. The biases of all experts are
-            # one matrix in GPT-OSS.
+            # Under ZeRO-3 a parameter's own shape is empty, and ds_shape is its whole shape. In GPT-OSS the biases of
+            # all experts form one matrix.
             is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias")
             (decayed if is_matrix else others).append(parameter)
     groups = [
@@ -39,10 +39,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """Learning rate over `config.lr` as a function of the optimizer steps already taken.
+    """The learning rate relative to `config.lr`, as a function of the optimizer steps already taken.
 
-    Warm-up is linear and reaches 1 at step `warmup_steps`; step 0 already moves (factor 1 / (warmup_steps + 1)). Then
-    constant, or linear or cosine decay to `min_lr_ratio` after the last of `total_steps`, which still moves.
+    Warm-up is linear and reaches 1 at step `warmup_steps`; step 0 already has a positive rate, 1 / (warmup_steps + 1).
+    The rate is then constant, or decays linearly or as a cosine to `min_lr_ratio`, which it would reach one step after
+    the last of `total_steps`.
     """
     warmup, floor = config.warmup_steps, config.min_lr_ratio
 

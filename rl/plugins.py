@@ -1,6 +1,6 @@
-"""Loading users' own code by module name or file; the errors for a name that nobody registered, and for options.
+"""Load users' own code by module name or file; errors for unregistered names and for unknown options.
 
-Left out: the registries; importing a plugin is what makes it register.
+Left out: the registries; plugins register themselves when they are imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rl.errors import ConfigError
 def load_plugins(paths: Iterable[str]) -> None:
     """Import each plugin: a module name, or the path of a .py file. Loading one twice does nothing.
 
-    Errors: ConfigError that names the plugin, when it is not found or raises while it is imported.
+    Raises ConfigError, naming the plugin, if it is not found or its import fails.
     """
     for path in paths:
         if path.endswith(".py") and not Path(path).expanduser().is_file():
@@ -37,20 +37,20 @@ def load_plugins(paths: Iterable[str]) -> None:
 
 
 def import_user_code(location: str) -> ModuleType:
-    """The module of this name, also in the working directory, or of this .py file; its folder is importable then.
+    """Import a module by name (the working directory is searched too) or a .py file, whose folder becomes importable.
 
-    Raises whatever the code raises, and what Python raises when there is none.
+    Raises whatever the code raises, or Python's own error if there is no such module.
     """
     if not location.endswith(".py"):
         _make_importable(Path.cwd())
         return importlib.import_module(location)
     path = Path(location).expanduser().absolute()
-    # The name depends on the whole path, so that two files of the same name do not take each other's place.
+    # The module name depends on the whole path, so that two files of the same name do not replace each other.
     name = f"fledge_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # of a file that ends in .py
+    assert spec is not None and spec.loader is not None  # holds for a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     _make_importable(path.parent)
@@ -63,13 +63,13 @@ def import_user_code(location: str) -> ModuleType:
 
 
 def _make_importable(folder: Path) -> None:
-    """At the end of the path, so that it never hides an installed package."""
+    """Add a folder at the end of the path, so that it never hides an installed package."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that is not registered, with the nearest ones."""
+    """The error for a name that is not registered, with the most similar ones."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"available are {', '.join(names)}"

@@ -1,6 +1,6 @@
-"""Do the rollout workers hold the learner's weights? Compares both sides' log-probabilities on the same tokens.
+"""Check that the rollout workers serve the learner's weights, by log-probabilities on the same tokens.
 
-Digests prove what arrived; this proves what is served, whatever the engine did while it loaded. Left out: the transfer.
+Digests prove what arrived; this proves what is served, whatever the engine did while loading. Left out: the transfer.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ class AgreementBounds:
 
     @classmethod
     def for_dtype(cls, dtype: str, mean: float | None = None, *, experts: bool = False) -> AgreementBounds:
-        """float32 agrees to rounding. bfloat16 differs by anything on a rare token; in the mean by 0.002 in tiny models
-        and 0.01 to 0.04 in dense ones of 4 B to 7 B parameters (as users of other systems report), and by more where
-        rounding flips the choice of `experts`. Another bound of the mean moves float32's maximum with it."""
+        """The bounds for a dtype; `mean` replaces the default bound on the mean, and float32's maximum is ten times
+        that.
+
+        float32 agrees up to rounding. In bfloat16 a rare token can differ by any amount; the mean is 0.002 in tiny
+        models, 0.01 to 0.04 in dense ones of 4 B to 7 B parameters (as users of other systems report), and more where
+        rounding flips the choice of `experts`.
+        """
         if dtype == "float32":
             return cls(mean=mean or 1e-4, maximum=10 * (mean or 1e-4))
         return cls(mean=mean or (0.3 if experts else 0.1), maximum=float("inf"))
@@ -39,7 +43,7 @@ class WeightProbe:
     """Checks every rollout worker against the learners.
 
     Args:
-        every: syncs between probes after the first; 0 means never.
+        every: probe the first sync and then every sync whose number is a multiple of this; 0: never.
         bounds: what counts as agreement.
     """
 
@@ -50,14 +54,17 @@ class WeightProbe:
         self._owed = False
 
     def due(self) -> bool:
-        """Count one sync; True when it is to be probed, or an earlier one still is."""
+        """Count one sync; True if it should be probed, or if a probe that an earlier one needed has not yet run."""
         self._syncs += 1
         self._owed |= self.every > 0 and (self._syncs == 1 or self._syncs % self.every == 0)
         return self._owed
 
     def pairs(self, rollouts: RolloutBatch) -> list[TokenPair]:
-        """The texts to compare: the first rollouts that say something, cut to _MAX_TOKENS of the response, and without
-        their last one: an engine that scores a text generates another token, for which a full context has no room."""
+        """The token sequences to compare: the first non-empty rollouts, cut to _MAX_TOKENS response tokens.
+
+        Each loses its last token (unless it is the only one), because an engine that scores a text also generates one
+        more token, for which a full context has no room.
+        """
         chosen = [r for r in rollouts.rollouts if r.length][:_NUM_SEQUENCES]
         lengths = [min(max(r.length - 1, 1), _MAX_TOKENS) for r in chosen]
         return [
@@ -68,10 +75,12 @@ class WeightProbe:
     def check(
         self, pairs: Sequence[TokenPair], rollout_pool: RolloutPool, learners: Learners, *, policy_version: int
     ) -> dict[str, float]:
-        """Compare; returns the differences as metrics, none where every response was empty: the next sync is probed.
+        """Compare, and return the differences as metrics.
+
+        Without `pairs` (every response was empty) there are no metrics, and the next sync is probed instead.
 
         Raises:
-            WeightSyncError: a worker's mean or maximal difference is outside the bounds (or not a number).
+            WeightSyncError: a worker's mean or maximum difference exceeds its bound (or is not a number).
         """
         if not pairs:
             return {}

@@ -1,4 +1,4 @@
-"""How a checkpoint says that it is quantised. Left out: dequantising (`rl.deferred`), and serving it (`rollout`)."""
+"""How a checkpoint declares its quantisation. Left out: dequantising (`rl.deferred`) and serving (`rollout`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ MXFP4 = "mxfp4"
 
 
 def quantization_method(config: Any) -> str | None:
-    """The method that a checkpoint's transformers configuration names, for example "mxfp4"; None: not quantised."""
+    """The quantisation method in a checkpoint's transformers configuration, for example "mxfp4"; None: not
+    quantised."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None

@@ -1,5 +1,5 @@
 """A training run: the loop, and what happens around its steps (resume, probe, metrics, samples, evaluation,
-checkpoints). Left out: processes and placement (`launch`), and what a step is (`rl.controller`).
+checkpoints). Left out: processes and placement (`launch`), and the step itself (`rl.controller`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DIFF_MAX = "rollout/logprob_diff_max"
 
 
 class Display(Protocol):
-    """Shows people where the run is."""
+    """Shows people the progress of the run."""
 
     def message(self, text: str) -> None: ...
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -34,7 +34,7 @@ class Display(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """When things happen."""
+    """How long the run is, and when it saves, evaluates and writes samples."""
 
     run_dir: Path
     total_steps: int
@@ -50,13 +50,14 @@ class RunPlan:
 
 
 def row_is_whole(plan: RunPlan, step: int) -> bool:
-    """Whether the row of a step was written, with its evaluation: a step is saved before either."""
+    """Whether a step's row was written, including its evaluation. A crash can prevent both, because a step is saved
+    first."""
     row = next((row for row in read_metrics(plan.run_dir) if row["step"] == step), {})
     return bool(row) and (any(name.startswith("eval/") for name in row) or not plan.evaluates_after(step))
 
 
 class TrainingRun:
-    """Runs the plan. Build it, `restore()` if wanted, then `execute()`."""
+    """Runs the plan. Create it, call `restore()` to resume, then `execute()`."""
 
     def __init__(
         self,
@@ -79,9 +80,9 @@ class TrainingRun:
         self.display = display
         self.next_step = 0
         self._open_sinks = open_sinks
-        self._last_row = -1  # last step whose row in the metrics is kept
-        self._owed: dict[str, float] | None = None  # metrics of the step before `next_step`, which has no whole row
-        self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` says beside the learners' part
+        self._last_row = -1  # last step whose metrics row is kept
+        self._owed: dict[str, float] | None = None  # metrics of the last restored step, if its row is not whole
+        self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` holds besides the learners' part
         self._saved_step = 0
         self._is_saving = False
         self._told_of: set[RewardStatus] = set()
@@ -137,14 +138,14 @@ class TrainingRun:
                 metrics |= self.controller.surviving_losses(lambda: self._probe(result))
                 self._state["metrics"] = dict(metrics)
         except WeightSyncError:
-            record(done, metrics)  # what led to it, for whoever looks into it
+            record(done, metrics)  # what led to the error, for whoever investigates
             raise
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
-            self._save(done, self._state)  # before the evaluation, so that one which fails costs no step
+            self._save(done, self._state)  # before the evaluation, so that its failure costs no step
         return self._evaluate_and_record(record, metrics)
 
     def _evaluate_and_record(self, record: Record, metrics: dict[str, float]) -> dict[str, float]:
-        """The end of a step: its evaluation, where the plan has one, and its row."""
+        """Finish a step: evaluate, if the plan says so, and record its row."""
         done = self.next_step
         try:
             if self.plan.evaluates_after(done):
@@ -163,10 +164,11 @@ class TrainingRun:
         )
 
     def _check_agreement(self, metrics: Mapping[str, float]) -> None:
-        """On-policy rollouts must have the learner's own log-probabilities; the comparison costs nothing.
+        """Raise WeightSyncError unless rollouts and learner agree on log-probabilities; the comparison costs nothing.
 
-        Where the learner had to skip a step there is nothing to compare: its numbers were not finite, and it bears
-        learner.max_skipped_steps of that."""
+        If the learner had to skip a step and its difference is not finite, there is nothing to compare; up to
+        learner.max_skipped_steps of these are tolerated.
+        """
         mean, maximum = metrics.get(DIFF_MEAN, 0.0), metrics.get(DIFF_MAX, 0.0)
         if not math.isfinite(mean) and metrics.get("learner/skipped_steps", 0.0) > 0:
             return
@@ -181,8 +183,8 @@ class TrainingRun:
         )
 
     def _tell_of_failures(self, result: StepResult, metrics: Mapping[str, float]) -> None:
-        """Of each kind, once: samples without a reward are left out of the loss and of reward/mean, which alone would
-        not say so. Every step counts them in its metrics."""
+        """Report each kind of scoring failure once: samples without a reward are left out of the loss and of
+        reward/mean, which would not show it. The metrics count them in every step."""
         scores = result.scored.scores
         failed = Counter((s.status, s.error) for s in scores if not s.ok and s.status is not RewardStatus.SKIPPED)
         for (status, error), _ in failed.most_common():
@@ -208,7 +210,7 @@ class TrainingRun:
         metrics = evaluator.evaluate(samples, label, surviving=self.controller.surviving_losses)
         self.display.message(
             f"evaluation {label}: "
-            # Of each set as a whole: there may be dozens of data sources.
+            # Only the sets as a whole: there may be dozens of data sources.
             + ", ".join(
                 f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if "@" in k and k.count("/") == 2
             )
@@ -225,12 +227,12 @@ class TrainingRun:
         self.display.message(f"checkpoint {path}")
 
     def _save_what_was_learned(self, *, interrupted: bool) -> None:
-        """Where rollouts or rewards fail for good, or somebody interrupts, the learners are well, and what they learned
-        since the last checkpoint is kept. Of a step that ended after its update the metrics of the update are known."""
+        """Save what the learners learned since the last checkpoint: they are intact when rollouts or rewards fail for
+        good, or after an interrupt. For a step that broke off after its update, only the update's metrics are known."""
         controller = self.controller
         if controller.steps_learned == self._saved_step and not controller.learners.is_updating:
             return
-        if self._is_saving:  # the learners still write what was interrupted, and another save would meet them there
+        if self._is_saving:  # the learners are still writing the interrupted checkpoint, and another save would collide
             return
         if interrupted:
             self.display.message("saving what was learned before stopping; interrupt again to stop at once")
@@ -241,5 +243,5 @@ class TrainingRun:
                 self._check_agreement(update.metrics)
                 self._state = self._run_state(update.metrics)
             self._save(step, self._state)
-        except (FledgeError, OSError) as error:  # not in the place of what ended the run
+        except (FledgeError, OSError) as error:  # must not replace the error that ended the run
             self.display.message(f"the steps since the last checkpoint could not be saved: {error}")

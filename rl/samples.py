@@ -1,4 +1,4 @@
-"""Prompts, responses and rewards on disk, one JSONL file a step. Left out: choosing what to show people."""
+"""Write prompts, responses and rewards to disk, one JSONL file per step. Left out: choosing what to show people."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rl.batch import ScoredBatch
 
 
 def write_samples(path: Path, scored: ScoredBatch, *, limit: int | None = None) -> None:
-    """Write the first `limit` samples (all without one) to `path`, one JSON object a line."""
+    """Write the first `limit` samples (None: all) to `path`, one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = list(zip(scored.batch.rollouts, scored.scores, strict=True))[:limit]
-    # A lone surrogate is no UTF-8, but as a JSON escape it can be written and read.
+    # A lone surrogate is not valid UTF-8, but it can be written and read as a JSON escape.
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for rollout, score in pairs:
             prompt = scored.batch.prompt_of(rollout)

@@ -1,13 +1,13 @@
-"""Attention in which sequences with equal prompts share them, so that a group's prompt is computed once.
+"""Attention for sequences that share equal prompts, so that a group's prompt is computed once.
 
-A micro-batch is one row: each distinct prompt, then what follows it in each of its sequences, side by side. Everything
-but attention looks at tokens one by one and needs to know nothing of that. Attention gathers each sequence whole, in
-tables of similar length, and is plain causal attention over them; of a shared prompt one sequence's result is used.
+A micro-batch is one row: each distinct prompt, followed by the responses of all its sequences side by side. Everything
+but attention works token by token and is unaffected. Attention gathers each whole sequence into tables of similar
+length and runs plain causal attention over them; for a shared prompt, the result of one of its sequences is used.
 Log-probabilities and gradients are those of the sequences alone, because a causal prompt never sees what follows it.
-Attention over the prompt is not shared ("Prefix Grouper", arXiv 2506.05433, does), which would take masks.
+The attention over a prompt itself is not shared (unlike in "Prefix Grouper", arXiv 2506.05433), which would take masks.
 
-Left out: which sequences go together (`rl.batching`) and the row's tensors (`rl.layouts`). Attention sinks have no form
-here, so GPT-OSS cannot use it.
+Left out: which sequences go together (`rl.batching`) and the row's tensors (`rl.layouts`). Attention sinks are not
+supported, so GPT-OSS cannot use this layout.
 
 Shape legend: L tokens of the row, s sequences of a table, n positions of its longest one, H heads (K of keys and
 values), D head size.
@@ -33,24 +33,24 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from rl.errors import LearnerError
 
 ATTENTION = "fledge_shared_prefix"  # the name under which transformers knows `attention`
-_SHORTEST = 0.8  # of a table's longest sequence; attention pays at most 1 / 0.8^2 for padding
+_SHORTEST = 0.8  # of a table's longest sequence; padding costs attention at most 1 / 0.8^2
 
 Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefixes:
-    """Where the sequences of a row lie in it."""
+    """The places of a row's sequences within the row."""
 
-    tables: tuple[Tensor, ...]  # of [s, n] int64 places in the row; behind a sequence's end 0, which nothing reads
-    results: Tensor  # [L] int64: a token's place among those of all tables, one after the other
+    tables: tuple[Tensor, ...]  # [s, n] int64 places in the row; 0, never read, after a sequence's end
+    results: Tensor  # [L] int64: each token's place in the concatenated, flattened tables
 
 
 def shared_prefixes(sequences: Sequence[Places], tensor: Callable[[npt.NDArray[Any]], Tensor]) -> SharedPrefixes:
-    """From the places of each sequence's tokens in the row, whatever part of them sequences have in common.
+    """Build the tables from the places of each sequence's tokens in the row, which sequences may share in any part.
 
     Args:
-        sequences: [n] places of each, in the order of its tokens.
+        sequences: [n] places of each sequence, in the order of its tokens.
         tensor: puts an array on the device.
     """
     results = np.zeros(max(int(places.max()) for places in sequences) + 1, dtype=np.int64)
@@ -68,7 +68,7 @@ def shared_prefixes(sequences: Sequence[Places], tensor: Callable[[npt.NDArray[A
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in tables of similar length, each longest first."""
+    """Indices grouped into tables of similar length, each longest first."""
     tables: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if not tables or lengths[index] < _SHORTEST * lengths[tables[-1][0]]:
@@ -97,19 +97,19 @@ def attention(  # noqa: PLR0913 - transformers' interface
         query: [B, H, L, D].
         key: [B, K, L, D].
         value: [B, K, L, D].
-        attention_mask: None; transformers makes none for an attention that it does not know. A model that brings one
-            says more by it than causality (which tokens it chose to look at, say).
-        scaling: of the scores.
-        dropout: of the attention weights.
+        attention_mask: must be None; transformers creates none for an attention that it does not know. A model that
+            passes one means more than causality by it (for example, which tokens it chose to look at).
+        scaling: scale of the scores.
+        dropout: dropout rate of the attention weights.
         sliding_window: a token sees itself and the window - 1 tokens before it.
-        shared_prefixes: of a row (B is 1); without it, rows are plain sequences, padded on the right.
-        others: what transformers passes besides.
+        shared_prefixes: the places in a single row (B is 1); without it, rows are plain sequences, padded on the right.
+        others: what else transformers passes.
 
     Returns:
         ([B, L, H, D], None).
 
     Raises:
-        LearnerError: the model wants scores of another form.
+        LearnerError: the model needs another form of attention (a mask, sinks, a soft cap, or later tokens).
     """
     _refuse_more_than_causality(module, attention_mask, others)
     groups = query.shape[1] // key.shape[1]
@@ -147,11 +147,11 @@ def _refuse_more_than_causality(module: nn.Module, attention_mask: Tensor | None
 
 
 def windows_in_masks(config: Any, model_class: type) -> bool:
-    """Whether layers that see a window, or a chunk, are told of it by their masks alone, which sharing does without.
+    """Whether layers that see a window or a chunk learn of it only from their masks, which sharing does not use.
 
     Args:
-        config: transformers'.
-        model_class: whose module holds the attention of such models.
+        config: the model's transformers configuration.
+        model_class: the model's class; its module is searched for attention that passes sliding_window itself.
     """
     if getattr(config, "attention_chunk_size", None) is not None:
         return True
@@ -162,7 +162,7 @@ def windows_in_masks(config: Any, model_class: type) -> bool:
 
 
 def use_shared_prefixes(model: Any) -> None:
-    """Let a model with sdpa attention take `shared_prefixes` among its inputs. Raises LearnerError for another one."""
+    """Let a model with sdpa attention take `shared_prefixes` among its inputs. Raises LearnerError if it cannot."""
     config = model.config
     refuse_unshareable(
         config.model_type, config._attn_implementation, windows_in_masks=windows_in_masks(config, type(model))
@@ -173,7 +173,7 @@ def use_shared_prefixes(model: Any) -> None:
 
 @contextmanager
 def own_attention(model: Any) -> Iterator[None]:
-    """Within: a model that shares prompts attends by itself, with sdpa."""
+    """Inside the context, a model that shares prompts uses plain sdpa attention instead."""
     if model.config._attn_implementation != ATTENTION:
         yield
         return
@@ -185,7 +185,7 @@ def own_attention(model: Any) -> Iterator[None]:
 
 
 def refuse_unshareable(model_type: str, attention: str, *, windows_in_masks: bool = False) -> None:
-    """Raise LearnerError where prompts cannot be shared; `windows_in_masks` is the function's answer."""
+    """Raise LearnerError if prompts cannot be shared; `windows_in_masks` is the result of the function of that name."""
     if windows_in_masks:
         raise LearnerError(
             f"prompts cannot be shared with the attention windows of {model_type}; set learner.layout to bucketed or "
@@ -199,7 +199,7 @@ def refuse_unshareable(model_type: str, attention: str, *, windows_in_masks: boo
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[1, 1, length, length], True where a query may look; None where nothing but causality limits it."""
+    """[1, 1, length, length], True where a query may look; None if only causality limits it."""
     if window is None or length <= window:
         return None
     index = torch.arange(length, device=device)

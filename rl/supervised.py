@@ -1,4 +1,4 @@
-"""A supervised run: worked examples through the same learner, with resume. Left out: data loading and processes."""
+"""A supervised run: the same learner trained on worked examples, with resume. Left out: data loading and processes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class SupervisedLearners(Protocol):
 
 
 class SupervisedRun:
-    """Epochs of shuffled batches; one optimizer step a batch. The last, smaller batch of an epoch is used too.
+    """Epochs of shuffled batches; one optimizer step per batch. An epoch's last, smaller batch is used too.
 
     Args:
-        examples: of every epoch.
-        epochs, batch_size: how often, and how many examples a step.
-        seed: of the order, which depends on (seed, epoch) alone.
+        examples: the examples that every epoch passes over.
+        epochs, batch_size: passes over the examples, and examples per step.
+        seed: determines the order, which depends only on (seed, epoch).
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SupervisedRun:
         """Load the newest complete checkpoint; False when there is none.
 
         Raises:
-            CheckpointError: it is of another configuration, or of other examples.
+            CheckpointError: it cannot be read, or belongs to another configuration or other examples.
         """
         found = self._checkpoints.resume()
         if found is None:
@@ -101,7 +101,7 @@ class SupervisedRun:
         return metrics
 
     def _record(self, record: Record, result: UpdateResult) -> dict[str, float]:
-        """The end of a step."""
+        """Finish a step: record and show its metrics."""
         metrics = {**result.metrics, "time/step_s": result.seconds}
         self.next_step += 1
         record(self.next_step, metrics)
@@ -109,10 +109,10 @@ class SupervisedRun:
         return metrics
 
     def _save_what_was_learned(self, record: Record) -> None:
-        """After an interrupt, which may have found the learners in an update."""
+        """Save after an interrupt, which may have left an update unfinished."""
         if self.next_step == self._saved_step and not self._learners.is_updating:
             return
-        if self._is_saving:  # the learners still write what was interrupted, and another save would meet them there
+        if self._is_saving:  # the learners are still writing the interrupted checkpoint, and another save would collide
             return
         self._display.message("saving what was learned before stopping; interrupt again to stop at once")
         try:
@@ -120,7 +120,7 @@ class SupervisedRun:
             if update is not None and update.policy_version > self.next_step:
                 self._record(record, update)
             self._save()
-        except (FledgeError, OSError) as error:  # not in the place of the interrupt
+        except (FledgeError, OSError) as error:  # must not replace the interrupt
             self._display.message(f"the steps since the last checkpoint could not be saved: {error}")
 
     def _batch(self, step: int) -> TrainBatch:
@@ -154,6 +154,6 @@ def _train_sample(example: SftExample) -> TrainSample:
         prompt_ids=example.prompt_ids,
         response_ids=example.response_ids,
         loss_mask=np.ones(length, dtype=np.bool_),
-        advantages=np.zeros(length, dtype=np.float32),  # the supervised loss has no use for these two
+        advantages=np.zeros(length, dtype=np.float32),  # the supervised loss does not use these two
         rollout_logprobs=np.zeros(length, dtype=np.float32),
     )

@@ -1,9 +1,9 @@
-"""verl's advantage estimators and policy losses under `verl:NAME`, users' registrations in verl included.
+"""verl's advantage estimators and policy losses as `verl:NAME`, including those that users register in verl.
 
-The only importer of verl, which takes seconds and is done on first use. verl works on padded matrices, and its losses
-return one number; here samples are padded and unpadded, and the loss is taken apart into a loss per token, so that
-masks, denominators and rollout weights are ours. What verl would compute wrongly here is refused. Left out: verl's
-trainers. Written against verl 0.9.1.
+verl is imported on first use, because that takes seconds. It works on padded matrices, and its losses return one
+number; here samples are padded and unpadded, and the loss is taken apart into a loss per token, so that masks,
+denominators and rollout weights are Fledge's own. What verl would compute wrongly here is refused. Left out: verl's
+trainers, and Fledge's learner as verl's engine (`rl.verl_engine`). Written against verl 0.9.1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rl.errors import ConfigError, LearnerError
 from rl.losses.api import Aggregation, LossInputs, PolicyLossOutput, PolicyLossSpec
 from rl.plugins import unknown_name
 
-# Options of verl's own losses: fields of its ActorConfig or PolicyLossConfig. `clip_ratio` alone has no effect there
-# (the low and the high bound have defaults of their own), so it is not offered.
+# Options of verl's own losses: fields of its ActorConfig or PolicyLossConfig. `clip_ratio` is not offered, because it
+# has no effect there (the low and the high bound have defaults of their own).
 _CLIP = ("clip_ratio_low", "clip_ratio_high")
 _LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
     "vanilla": (*_CLIP, "clip_ratio_c"),
@@ -47,10 +47,10 @@ _REFUSED_LOSSES = {
     "bypass_mode": "it applies a rollout correction of its own, with rollout log-probabilities in place of the old "
     "ones; use algorithm.rollout_correction with the loss ppo_clip or reinforce",
 }
-# They choose tokens, or take a mean, over whatever is in the micro-batch.
+# Losses that choose tokens, or take a mean, over whatever is in the micro-batch.
 _LOOKS_ACROSS = frozenset({"geo_mean", "kl_cov", "clip_cov"})
 _SEQUENCE_MEAN: tuple[Aggregation, ...] = ("sequence_mean_token_mean",)
-# gspo is defined by its paper with this aggregation; sapo and geo_mean ignore the one they are given.
+# gspo's paper defines it with this aggregation; sapo and geo_mean ignore the one they are given.
 _ALLOWED: dict[str, tuple[Aggregation, ...]] = {
     "gspo": _SEQUENCE_MEAN,
     "sapo": _SEQUENCE_MEAN,
@@ -67,16 +67,18 @@ _REFUSED_ADVANTAGES = {
 _DATA = frozenset(
     {"token_level_rewards", "response_mask", "values", "index", "config", "kwargs", "non_tensor_batch", "batch"}
 )
-_DEFAULTS = {"gamma": 1.0, "lam": 1.0}  # of AlgoConfig, for the estimators that have no default of their own
+_DEFAULTS = {"gamma": 1.0, "lam": 1.0}  # AlgoConfig's, for estimators without defaults of their own
 _CONFIG_FIELDS = frozenset({"gamma", "lam", "norm_adv_by_std_in_grpo", "gdpo_reward_keys", "gdpo_reward_weights"})
-# Options that an estimator reads from `config`, and parameters that it takes and does not read.
+# Options that an estimator reads from `config`.
 _CONFIG_OPTIONS: dict[str, tuple[str, ...]] = {
     "reinforce_plus_plus": ("gamma",),
     "grpo_passk": ("norm_adv_by_std_in_grpo",),
     "gdpo": ("gdpo_reward_keys", "gdpo_reward_weights"),
 }
-# They whiten over the mask. Others form scores or lengths with it, and a response out of the loss counts in its group.
+# Estimators that whiten over the mask, which must then be that of the loss. Others compute scores or lengths with it,
+# in which a response that is not in the loss still counts.
 _WHITENS = frozenset({"gae", "gdpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"})
+# Parameters that an estimator takes but does not read.
 _UNUSED_OPTIONS: dict[str, frozenset[str]] = {
     "gpg": frozenset({"alpha", "epsilon"}),
     **dict.fromkeys(("rloo", "rloo_vectorized", "opo", "reinforce_plus_plus_baseline"), frozenset({"epsilon"})),
@@ -85,7 +87,7 @@ _UNUSED_OPTIONS: dict[str, frozenset[str]] = {
 
 @functools.cache
 def core_algos() -> ModuleType:
-    """verl's module of algorithms, with the root logger as it was: `import verl` configures it."""
+    """verl's module of algorithms. The root logger, which `import verl` configures, is restored."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -99,7 +101,7 @@ def core_algos() -> ModuleType:
 
 
 def verl_policy_loss(name: str) -> PolicyLossSpec:
-    """The loss that verl's registry calls `name`. Errors: ConfigError if there is none, or if it cannot be right
+    """The loss that verl's registry calls `name`. Raises ConfigError if there is none, or if it cannot be right
     here."""
     registry: Mapping[str, Callable[..., Any]] = core_algos().POLICY_LOSS_REGISTRY
     if name not in registry:
@@ -117,13 +119,14 @@ def verl_policy_loss(name: str) -> PolicyLossSpec:
 
 
 def _loss_function(name: str, function: Callable[..., Any]) -> Callable[..., PolicyLossOutput]:
-    """The verl loss in the shape of ours, with its options declared. A user's own is tried out on its first batch."""
+    """A verl loss with the interface of Fledge's, and its options declared. A user's own is checked on its first
+    batch."""
     checked = name in _LOSS_OPTIONS
 
     def loss(inputs: LossInputs, **options: Any) -> PolicyLossOutput:
         nonlocal checked
         rows = torch.nonzero(inputs.sequence_sum(torch.ones_like(inputs.logprobs)) > 0).flatten()
-        if len(rows) == 0:  # verl divides by the sum of the mask
+        if len(rows) == 0:  # verl would divide by the sum of the mask
             return PolicyLossOutput(0.0 * inputs.masked(inputs.logprobs))
         call = _LossCall(name, function, inputs, rows, options)
         if not checked:
@@ -139,7 +142,8 @@ def _loss_function(name: str, function: Callable[..., Any]) -> Callable[..., Pol
 
 
 class _LossCall:
-    """One micro-batch in verl's layout: [rows, longest], float mask, sequences without a loss token left out."""
+    """One micro-batch in verl's layout: [rows, longest] with a float mask, without sequences that have no loss
+    token."""
 
     def __init__(
         self, name: str, function: Callable[..., Any], inputs: LossInputs, rows: Tensor, options: Mapping[str, Any]
@@ -150,7 +154,7 @@ class _LossCall:
         column = torch.arange(len(inputs.sequence_index), device=counts.device) - starts[inputs.sequence_index]
         row_of = torch.full_like(counts, -1)
         row_of[rows] = torch.arange(len(rows), device=counts.device)
-        self.used = row_of[inputs.sequence_index] >= 0  # [T] tokens that have a place in the matrix
+        self.used = row_of[inputs.sequence_index] >= 0  # [T] whether a token has a place in the matrix
         self.place = (row_of[inputs.sequence_index][self.used], column[self.used])
         self.shape = (len(rows), int(column[self.used].max()) + 1)
         self.mask = self._pad(inputs.loss_mask.to(inputs.logprobs.dtype))
@@ -161,7 +165,7 @@ class _LossCall:
         return zeros.index_put(self.place, self.inputs.masked(values)[self.used])
 
     def _total(self, weights: Tensor, denominator: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """What verl returns: a sum over tokens, or over the means of sequences, divided by the denominator."""
+        """What verl returns: a sum over tokens, or over sequences' means, divided by the denominator."""
         config = _actor_config(self.options)
         config.global_batch_info.update(
             dp_size=1, batch_num_tokens=denominator, global_batch_size=denominator, loss_scale_factor=1
@@ -178,7 +182,7 @@ class _LossCall:
         return total, metrics
 
     def check_denominators(self) -> None:
-        """Raise LearnerError when a user's loss divides by its own micro-batch in place of the global batch."""
+        """Raise LearnerError if a user's loss divides by its own micro-batch instead of the global batch."""
         with torch.no_grad():
             whole, half = (self._total(torch.ones_like(self.mask), d)[0].item() for d in (1, 2))
         if abs(whole - 2.0 * half) > 1e-6 * max(1.0, abs(whole)):
@@ -191,9 +195,9 @@ class _LossCall:
     def per_token(self) -> PolicyLossOutput:
         """The loss of each token, from a function that returns their sum.
 
-        verl multiplies each token's loss by its `rollout_is_weights` before it sums. So the derivative of the sum by a
-        token's weight is that token's loss, and it stays differentiable by the log-probabilities. The weights of this
-        step's rollout correction are applied afterwards, as in every other loss.
+        verl multiplies each token's loss by its `rollout_is_weights` before summing. So the derivative of the sum with
+        respect to a token's weight is that token's loss, and it can still be differentiated by the log-probabilities.
+        The weights of the rollout correction are applied afterwards, as in every other loss.
         """
         weights = torch.ones_like(self.mask).requires_grad_()
         with torch.enable_grad():
@@ -212,9 +216,9 @@ class _LossCall:
                 f"verl:{self.name} is not a sum over tokens: its loss is {expected:.6g}, but its tokens add up to "
                 f"{found:.6g}"
             )
-        if self.name in ("sapo", "geo_mean"):  # they take the mean over a sequence, and so will our aggregation
+        if self.name in ("sapo", "geo_mean"):  # undo their mean over a sequence, which the aggregation takes
             losses = losses * self.mask.sum(dim=1, keepdim=True)
-        if self.name == "geo_mean":  # and the mean over sequences
+        if self.name == "geo_mean":  # undo its mean over sequences too
             losses = losses * self.shape[0]
         flat = torch.zeros_like(self.inputs.logprobs)
         flat = flat.index_put((torch.nonzero(self.used).flatten(),), losses[self.place])
@@ -241,8 +245,8 @@ def _actor_config(options: Mapping[str, Any]) -> Any:
 
 
 def verl_advantage(name: str) -> AdvantageSpec:
-    """The estimator that verl's registry calls `name`. Errors: ConfigError if there is none, or if it needs data that
-    is not there."""
+    """The estimator that verl's registry calls `name`. Raises ConfigError if there is none, or if it needs data that is
+    not available."""
     registry: Mapping[str, Callable[..., Any]] = core_algos().ADV_ESTIMATOR_REGISTRY
     if name not in registry:
         raise unknown_name("advantage estimator in verl", name, registry)
@@ -282,11 +286,11 @@ def verl_advantage(name: str) -> AdvantageSpec:
 def _advantages(
     name: str, function: Callable[..., Any], inputs: AdvantageInputs, options: Mapping[str, Any]
 ) -> Advantages:
-    """Call verl on the padded samples that have a signal; the others get 0.
+    """Call verl on the padded valid samples; the others get 0.
 
-    Where it whitens, its response_mask is that of the loss, so that no token counts which `mask_truncated` takes out.
-    verl gives the only sample of a group its raw reward as advantage. Where estimators look at groups, such samples are
-    left out here, as our own estimators do.
+    For an estimator that whitens, response_mask is the mask of the loss, so that tokens excluded by `mask_truncated` do
+    not count. verl gives the only sample of a group its raw reward as advantage; for estimators that look at groups,
+    such samples are left out here, as in Fledge's own estimators.
     """
     from verl.trainer.config import AlgoConfig
 
@@ -297,7 +301,7 @@ def _advantages(
         use[use.clone()] = count[group] > 1
     kept = torch.nonzero(use).flatten().tolist()
     mask_of = inputs.in_loss if name in _WHITENS else inputs.valid
-    if int((inputs.lengths * mask_of)[use].sum()) < 2:  # verl's whitening raises
+    if int((inputs.lengths * mask_of)[use].sum()) < 2:  # verl's whitening would raise
         return Advantages(spread_zero(inputs), inputs.values if "values" in parameters else None)
     rewards = inputs.reward_to_tokens()
     data: dict[str, Any] = {
@@ -327,7 +331,8 @@ def _advantages(
 
 
 def _gdpo_data(inputs: AdvantageInputs, use: Tensor, mask: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the reward, which gdpo normalises one by one. Without keys verl falls back to plain GRPO."""
+    """The reward's parts, which gdpo normalises one by one. They must be named: without keys, verl falls back to
+    GRPO."""
     keys = tuple(options.get("gdpo_reward_keys") or ())
     if not keys or any(key not in inputs.reward_parts for key in keys):
         raise ConfigError(

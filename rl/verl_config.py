@@ -1,7 +1,7 @@
-"""verl's configuration as ours: what `rl.verl_engine` makes of it, and what it refuses.
+"""Translate verl's configuration to Fledge's for `rl.verl_engine`, and refuse what it cannot follow.
 
-Reads the objects by their fields and imports nothing of verl. Left out: batches (`rl.verl_engine`). Written against
-verl 0.9.1.
+It reads verl's objects by their fields and imports nothing from verl. Left out: batches (`rl.verl_engine`). Written
+against verl 0.9.1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OPTIMIZERS = {
 
 
 def translate_model(model: Any, engine: Any) -> ModelConfig:
-    """Ours from verl's HFModelConfig and EngineConfig. Raises ConfigError for a dtype that there is not."""
+    """Translate verl's HFModelConfig and EngineConfig. Raises ConfigError for an unsupported dtype."""
     dtype = _DTYPES.get(engine.dtype)
     if dtype is None:
         raise ConfigError(f"the deepspeed engine does not support dtype {engine.dtype!r}; use bfloat16 or float32")
@@ -34,10 +34,10 @@ def translate_model(model: Any, engine: Any) -> ModelConfig:
 
 
 def learner_config(model: Any, engine: Any, optimizer: Any) -> LearnerConfig:
-    """Ours from verl's HFModelConfig, EngineConfig and OptimizerConfig. Raises ConfigError for an unknown optimizer."""
+    """Translate verl's HFModelConfig, EngineConfig and OptimizerConfig. Raises ConfigError for unsupported settings."""
     return LearnerConfig(
         optimizer=OptimizerConfig() if engine.forward_only else _optimizer_config(optimizer),
-        # With padding kept, verl asks for padded rows; without, for whatever is best where the padding is removed.
+        # If verl keeps padding, it asks for padded rows; if it removes padding, the best layout is chosen.
         layout="auto" if engine.use_remove_padding else "bucketed",
         activation_checkpointing=model.enable_gradient_checkpointing,
         offload_parameters=engine.param_offload,
@@ -47,12 +47,13 @@ def learner_config(model: Any, engine: Any, optimizer: Any) -> LearnerConfig:
 
 
 def total_steps(optimizer: Any) -> int:
-    """Length of the learning-rate schedule; verl's trainers set it before the engine starts."""
+    """The length of the learning-rate schedule, which verl's trainers set before the engine starts."""
     return max(optimizer.total_training_steps, 1)
 
 
 def _optimizer_config(optimizer: Any) -> OptimizerConfig:
-    """Ours from verl's; `override_optimizer_config` may hold eps, and fused, which ours always is."""
+    """Translate verl's optimizer section; `override_optimizer_config` may hold eps and fused, which is always on
+    here."""
     chosen = (optimizer.get("optimizer_impl", "torch.optim"), optimizer.get("optimizer", "AdamW"))
     name = _OPTIMIZERS.get(chosen)
     if name is None:
@@ -72,7 +73,7 @@ def _optimizer_config(optimizer: Any) -> OptimizerConfig:
     if warmup is None or warmup <= 0:
         warmup = int(optimizer.lr_warmup_steps_ratio * total_steps(optimizer))
     schedule = optimizer.get("lr_scheduler_type", "constant")
-    # verl's section has every key, also those that its choice of optimizer or schedule does not read.
+    # verl's section has every key, even those that its optimizer or schedule does not read.
     adam = {} if name == "sgd" else {"betas": tuple(optimizer.betas), "eps": eps}
     decay = {} if schedule == "constant" else {"min_lr_ratio": optimizer.get("min_lr_ratio") or 0.0}
     return OptimizerConfig(
@@ -93,7 +94,7 @@ def _overrides(model: Any) -> dict[str, Any]:
 
 
 def refuse_settings(model: Any, engine: Any, checkpoint: Any, world_size: int) -> None:
-    """Raise ConfigError for settings that would change the result and are not followed here."""
+    """Raise ConfigError for settings that would change the result but are not supported here."""
     router_replay, qat = engine.get("router_replay"), engine.get("qat")
     asked = {
         "model.hf_config_path": model.hf_config_path not in (None, model.path),

@@ -1,10 +1,10 @@
 """The ZeRO-3 learner as a training engine of verl: importing this module registers the strategy `deepspeed`.
 
-verl imports it where a configuration says `model.external_lib: rl.verl_engine`; its `TrainingWorker` then drives the
-parts that `rl.learner` is made of. What a batch is, how it is split and which loss is minimised are verl's; loading,
-layouts, log-probabilities, the update, checkpoints and weight export are ours. Left out, and refused where a
-configuration or a batch asks for it: adapters (LoRA), value models, images, distillation from logits, sequence
-parallelism. Nothing here imports it. Written against verl 0.9.1.
+verl imports it if a configuration says `model.external_lib: rl.verl_engine`; its `TrainingWorker` then drives the parts
+that `rl.learner` is made of. verl decides what a batch is, how it is split and which loss is minimised; Fledge does
+loading, layouts, log-probabilities, the update, checkpoints and weight export. Left out, and refused if a configuration
+or a batch asks for it: adapters (LoRA), value models, images, distillation from logits, sequence parallelism. No other
+module of Fledge imports this one. Written against verl 0.9.1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 @EngineRegistry.register(model_type="language_model", backend="deepspeed", device=["cpu", "cuda"])
 class DeepSpeedEngine(BaseEngine):
-    """One rank. Methods are collectives; verl calls them on all ranks in the same order.
+    """One rank of the engine. Methods are collectives; verl calls them on all ranks in the same order.
 
     Args:
         model_config: verl's HFModelConfig.
@@ -52,7 +52,7 @@ class DeepSpeedEngine(BaseEngine):
         checkpoint_config: verl's CheckpointConfig.
 
     Raises:
-        ConfigError: a setting asks for what this engine does not do.
+        ConfigError: a setting asks for something that this engine does not support.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DeepSpeedEngine(BaseEngine):
         self._saved: list[Path] = []
 
     def initialize(self) -> None:
-        """Load the model into a new DeepSpeed engine; an earlier one is freed.
+        """Load the model into a new DeepSpeed engine, freeing an earlier one.
 
         Raises:
             LearnerError: the model cannot be loaded, or the layout would not be exact with its attention.
@@ -80,7 +80,7 @@ class DeepSpeedEngine(BaseEngine):
         if self.engine is not None:
             self.engine.destroy()
         verl, model = self.engine_config, self._model
-        # Not in __init__: verl's trainers complete the optimizer's configuration after it.
+        # Not in __init__, because verl's trainers complete the optimizer's configuration after it.
         config = learner_config(self.model_config, verl, self.optimizer_config)
         init_distributed(self._device_name, config.timeout_s)
         self._device = set_up_process(seed=verl.seed, deterministic=verl.full_determinism, device=self._device_name)
@@ -98,7 +98,7 @@ class DeepSpeedEngine(BaseEngine):
         else:
             self.optimizer = build_optimizer(policy, config.optimizer)
             self.engine = start_engine(policy, zero, optimizer=self.optimizer)
-            # Not DeepSpeed's to step: verl steps it once a batch of rollouts, however many optimizer steps that takes.
+            # Not given to DeepSpeed: verl steps it once per batch of rollouts, however many optimizer steps that takes.
             self.lr_scheduler = build_schedule(self.optimizer, config.optimizer, total_steps(self.optimizer_config))
         check_layout(self.engine, self._head, self._layout, device=self._device, dtype=DTYPES[model.dtype])
 
@@ -131,7 +131,7 @@ class DeepSpeedEngine(BaseEngine):
         return torch.distributed.group.WORLD
 
     def is_mp_src_rank_with_outputs(self) -> bool:
-        """True: every rank is data parallel and has the outputs of its own samples."""
+        """Always True: every rank is data parallel and has the outputs of its own samples."""
         return True
 
     def forward_backward_batch(
@@ -140,18 +140,18 @@ class DeepSpeedEngine(BaseEngine):
         """Run this rank's batch in verl's micro-batches.
 
         Args:
-            data: TensorDict of S rows without padding: jagged `input_ids`, `loss_mask`, and what the loss reads.
-            loss_function: verl's, called as (model_output, data, dp_group); its losses hold the factor dp_size that the
-                averaging over ranks takes away. None: no loss, forward only.
+            data: a TensorDict of S rows without padding: jagged `input_ids`, `loss_mask`, and whatever the loss reads.
+            loss_function: verl's, called as (model_output, data, dp_group); its losses include the factor dp_size,
+                which averaging over ranks cancels. None: no loss, forward only.
             forward_only: no backward pass.
 
         Returns:
-            {"model_output": jagged rows as long as input_ids (of training only if the batch says return_model_output),
-            "loss": one a micro-batch, "metrics": lists}. Position i of `log_probs` and `entropy` is of token i + 1; the
-            last one is 0.
+            {"model_output": jagged rows as long as input_ids (in training only if the batch sets return_model_output),
+            "loss": one per micro-batch, "metrics": lists}. In `log_probs` and `entropy`, position i belongs to the
+            token after position i, and the last position is 0.
 
         Raises:
-            LearnerError: the batch asks for what this engine does not do.
+            LearnerError: the batch asks for something that this engine does not support.
         """
         _refuse_batch(data)
         temperature = _temperature(data)
@@ -176,7 +176,7 @@ class DeepSpeedEngine(BaseEngine):
         self.engine.optimizer.zero_grad()
 
     def optimizer_step(self) -> float:
-        """Step, and return the gradient's norm before clipping; infinite when the step was left out."""
+        """Step, and return the gradient's norm before clipping; it is infinite if the step was skipped."""
         self.engine.step()
         if self.engine.optimizer.overflow:
             _logger.warning("the loss or the gradient is not finite; all ranks skip this optimizer step")
@@ -187,9 +187,9 @@ class DeepSpeedEngine(BaseEngine):
         return float(self.lr_scheduler.get_last_lr()[0])
 
     def get_per_tensor_param(self, **kwargs: Any) -> tuple[Iterator[tuple[str, Tensor]], None]:
-        """(name, whole tensor) in checkpoint names and the engine's dtype, on every rank, gathered 256 MiB at a time.
+        """(checkpoint name, whole tensor in the engine's dtype) on every rank, gathered 256 MiB at a time.
 
-        Iteration is a collective. The second value is verl's adapter configuration, of which there is none.
+        Iteration is a collective. The second value would be verl's adapter configuration; there is none.
         """
         del kwargs  # how to gather an adapter
         source = Zero3WeightSource(self.module, dtype=DTYPES[self._model.dtype], keep="all")
@@ -205,10 +205,11 @@ class DeepSpeedEngine(BaseEngine):
         return self.get_per_tensor_param_shard(**kwargs)
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
-        """What is offloaded is in CPU memory already, and DeepSpeed fetches it layer by layer: nothing is moved.
+        """Move nothing: offloaded states are in CPU memory already, and DeepSpeed fetches them layer by layer.
 
         Raises:
-            LearnerError: to move to the CPU what was not started offloaded, which DeepSpeed cannot do.
+            LearnerError: on a request to move states to the CPU that were not offloaded from the start, which DeepSpeed
+                cannot.
         """
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
         missing = [
@@ -233,11 +234,11 @@ class DeepSpeedEngine(BaseEngine):
         max_ckpt_to_keep: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a sharded checkpoint, and `huggingface/` where checkpoint.save_contents names hf_model.
+        """Write a sharded checkpoint, and `huggingface/` if checkpoint.save_contents includes hf_model.
 
-        Of the checkpoints that this process wrote, the newest `max_ckpt_to_keep` stay.
+        Of the checkpoints that this process has written, only the newest `max_ckpt_to_keep` are kept (None: all).
         """
-        del global_step, kwargs  # in the path; of other strategies
+        del global_step, kwargs  # already in the path; for other strategies
         _refuse_hdfs(hdfs_path)
         directory = Path(local_path)
         save_checkpoint(self.engine, directory, {"schedule": self.lr_scheduler.state_dict()})
@@ -255,7 +256,7 @@ class DeepSpeedEngine(BaseEngine):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = True, **kwargs: Any
     ) -> None:
-        """Continue from `save_checkpoint`. Raises CheckpointError if it is missing or of another number of ranks."""
+        """Continue from a saved checkpoint. Raises CheckpointError if it is missing or from another number of ranks."""
         del del_local_after_load, kwargs  # only copies from HDFS are deleted
         _refuse_hdfs(hdfs_path)
         state = load_checkpoint(self.engine, Path(local_path))
@@ -266,7 +267,7 @@ class DeepSpeedEngine(BaseEngine):
     def _micro_step(
         self, data: Any, temperature: float, loss_function: Callable[..., Any] | None, forward_only: bool
     ) -> dict[str, Any]:
-        """Forward, and backward where there is something to learn, of one micro-batch."""
+        """Forward pass of one micro-batch and, unless `forward_only`, its backward pass."""
         with torch.set_grad_enabled(not forward_only):
             output = self._forward(data, temperature, entropy_grad=not forward_only)
             loss, metrics = torch.zeros((), device=self._device), {}
@@ -277,7 +278,7 @@ class DeepSpeedEngine(BaseEngine):
         return {"model_output": detach_tree(output), "loss": loss.detach().item(), "metrics": metrics}
 
     def _forward(self, data: Any, temperature: float, *, entropy_grad: bool) -> dict[str, Tensor]:
-        """Log-probabilities, and with `calculate_entropy` entropies, of every token but a row's first."""
+        """Log-probabilities (and with `calculate_entropy` entropies) of every token except a row's first."""
         input_ids = data["input_ids"]
         offsets = input_ids.offsets()
         rows = [row.cpu().numpy().astype(np.int32) for row in input_ids.unbind()]
@@ -308,7 +309,7 @@ class DeepSpeedEngine(BaseEngine):
 
 
 class _Mode(BaseEngineCtx):
-    """verl's context of training or evaluation, with the module in that mode within."""
+    """verl's context for training or evaluation, which also puts the module into that mode."""
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -321,7 +322,7 @@ class _Mode(BaseEngineCtx):
 
 
 def _temperature(data: Any) -> float:
-    """The rollout's, by which the logits are divided; greedy rollouts are scored at temperature 1."""
+    """The rollouts' temperature, which divides the logits; greedy rollouts are scored at temperature 1."""
     value = tu.get(data, key="temperature", default=1.0)
     if isinstance(value, Tensor):
         values = value.unique().tolist()

@@ -1,7 +1,6 @@
-"""The Ray learner actors. A `LearnerWorker` is one rank of the ZeRO-3 process group. No mathematics here.
+"""The Ray actors of the learner. A `LearnerWorker` is one rank of the ZeRO-3 process group. No mathematics here.
 
-Left out: their group (`rl.learner_group`), and vLLM; the rollout workers are only handles here, to which rank 0 sends
-weights.
+Left out: their group (`rl.learner_group`), and vLLM; rollout workers are only handles here, to which weights are sent.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ if TYPE_CHECKING:
     from rl.weight_sync.sender import WeightSender
 
 
-_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show what another node wrote
+_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show another node's files
 _LOOK_AGAIN_S = 0.1
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 
 @dataclass(frozen=True, slots=True)
 class SyncSpec:
-    """How rank 0 reaches the rollout workers."""
+    """How weights reach the rollout workers."""
 
     config: SyncConfig
     transport: Transport
@@ -63,27 +62,31 @@ class LearnerSpec:
     deterministic: bool
     device: str  # "cpu" or "cuda"
     total_optimizer_steps: int
-    temperature: float = 1.0  # of the rollouts, because log-probabilities are taken at it
+    temperature: float = 1.0  # of the rollouts; log-probabilities are computed at it
     fixed_length: int = 1  # tokens, the divisor of the fixed_length aggregation
     critic: CriticConfig | None = None
-    sync: SyncSpec | None = None  # None: no rollout worker gets the weights
+    sync: SyncSpec | None = None  # None: weights are not sent to any rollout worker
 
 
 class LearnerWorker:
-    """One rank of the learner, in a Ray actor of its own process."""
+    """One rank of the learner, as a Ray actor in its own process."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
         self._spec: LearnerSpec
-        self._store: TCPStore  # that all ranks meet at, in rank 0
+        self._store: TCPStore  # where all ranks meet; served by rank 0
         self._learner: Learner
         self._sender: WeightSender | None = None
         self._receivers: list[ActorHandle] = []
 
     def meet(self) -> tuple[str, int]:
-        """The address of this rank's node and, of rank 0, the port of the store that the process group meets at. It is
-        served from now on: a port that is only looked for can be another program's once all ranks have loaded torch."""
+        """The address of this rank's node and, for rank 0, the port of the store at which the process group meets (else
+        0).
+
+        The store is served from here on: if a free port were only looked up, another program could take it before all
+        ranks have loaded torch.
+        """
         address = ray.util.get_node_ip_address()
         if self._rank != 0:
             return address, 0
@@ -93,20 +96,20 @@ class LearnerWorker:
         return address, self._store.port
 
     def start(self, spec: LearnerSpec, address: tuple[str, int], *, ranks_here: int) -> Layout:
-        """Join the process group and load the model; the layout of its micro-batches.
+        """Join the process group and load the model; returns the layout of its micro-batches.
 
         Args:
-            spec: of all ranks.
-            address: of the store.
-            ranks_here: of this node, which share its cores.
+            spec: the same for all ranks.
+            address: host and port of the store.
+            ranks_here: number of ranks on this node, which share its cores.
         """
         os.environ.update(
             RANK=str(self._rank),
             WORLD_SIZE=str(self._world_size),
-            LOCAL_RANK="0",  # Ray shows each actor its own GPU only
+            LOCAL_RANK="0",  # Ray shows each actor only its own GPU
             MASTER_ADDR=address[0],
             MASTER_PORT=str(address[1]),
-            TORCHELASTIC_USE_AGENT_STORE="True",  # torchrun's: the store is served already
+            TORCHELASTIC_USE_AGENT_STORE="True",  # torchrun's; the store is already being served
         )
         import torch
 
@@ -117,7 +120,7 @@ class LearnerWorker:
         self._spec = spec
         if spec.algorithm is not None:
             load_plugins(spec.algorithm.plugins)
-        if spec.device == "cpu" or spec.learner.offload_optimizer:  # Ray leaves an actor one thread
+        if spec.device == "cpu" or spec.learner.offload_optimizer:  # Ray gives an actor one thread
             threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks_here)
             torch.set_num_threads(threads)
         learner_class = Learner if spec.critic is None else partial(LearnerWithCritic, critic=spec.critic)
@@ -135,7 +138,8 @@ class LearnerWorker:
         return self._learner.layout
 
     def leave_mark(self, directory: str) -> bool:
-        """Write a file with this rank's number into a directory that the driver has made; False: it is not there."""
+        """Create a file named after this rank in a directory that the driver has made; False if that does not
+        appear."""
         path, deadline = Path(directory), time.monotonic() + _SHARED_FILES_TIMEOUT_S
         while not path.is_dir():
             if time.monotonic() > deadline:
@@ -160,7 +164,7 @@ class LearnerWorker:
         return result
 
     def publish_weights(self, receivers: Sequence[ActorHandle]) -> WeightVersion:
-        """Send the weights to every rollout worker; a collective over the ranks."""
+        """Send the weights to every rollout worker. A collective over the ranks."""
         if self._sender is None or list(receivers) != self._receivers:
             self._sender, self._receivers = self._connect(receivers), list(receivers)
         self._leave_room()
@@ -169,8 +173,9 @@ class LearnerWorker:
         return version
 
     def _leave_room(self) -> None:
-        """An engine on the same GPU cannot have what torch only caches here; vLLM counts on finding it free, one that
-        is started anew too. (Over NCCL each has GPUs of its own.)"""
+        """Release cached memory for an engine on the same GPU, which cannot use what torch only caches here; vLLM,
+        including a newly started engine, expects to find it free. (Over NCCL learners and engines have separate
+        GPUs.)"""
         sync = self._spec.sync
         if self._spec.device == "cuda" and sync is not None and sync.transport != "nccl":
             import torch
@@ -188,7 +193,7 @@ class LearnerWorker:
             raise WeightSyncError("this learner was started without rollout workers to send weights to")
         if self._sender is not None:
             self._sender.close()
-            if self._spec.device == "cuda":  # NCCL allocates beside torch, and the cache is as large as the last update
+            if self._spec.device == "cuda":  # NCCL allocates outside torch, whose cache is as large as the last update
                 torch.cuda.empty_cache()
         bucket_bytes = sync.config.bucket_mib << 20
         source = Zero3WeightSource(
@@ -215,7 +220,7 @@ class LearnerWorker:
         self._learner.save_checkpoint(Path(directory))
 
     def load_checkpoint(self, directory: str) -> int:
-        """Returns the policy version that was saved."""
+        """Returns the saved policy version."""
         self._learner.load_checkpoint(Path(directory))
         return self._learner.policy_version
 
@@ -230,12 +235,13 @@ class LearnerWorker:
 
 
 class RayWeightSyncClient:
-    """`rl.weight_sync.api.WeightSyncClient` over rollout actors. Every call waits for all of them, up to a deadline."""
+    """A `rl.weight_sync.api.WeightSyncClient` for rollout actors. Every call waits for all of them, up to a
+    deadline."""
 
     def __init__(self, receivers: Sequence[ActorHandle], timeout_s: float) -> None:
         self._receivers = list(receivers)
         self._timeout_s = timeout_s
-        self._calls: list[Any] = []  # of the call that is running, or of the last one
+        self._calls: list[Any] = []  # Ray references of the current call, or the last one
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init_weight_transfer", init_info)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 as the learner uses it: set-up of the process group, configuration, engines.
+"""DeepSpeed ZeRO-3 as the learner uses it: process group, configuration and engines.
 
 Left out: models (`rl.models`), and what is computed (`rl.learner`).
 """
@@ -16,39 +16,40 @@ from torch import Tensor, nn
 
 from rl.config import LearnerConfig
 
-# Elements of a rank that the optimizer updates at a time, or one parameter's where that has more. DeepSpeed copies
-# their gradients, 4 bytes each, which for its own 1e9 is 4 GB; on a CPU a step takes no longer with less
-# (`benchmarks/update_memory.py`).
+# Elements per rank that the optimizer updates at a time (or a single parameter with more). DeepSpeed copies their
+# gradients at 4 bytes each, which would be 4 GB with its own default of 1e9; on a CPU, a step takes no longer with
+# fewer (`benchmarks/update_memory.py`).
 SUB_GROUP_ELEMENTS = 50_000_000
 
 
 def init_distributed(device: str, timeout_s: float) -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, and let DeepSpeed use it.
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and let DeepSpeed use it.
 
-    torch's own set-up is called first, because DeepSpeed's binds a device to the default group, which can hang a second
-    NCCL group (the one for weight sync; allenai/open-instruct pull request 1311).
+    torch's own initialisation comes first, because DeepSpeed's binds a device to the default group, which can hang a
+    second NCCL group (the one for weight sync; allenai/open-instruct pull request 1311).
     """
     # DeepSpeed calls collectives that torch 2.13 renamed; each call would warn.
     warnings.filterwarnings("ignore", message=".*_into_tensor` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor` is deprecated", category=FutureWarning)
     os.environ.setdefault("LOCAL_RANK", "0")
     if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported: it takes a GPU where there is one
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which would take a GPU if there is one
     if not torch.distributed.is_initialized():
         backend = "gloo" if device == "cpu" else "nccl"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     import deepspeed
     import deepspeed.comm
 
-    # DeepSpeed's shared-memory all-reduce serves inference only, but is compiled when a group starts: a minute, a
-    # compiler, and a lock file that hangs later starts if the process dies meanwhile. Declared incompatible, it is not.
+    # DeepSpeed's shared-memory all-reduce serves only inference, but is compiled when a group starts. That takes a
+    # minute and a compiler, and if the process dies meanwhile, its lock file hangs later starts. Declaring the operator
+    # incompatible prevents the compilation.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
 def set_up_process(*, seed: int, deterministic: bool, device: str) -> torch.device:
-    """Seed torch, choose its deterministic mode, and return this rank's device ("cuda": that of LOCAL_RANK)."""
+    """Seed torch, set its deterministic mode, and return this rank's device (for "cuda", that of LOCAL_RANK)."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     if device == "cuda":
@@ -58,10 +59,10 @@ def set_up_process(*, seed: int, deterministic: bool, device: str) -> torch.devi
 
 
 def training_config(config: LearnerConfig, *, dtype: str, hidden_size: int) -> dict[str, Any]:
-    """DeepSpeed configuration of the policy's engine.
+    """DeepSpeed configuration of an engine that trains (the policy's or the critic's).
 
-    gradient_accumulation_steps is 1 and the learner says where the boundary is, so DeepSpeed never divides a loss.
-    Gradients are summed and kept in float32 whatever the model's dtype is.
+    gradient_accumulation_steps is 1 and the learner sets the boundary itself, so DeepSpeed never divides a loss.
+    Gradients are summed and kept in float32 for every model dtype.
     """
     result = _zero3_config(
         hidden_size=hidden_size, dtype=dtype, offload_parameters=config.offload_parameters, overlap=True
@@ -85,7 +86,8 @@ def inference_config(*, dtype: str, hidden_size: int, offload: bool) -> dict[str
 
 
 def _zero3_config(*, hidden_size: int, dtype: str, offload_parameters: bool, overlap: bool) -> dict[str, Any]:
-    # Elements. Few large collectives cost a GPU least: 1.69 s a step with 4e6, 1.50 s with 50e6 (Qwen3-0.6B, H100).
+    # In elements. Few large collectives are fastest on GPUs: 1.69 s per step with 4e6, 1.50 s with 50e6 (Qwen3-0.6B,
+    # H100).
     least = 50_000_000 if torch.cuda.is_available() else 1_000_000
     bucket = min(max(4 * hidden_size * hidden_size, least), 200_000_000)
     zero: dict[str, Any] = {
@@ -117,10 +119,10 @@ def start_engine(
     optimizer: torch.optim.Optimizer | None = None,
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> Any:
-    """A DeepSpeedEngine over the model; without an optimizer it can only run forward.
+    """A DeepSpeedEngine for the model; without an optimizer it can only run forward.
 
-    A decoder layer is gathered and released as a whole, so that DeepSpeed's hooks run once a layer and not for each of
-    its modules.
+    Each decoder layer is gathered and released as a whole, so that DeepSpeed's hooks run once per layer, not once per
+    module.
     """
     import deepspeed
 
@@ -137,7 +139,7 @@ def start_engine(
 def backward(engine: Any, loss: Tensor) -> None:
     """Backward pass of one micro-batch; the gradients of all ranks are averaged.
 
-    A loss that is not finite may still have finite gradients. DeepSpeed looks at the gradients alone, so they are made
-    NaN, and every rank skips the step.
+    A loss that is not finite may still have finite gradients. DeepSpeed looks only at gradients, so they are made NaN,
+    and every rank skips the step.
     """
     engine.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))

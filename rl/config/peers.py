@@ -149,7 +149,7 @@ PEER_VALUES = {
 
 
 def peer_hint(section: Sequence[str], name: str, places: Callable[[str], Sequence[str]]) -> str:
-    """What a peer's key `name`, found in `section` (ours or the peer's), is called here.
+    """What a peer's key `name`, found in `section` (Fledge's or the peer's), is called here.
 
     `places` gives the keys of a schema by their last part. Empty if `name` is no peer's key, or the schema lacks its
     counterpart.

@@ -58,7 +58,7 @@ class DigestingSource:
 
 
 class TrainerClient:
-    """Adapts our client to vLLM's `VLLMWeightSyncClient`: adds our extra fields, and keeps the engines' digests.
+    """Adapts a `WeightSyncClient` to vLLM's `VLLMWeightSyncClient`: adds fields, and keeps the engines' digests.
 
     vLLM's trainer sees an engine's error only when its own half is done, and over NCCL that half waits for the failed
     engine forever. So `failure` receives the error as well.
@@ -206,7 +206,7 @@ class NcclTransport(GpuTransport):
 
 
 class IpcTransport(GpuTransport):
-    """One packed buffer on the GPU of each learner that shares it with an engine, which maps the buffer."""
+    """One packed buffer on each GPU that a learner shares with an engine, which maps the buffer."""
 
     def __init__(
         self,

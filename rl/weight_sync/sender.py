@@ -104,8 +104,8 @@ class WeightSender:
     def _agree(self, action: Callable[[], T]) -> T:
         """Run `action` on this rank; every rank returns rank 0's result, or raises rank 0's error or else its own.
 
-        A BrokenSyncError, which ends the run, is raised only on the rank where it happened: the others may still be in
-        a gather of the same group, where no verdict would reach them.
+        A BrokenSyncError, which ends the run, is raised only where it happened: the other ranks may still be in a
+        gather of the same group, where no verdict would reach them.
         """
         result: T | None = None
         error: WeightSyncError | None = None
