@@ -21,19 +21,19 @@ _PROMPT_TAIL = 16  # tokens; a generation prompt that opens a think block ends w
 class Answer(NamedTuple):
     """A response, decoded. `answer` is always a part of `text`."""
 
-    text: str  # special tokens left out, except those that mark thinking or channels
-    answer: str  # "" where the response never came to one
+    text: str  # without special tokens, except those that mark thinking or channels
+    answer: str  # "" if the response never reached one
 
 
 class AnswerExtractor:
-    """Decodes responses and finds their final answers, by the chat format that the tokenizer's special tokens show.
+    """Decodes responses and finds their final answers. The tokenizer's special tokens tell which chat format applies.
 
-    - Thinking tags: the answer follows the *last* `</think>`. A `<think>` that is never closed means no answer, also
-      where it was the prompt that opened it. Without any tag the whole text is the answer: right for plain models.
-    - Harmony: the answer is the content of the assistant's last message in the final channel, also one that was cut;
-      analysis and commentary are none. It is found by token id, and no token is ever encoded again.
+    - Thinking tags: the answer follows the *last* `</think>`. A `<think>` that is never closed means no answer, even if
+      the prompt opened it. Without any tag the whole text is the answer, which is right for plain models.
+    - Harmony: the answer is the content of the assistant's last message in the final channel, even if it was cut off;
+      analysis and commentary never count. It is found by token id, and no token is ever encoded again.
 
-    Pickles with its tokenizer. Never raises for what a model wrote; an id outside the vocabulary decodes to nothing.
+    Pickles with its tokenizer. Never raises, whatever a model wrote; an id outside the vocabulary decodes to nothing.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -46,7 +46,7 @@ class AnswerExtractor:
         self._hidden = frozenset(special - {vocabulary[token] for token in kept if token in vocabulary})
 
     def extract(self, prompt_ids: Sequence[int], response_ids: TokenIds) -> Answer:
-        """The response's text and final answer. `prompt_ids` says in what state the response begins."""
+        """The response's text and final answer. `prompt_ids` decides in what state the response begins."""
         ids: list[int] = np.asarray(response_ids, dtype=np.int64).tolist()
         if self._harmony is not None:
             return self._extract_harmony(prompt_ids, ids, self._harmony)
@@ -72,13 +72,13 @@ class AnswerExtractor:
         while end and ids[end - 1] in self._hidden:
             end -= 1
         shown = ids[:end]
-        if not self._hidden.isdisjoint(shown):  # rare, and far cheaper to ask than to filter
+        if not self._hidden.isdisjoint(shown):  # rare, and testing is far cheaper than filtering
             shown = [i for i in shown if i not in self._hidden]
         return self._tokenizer.decode(shown, clean_up_tokenization_spaces=False)
 
 
 def think_answer(text: str, *, prompt_opens: bool = False) -> str:
-    """What follows the last `</think>`, without white space around it; "" inside a block that is never closed.
+    """The text after the last `</think>`, without white space around it; "" if a block is never closed.
 
     Example: "<think>2+2</think> 4" gives "4"; "<think>2+2" gives ""; "4" gives "4", unless the prompt opened a block.
     """

@@ -47,10 +47,10 @@ class GenerationResult:
 
 
 class RolloutEngine(Protocol):
-    """One inference engine with its weights. Methods are coroutines; every one may run beside `generate`."""
+    """One inference engine with its weights. Methods are coroutines; each may run concurrently with `generate`."""
 
     async def start(self) -> None:
-        """Load the model and get ready; once, before anything else. Raises RolloutError."""
+        """Load the model and get ready. Call it once, before anything else. Raises RolloutError."""
         ...
 
     async def generate(
@@ -82,7 +82,7 @@ class RolloutEngine(Protocol):
         ...
 
     async def memory_peak_gib(self) -> float:
-        """The most memory that any of the engine's workers has held: GPU memory where there is one, else its own."""
+        """The peak memory of the engine's largest worker: of GPU memory if it has a GPU, else of the process."""
         ...
 
     async def shutdown(self) -> None: ...

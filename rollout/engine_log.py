@@ -1,4 +1,4 @@
-"""What an engine's processes say on the error output that they share with their owner: vLLM's errors only point to it.
+"""What an engine's processes write to the stderr that they share with their owner; vLLM's exceptions only refer to it.
 
 Left out: showing it while all is well; Ray keeps every worker's output under its session's `logs`.
 """
@@ -10,12 +10,12 @@ import socket
 from pathlib import Path
 
 _ERROR = re.compile(r"^\s*((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt): .*\S)\s*$", re.MULTILINE)
-_TAIL_BYTES = 1 << 20  # every call that a dead engine leaves reads it
+_TAIL_BYTES = 1 << 20  # read again for every call that fails on a dead engine
 _POINTER = re.compile("root cause", re.IGNORECASE)  # "See stack trace for root cause."
 
 
 class EngineLog:
-    """This process's error output from now on, where it is a file (a Ray worker's is)."""
+    """What this process writes to stderr from now on, if stderr is a file (a Ray worker's is)."""
 
     def __init__(self) -> None:
         path = Path("/proc/self/fd/2").readlink()
@@ -23,8 +23,8 @@ class EngineLog:
         self._start = path.stat().st_size if self._path else 0
 
     def explain(self) -> str:
-        """For the end of an error message: the engine's last own error, and where to read more. Empty where the output
-        is no file, because it has been seen already."""
+        """What ends an error message: the engine's own last error, and where to read more. Empty if stderr is not a
+        file, because its reader has then seen the error already."""
         if self._path is None:
             return ""
         with self._path.open("rb") as file:
@@ -34,6 +34,6 @@ class EngineLog:
 
 
 def last_error(text: str) -> str | None:
-    """The last exception that a log tells of, but not one that only points to another."""
+    """The last exception in a log, ignoring those that only refer to another."""
     errors = [error for error in _ERROR.findall(text) if not _POINTER.search(error)]
     return errors[-1] if errors else None

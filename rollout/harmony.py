@@ -23,11 +23,11 @@ class HarmonyTokens:
     channel: int
     message: int
     ends: frozenset[int]  # <|end|>, <|return|>, <|call|>: each closes a message
-    marks: frozenset[int]  # all of them, <|constrain|> included: each ends a piece of a header
+    marks: frozenset[int]  # all of the above and <|constrain|>: each ends a piece of a header
 
     @classmethod
     def find(cls, vocabulary: Mapping[str, int]) -> HarmonyTokens | None:
-        """From a vocabulary (token -> id); None when it is not a harmony one."""
+        """From a vocabulary (token -> id); None if it is not a harmony vocabulary."""
         if any(token not in vocabulary for token in _REQUIRED):
             return None
         ends = frozenset(vocabulary[t] for t in ("<|end|>", "<|return|>", "<|call|>") if t in vocabulary)
@@ -47,14 +47,14 @@ class HarmonyMessage:
 def parse(
     token_ids: Sequence[int], tokens: HarmonyTokens, decode: Callable[[Sequence[int]], str]
 ) -> list[HarmonyMessage]:
-    """The messages in `token_ids`, which begin at a message's `<|start|>`, or inside a header of the assistant's.
+    """The messages in `token_ids`, which begin at a message's `<|start|>` or inside a header of the assistant.
 
     A header is `<|start|>role [to=recipient]`, `<|channel|>channel [to=recipient]`, perhaps `<|constrain|>type`; it
     ends at `<|message|>`. Content lasts until an end token or the next `<|start|>`. Tokens between messages are
-    skipped. Nothing is an error: a model may write anything. `decode` is only called on pieces of headers.
+    skipped. No input is an error: a model may write anything. `decode` is only called on pieces of headers.
     """
     messages: list[HarmonyMessage] = []
-    role, channel, in_header, begin = "assistant", "", True, -1  # begin: of the content; negative outside of any
+    role, channel, in_header, begin = "assistant", "", True, -1  # begin: the content's; negative outside content
     marks = [i for i, token in enumerate(token_ids) if token in tokens.marks]
     for position, next_position in itertools.pairwise([*marks, len(token_ids)]):
         mark = token_ids[position]
@@ -82,8 +82,8 @@ def final_content(messages: Sequence[HarmonyMessage]) -> range | None:
 
 
 def open_message(prompt_ids: Sequence[int], tokens: HarmonyTokens) -> Sequence[int]:
-    """The end of a prompt that belongs to the response's first message: what follows the last `<|start|>`, itself
-    included. Empty for a prompt whose last message is closed."""
+    """The end of a prompt that belongs to the response's first message: everything from the last `<|start|>` on.
+    Empty if the prompt's last message is closed."""
     for i in range(len(prompt_ids) - 1, -1, -1):
         if prompt_ids[i] in tokens.ends:
             return ()

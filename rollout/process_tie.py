@@ -2,15 +2,15 @@
 
 vLLM 0.31 ends its engine core when the front end asks for it, but a front end that is killed cannot ask, and the core
 then lives on with all of its memory. PR_SET_PDEATHSIG is no cure: it fires when the *thread* that started the child
-ends. So each process waits for the owner's end, from the moment that it loads its plugins. (An engine core loads them
-after it has shaken hands with the front end; one whose owner ends earlier gives up by itself, in 5 minutes.)
+ends. So each process watches for the owner's end from the moment it loads its plugins. (An engine core loads them after
+its handshake with the front end; if the owner ends before that, the core gives up by itself within 5 minutes.)
 
-vLLM's sockets are files, three an engine, which it leaves in the temporary directory: even after an orderly end the
-process is gone before its loop has closed them. So they have a directory of their own, which the owner removes; when
-the owner was killed, the engine's processes do. The same goes for the file over which an engine's workers meet, and for
-the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after it. Where everything was killed at
-once, the next engine of the same user removes what was left in the same place: an owner holds a lock while it lives.
-Of an engine that fails to start, the file over which its workers meet stays.
+vLLM's sockets are files, three per engine, which it leaves in the temporary directory: even in an orderly shutdown the
+process exits before its event loop has closed them. So they get a directory of their own, which the owner removes; if
+the owner was killed, the engine's processes remove it. The same goes for the file through which an engine's workers
+meet, and for the shared memory of tensor-parallel workers on CPUs (8 MiB), which is named after that file. If all were
+killed at once, the same user's next engine in the same place removes what was left, which it knows by the lock that an
+owner holds while it lives. If an engine fails to start, the file through which its workers meet stays.
 
 Left out: orderly shutdown (`VLLMEngine.shutdown`).
 """
@@ -32,12 +32,12 @@ from tempfile import TemporaryDirectory, gettempdir
 
 OWNER_VARIABLE = "FLEDGE_ENGINE_OWNER"  # "<pid>:<start time>", inherited by every process of the engine
 SOCKETS_VARIABLE = "FLEDGE_ENGINE_SOCKETS"  # the directory of the engine's sockets
-_MEETING_VARIABLE = "FLEDGE_ENGINE_MEETING"  # in a worker: the file over which the engine's workers met
-_START_TIME = 19  # in clock ticks since boot: with the pid, it names a process once and for all
+_MEETING_VARIABLE = "FLEDGE_ENGINE_MEETING"  # in a worker: the file through which the engine's workers met
+_START_TIME = 19  # index in `_stat`; in clock ticks since boot, which with the pid identify a process for good
 _LOOK_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "fledge-engine-"  # of the directory of the sockets
-_LOCK = ".fledge-engine.lock"  # in it; holds the path of the meeting file
+_PREFIX = "fledge-engine-"  # of the sockets' directory
+_LOCK = ".fledge-engine.lock"  # in that directory; holds the path of the meeting file
 
 
 class EngineFiles:
@@ -49,27 +49,27 @@ class EngineFiles:
         self._meeting = ""
         unlocked = Path(self.directory, f"{_LOCK}-new")
         self._lock = unlocked.open("w")
-        with suppress(OSError):  # a file system without locks: without the name, nobody will remove the directory
+        with suppress(OSError):  # no locks on this file system: without its final name nobody removes the directory
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            unlocked.rename(Path(self.directory, _LOCK))  # never seen unlocked while this process lives
+            unlocked.rename(Path(self.directory, _LOCK))  # so nobody sees it unlocked while this process lives
 
     def own_meeting(self, path: str) -> None:
-        """Take the file that a worker's `note_meeting` returned."""
+        """Take ownership of the file that a worker's `note_meeting` returned."""
         self._meeting = path
         self._lock.write(path)
         self._lock.flush()
 
     def cleanup(self) -> None:
-        """Remove all of it, when the engine has ended."""
+        """Remove all of it. Call this when the engine has ended."""
         self._sockets.cleanup()
         _remove_meeting(self._meeting)
         self._lock.close()
 
 
 def remove_left(base: str) -> None:
-    """Remove what engines of this user have left in this directory, where their owners are gone."""
+    """Remove what this user's engines have left in `base`, if their owners are gone."""
     for directory in Path(base).glob(f"{_PREFIX}*"):
-        with suppress(OSError, ValueError):  # the owner lives and holds the lock; or it is no directory of an engine
+        with suppress(OSError, ValueError):  # the owner lives and holds the lock, or it is not an engine's directory
             status = directory.lstat()
             if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
                 continue  # others could have put anything into it
@@ -80,7 +80,7 @@ def remove_left(base: str) -> None:
 
 
 def note_meeting(init_method: str) -> str:
-    """In a worker: remember the file over which the engine's workers met, and return it. Empty where there is none."""
+    """In a worker: remember the file through which the engine's workers met, and return it; "" if there is none."""
     path = init_method.removeprefix("file://") if init_method.startswith("file://") else ""
     os.environ[_MEETING_VARIABLE] = path
     return path
@@ -97,12 +97,12 @@ def _remove_meeting(path: str) -> None:
 def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
     """Declare this process the owner of every engine process that it starts with `environment`.
 
-    Returns the engine's files; `cleanup` them when the engine has ended. Its sockets are in VLLM_RPC_BASE_PATH,
-    or TMPDIR; their paths must be short: a socket's has at most 107 characters, of which 60 are ours and vLLM's.
+    Returns the engine's files; call `cleanup` when the engine has ended. Its sockets are under VLLM_RPC_BASE_PATH or
+    TMPDIR, which must be short: a socket's path has at most 107 characters, of which we and vLLM use 60.
     """
     environment[OWNER_VARIABLE] = f"{os.getpid()}:{_stat(os.getpid())[_START_TIME]}"
     base = environment.get("VLLM_RPC_BASE_PATH")
-    if base == environment.get(SOCKETS_VARIABLE):  # of an engine that this process had before
+    if base == environment.get(SOCKETS_VARIABLE):  # set for an earlier engine of this process
         base = None
     remove_left(base or gettempdir())
     files = EngineFiles(base)
@@ -111,8 +111,8 @@ def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
 
 
 def tie_to_owner() -> None:
-    """Start a thread that kills this process as soon as the owner has ended. Nothing happens in the owner itself, or
-    where no owner is declared."""
+    """Start a thread that kills this process as soon as the owner has ended. Does nothing in the owner itself, or if no
+    owner is declared."""
     owner = os.environ.get(OWNER_VARIABLE)
     if owner is None:
         return
@@ -142,7 +142,8 @@ def _is_running(pid: int, start_time: int) -> bool:
 
 
 def _end() -> None:
-    """SIGKILL, because nobody is left to whom an orderly end would matter, and an engine in a kernel takes no other."""
+    """Clean up, then SIGKILL: nobody is left to whom an orderly end would matter, and an engine that is busy in a
+    compute kernel heeds no other signal."""
     if sockets := os.environ.get(SOCKETS_VARIABLE):
         shutil.rmtree(sockets, ignore_errors=True)
     _remove_meeting(os.environ.get(_MEETING_VARIABLE, ""))
@@ -150,5 +151,5 @@ def _end() -> None:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from its third field on, the state (proc(5))."""
+    """The fields of /proc/PID/stat from the third, the state, on (proc(5))."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
-"""Mends of four silent faults in vLLM 0.31's layerwise reload: after an update, the engine serves stale weights.
+"""Mends for four silent faults in vLLM 0.31's layerwise reload: after an update, the engine serves stale weights.
 
-One function a fault, each named in `ALL_MENDS`. tests/stack/test_weight_sync.py switches each off in turn, sees the
-engine go wrong, and fails on the day that it no longer does: then delete the mend. Left out: the reload itself.
+Each mend has a name in `ALL_MENDS`. tests/stack/test_weight_sync.py switches each off in turn and expects the engine to
+go wrong; when that test fails, upstream has fixed the fault: delete the mend. Left out: the reload itself.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def find_direct_layers(model: nn.Module, enabled: frozenset[str]) -> dict[tuple[
 
     `GptOssModel._load_weights_other` copies these tensors straight into the parameters instead of calling their
     `weight_loader`, so under a reload the copy goes to the meta device, and the reload, which counts what the loaders
-    load, puts the old tensors back. A layer found here gets real memory before its tensors arrive, and is processed as
-    the reload would have done once they all have.
+    load, puts the old tensors back. A layer found here gets real memory before its tensors arrive and, once all have
+    arrived, is processed as the reload would have done.
     """
     from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts, OAIAttention
 
@@ -116,7 +116,7 @@ def find_direct_layers(model: nn.Module, enabled: frozenset[str]) -> dict[tuple[
 
 
 def restore_unfinished_layers(model: nn.Module) -> None:
-    """Leave the layerwise reload without finishing it; vLLM itself has no way back."""
+    """Leave the layerwise reload without finishing it, for which vLLM itself has no way."""
     from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
     for layer in model.modules():

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
 _HEALTH_TIMEOUT_S = 60.0  # for every worker to answer, which it does between two steps
-_SHUTDOWN_GRACE_S = 10.0  # for the engine core to end in order, before it is killed
+_SHUTDOWN_GRACE_S = 10.0  # for an orderly end of the engine core, before it is killed
 
 
 class VLLMEngine:
     """Implements `rollout.engine.RolloutEngine`. Call `start` once before anything else, and `shutdown` at the end."""
 
     def __init__(self, spec: EngineSpec, *, index: int = 0) -> None:
-        """`index`: of this engine among all, for messages and for its place in the NCCL group."""
+        """`index`: this engine's number among all, for messages and for its place in the NCCL group."""
         self._spec = spec
         self._index = index
-        self._policy_version = 0  # of the checkpoint
+        self._policy_version = 0  # the checkpoint's
         self._health_timeout_s = _HEALTH_TIMEOUT_S
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
@@ -56,7 +56,7 @@ class VLLMEngine:
         try:
             # Constructing blocks for as long as the model takes to load.
             arguments = engine_args(self._spec)
-            # As what it is used for, it gets vLLM's large batches on GPUs: AsyncLLM alone would get 2,048 tokens.
+            # LLM_CLASS selects vLLM's large batches on GPUs; with AsyncLLM's default they would have 2,048 tokens.
             self._llm = llm = await asyncio.to_thread(
                 AsyncLLM.from_engine_args, arguments, usage_context=UsageContext.LLM_CLASS
             )
@@ -82,7 +82,7 @@ class VLLMEngine:
             )
 
     async def score_logprobs(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[FloatArray]:
-        """For each (prompt_ids, response_ids): [R] log-probabilities at temperature 1. Waits while an update is on.
+        """For each (prompt_ids, response_ids): [R] log-probabilities at temperature 1. Waits during an update.
 
         Prompt log-probabilities skip all sampling processors, whatever `logprobs_mode` says, so they are the log
         softmax of the raw logits.
@@ -156,7 +156,7 @@ class VLLMEngine:
             streams.append(await llm.add_request(request_id, tokens_input(list(prompt)), params))
 
     async def _collect(self, request: GenerationRequest, stream: RequestOutputCollector) -> GenerationResult:
-        """Wait for one request; the policy version is read when its first token and when its end arrive."""
+        """Wait for one request; read the policy version when its first token arrives, and again at its end."""
         output = await _next_output(stream)
         first_version = self._policy_version
         while not output.finished:
@@ -181,7 +181,7 @@ class VLLMEngine:
     # ---- weight sync ----
 
     async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Meet the sender. `rank_offsets`, when given, has one place in the NCCL group for each engine."""
+        """Connect to the sender. `rank_offsets`, if given, holds each engine's first rank in the NCCL group."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = dict(init_info)
@@ -215,13 +215,13 @@ class VLLMEngine:
     async def activate(self, policy_version: int) -> None:
         """Serve the weights that were just loaded under this policy version, and go on generating.
 
-        Requests that were in flight go on: the tokens they have are kept, with the log-probabilities and the first
-        policy version they were drawn under; the keys and values of those tokens are computed again under the new
-        weights, so no stale cache is ever attended to. Raises WeightSyncError when the engine holds another version.
+        Requests in flight continue: they keep their tokens, with the log-probabilities and the first policy version
+        under which these were drawn; the keys and values of those tokens are computed again under the new weights, so
+        no stale cache is ever attended to. Raises WeightSyncError if the engine holds another version.
         """
         with self._engine_errors():
             held = await self._engine().get_weight_version()
-            if held != str(policy_version):  # an engine that was never sent any holds "default"
+            if held != str(policy_version):  # an engine that was never sent weights holds "default"
                 raise WeightSyncError(
                     f"rollout engine {self._index} was told to serve policy version {policy_version}, but the last "
                     f"update it finished is {held!r}"
@@ -250,13 +250,13 @@ class VLLMEngine:
                 ) from error
 
     async def memory_peak_gib(self) -> float:
-        """Of the worker that has held the most."""
+        """The peak of the worker that has held the most memory."""
         with self._engine_errors():
             return max(await self._engine().collective_rpc("fledge_memory_peak_gib"))
 
     async def shutdown(self) -> None:
-        """End the engine and every process under it; a second call does nothing. Of one that is still starting only the
-        files end here, and its processes with this one."""
+        """End the engine and every process under it; a second call does nothing. If the engine is still starting, only
+        its files are removed here; its processes end when this process does."""
         llm, self._llm = self._llm, None
         if llm is not None:
             processes = _engine_processes(llm)
@@ -274,7 +274,7 @@ class VLLMEngine:
 
     @contextmanager
     def _engine_errors(self) -> Iterator[None]:
-        """Turn vLLM's errors into RolloutError, with how the engine's processes ended."""
+        """Turn vLLM's errors into RolloutErrors that say how the engine's processes ended."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
@@ -306,15 +306,15 @@ def _flat_logprobs(logprobs: Any, length: int) -> FloatArray:
 
 
 def _finish_reason(reason: str | None) -> FinishReason:
-    """vLLM's "error" and "repetition", too, are responses that the engine gave up."""
+    """vLLM's reason in our terms; its "error" and "repetition", too, mean that the engine gave the response up."""
     return FinishReason(reason) if reason in ("stop", "length") else FinishReason.ABORT
 
 
 def merge_digests(by_worker: Sequence[dict[str, int]]) -> dict[str, int]:
     """One dict for an engine of several workers; every worker gets every full tensor, so they must agree.
 
-    A parameter on which they do not is reported with the first worker's digest that differs from worker 0's, so that
-    the sender's comparison names it.
+    A parameter on which they disagree gets the digest of the last worker that differs from worker 0, so that the
+    sender's comparison names it.
     """
     merged = dict(by_worker[0])
     for digests in by_worker[1:]:

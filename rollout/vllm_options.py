@@ -1,6 +1,6 @@
 """How an engine is configured: vLLM's arguments, its environment, and the sampling parameters of a request.
 
-Left out: running the engine (`rollout.vllm_engine`). vLLM is imported only by the functions.
+Left out: running the engine (`rollout.vllm_engine`). Only the functions import vLLM.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _CPU_KV_CACHE_GIB = 1.0  # where rollout.kv_cache_gib is not set; vLLM would tak
 # The worker shares the engine core's process. vLLM's CPU platform turns the name "uni" into "mp", which costs another
 # process with its 15 s import, and keeps one core from the worker.
 _ONE_WORKER_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-_UNUSED_SHARE = 0.01  # of the GPU: vLLM wants its share free even where a fixed cache makes no other use of it
-_CPU_BLOCK_TOKENS = 32  # vLLM's 128 are more than a short prompt has, and only whole blocks of it are shared
-_CPU_BATCHED_TOKENS = 8192  # tokens a step; at least the model's length, because prompts are not cut
+_UNUSED_SHARE = 0.01  # of the GPU: vLLM requires its share to be free, even if a fixed cache makes no other use of it
+_CPU_BLOCK_TOKENS = 32  # vLLM's 128 exceed a short prompt, and prompts share whole blocks only
+_CPU_BATCHED_TOKENS = 8192  # tokens per step, or the model's length if that is more, because prompts are not split
 _NO_STREAMING = 1 << 30  # tokens between two outputs of a request: only its first token and its end are reported
 
 
@@ -36,7 +36,7 @@ class EngineSpec:
 
     model: ModelConfig
     rollout: RolloutConfig
-    transport: str  # "shm", "nccl" or "ipc", as the learner's `WeightSender`
+    transport: str  # "shm", "nccl" or "ipc", the same as the learner's `WeightSender` uses
     max_model_len: int | None = None  # prompt plus response tokens; None: the model's own limit
     seed: int = 0  # vLLM's own; samples are drawn with their requests' seeds
     deterministic: bool = False  # requests of one `generate` call enter the scheduler together; no prefix is cached
@@ -44,13 +44,13 @@ class EngineSpec:
 
 
 def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
-    """vLLM's arguments, and `rollout.engine_options`, which has the last word on what is no key here.
+    """vLLM's arguments. `rollout.engine_options` has the last word; it cannot hold what another key decides.
 
-    Where weights come from a learner they are dequantised: so the engine of a quantised checkpoint (MXFP4) is built
-    without quantisation, and loads none of its tensors.
+    Weights that come from a learner are dequantised, so with a learner the engine of a quantised checkpoint (MXFP4) is
+    built without quantisation and loads none of the checkpoint's tensors.
 
     In deterministic mode no prefix is cached: whether one is found depends on what ran before and on whether its blocks
-    were free when the cache was emptied, and a prompt that is computed in part has other last bits.
+    were free when the cache was emptied, and a prompt computed only in part differs in its last bits.
     """
     from transformers import AutoConfig
     from vllm.config.weight_transfer import WeightTransferConfig
@@ -62,7 +62,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     model_length = int(checkpoint.get_text_config().max_position_embeddings)
-    # Scoring a sequence makes vLLM generate a token, for which it gets room where the model has some.
+    # Scoring a sequence makes vLLM generate a token, so leave room for one if the model's own limit allows it.
     length = None if spec.max_model_len is None else spec.max_model_len + int(spec.max_model_len < model_length)
     kv_cache_gib = rollout.kv_cache_gib or (_CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
     options: dict[str, Any] = {
@@ -87,9 +87,9 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         "worker_extension_cls": "rollout.weight_receiver.WorkerExtension",
     }
     if current_platform.is_cpu():
-        # Upstream fault: a seeded request whose prompt is prefilled in pieces kills the engine, because the draw for an
-        # unfinished prompt is taken back through the generator's offset, which CPU generators do not have (vLLM 0.31,
-        # `GPUModelRunner._bookkeeping_sync`). Whole prompts need no taking back.
+        # Upstream fault: a seeded request whose prompt is prefilled in pieces kills the engine, because vLLM undoes the
+        # draw for an unfinished prompt through the generator's offset, which CPU generators do not have (vLLM 0.31,
+        # `GPUModelRunner._bookkeeping_sync`). After a whole prompt there is nothing to undo.
         options |= {
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(
@@ -102,8 +102,8 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
 
 
 def checkpoint_options(model: ModelConfig, checkpoint: PreTrainedConfig, *, trained: bool) -> dict[str, Any]:
-    """What an engine needs to take another checkpoint than there is: a dequantised one, where it is trained, or one
-    that wants its logits in float32."""
+    """What makes an engine treat the checkpoint as a different one: as dequantised if it is trained, and as one that
+    wants its logits in float32 if model.head_dtype says so."""
     unquantized = trained and quantization_method(checkpoint) == MXFP4
     float32_head = model.head_dtype == "float32"
     options: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def checkpoint_options(model: ModelConfig, checkpoint: PreTrainedConfig, *, trai
 
 
 def overridden(config: PreTrainedConfig, *, unquantized: bool, float32_head: bool) -> PreTrainedConfig:
-    """The checkpoint's configuration as of one that is not quantised, and as one that wants its logits in float32."""
+    """The checkpoint's configuration, changed in place: without quantisation, and with logits in float32, as asked."""
     if unquantized and hasattr(config, "quantization_config"):
         del config.quantization_config
     if float32_head:
@@ -125,17 +125,17 @@ def overridden(config: PreTrainedConfig, *, unquantized: bool, float32_head: boo
 
 
 def set_environment(model: ModelConfig, rollout: RolloutConfig) -> process_tie.EngineFiles:
-    """What vLLM reads from the environment, in this process and in the ones that it starts.
+    """Set what vLLM reads from the environment, in this process and in those that it starts.
 
-    Returns the files of the engine, to be cleaned up when it has ended.
+    Returns the engine's files, to be cleaned up when the engine has ended.
     """
     import torch
 
     if not torch.cuda.is_available():
-        # Ray leaves an actor one thread, and so would the engine core, which inherits that, have one.
+        # Ray limits an actor to one thread, and the engine core would inherit that limit.
         engines = rollout.num_workers * rollout.tensor_parallel_size
         os.environ["OMP_NUM_THREADS"] = str(rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // engines))
-        # Else vLLM pins each tensor-parallel worker to a NUMA node of its own, and fails where there are fewer.
+        # Else vLLM pins each tensor-parallel worker to a NUMA node of its own, and fails if there are fewer nodes.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # oneDNN keeps a kernel for each batch size: with its default of 1024 an engine grew by half in 1,000 steps.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
@@ -143,9 +143,9 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> process_tie.E
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if model.dtype == "float32":
-        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # Triton would multiply in TF32, which has 10 bits
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else Triton multiplies in TF32, with 10 bits of mantissa
     if rollout.enforce_eager:
-        # vLLM compiles small helpers of its sampler even so, which needs a C++ compiler and takes a minute on a CPU.
+        # Even then vLLM compiles small helpers of its sampler, which needs a C++ compiler and takes a minute on a CPU.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "VLLM_PLUGINS" in os.environ and "fledge" not in os.environ["VLLM_PLUGINS"].split(","):
         os.environ["VLLM_PLUGINS"] += ",fledge"
@@ -165,8 +165,8 @@ def sampling_params(parameters: SamplingParameters, seed: int) -> SamplingParams
         stop_token_ids=list(parameters.stop_token_ids),
         ignore_eos=parameters.ignore_eos,
         seed=seed,
-        logprobs=0,  # the sampled token's alone
+        logprobs=0,  # only the sampled token's
         flat_logprobs=True,
         detokenize=bool(parameters.stop),
-        skip_special_tokens=not parameters.stop,  # a stop string may be one
+        skip_special_tokens=not parameters.stop,  # a stop string may be a special token
     )

@@ -1,8 +1,8 @@
 """What every vLLM process of ours loads at its start (entry point group `vllm.general_plugins`).
 
-It registers the receiving half of weight sync and ties the process to its owner's life. Left out: both of them in
-substance (`rollout.weight_receiver`, `rollout.process_tie`); this file is imported by any vLLM on the machine, so it
-does nothing that a foreign vLLM would notice.
+It registers the receiving half of weight sync and ties the process to its owner's life. Any vLLM in this environment
+imports this file, so it does nothing that a vLLM of somebody else's would notice. Left out: the implementation of both
+(`rollout.weight_receiver`, `rollout.process_tie`).
 """
 
 from __future__ import annotations

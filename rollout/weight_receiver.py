@@ -41,10 +41,11 @@ class WorkerExtension:
         return engine.received_digests()
 
     def fledge_abandon_update(self) -> None:
-        """Forget an update that was begun and not ended, because the sender or another engine failed. No-op without."""
+        """Forget an update that was left unfinished because the sender or another engine failed. Does nothing if there
+        is none."""
         worker: Any = self
         worker.weight_transfer_engine.abandon_update()
-        worker._weight_update_active = False  # vLLM's own mark
+        worker._weight_update_active = False  # vLLM's own flag
 
     def fledge_note_meeting(self) -> str:
         worker: Any = self
@@ -69,7 +70,7 @@ class VerifiedReceiver(WeightTransferEngine):
         self._digests: dict[str, Tensor] = {}
 
     def start_weight_update(self) -> None:
-        """Put the model on vLLM's layerwise reload."""
+        """Begin vLLM's layerwise reload of the model."""
         self._digests = {}
         initialize_layerwise_reload(self.model)
         self._mends = ReloadMends(self.model, self.device, self.enabled_mends)
@@ -137,7 +138,7 @@ class ShmReceiver(VerifiedReceiver):
     update_info_cls = ShmUpdateInfo
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        """Nothing to meet."""
+        """Does nothing: there is nobody to connect to."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As upstream, but without `torch.accelerator.synchronize()`, which fails where there is no accelerator."""
@@ -160,7 +161,7 @@ class NcclReceiver(VerifiedReceiver, NCCLWeightTransferEngine):
         NCCLWeightTransferEngine.init_transfer_engine(self, init_info)
 
     def _leave_group(self) -> None:
-        """vLLM would only drop its reference, which does not free the communicator's memory."""
+        """Destroy the communicator: vLLM would only drop its reference, which does not free the memory."""
         group = cast(Any, self).model_update_group
         self.model_update_group = None
         if group is not None:
@@ -219,7 +220,7 @@ class IpcReceiver(VerifiedReceiver, IPCWeightTransferEngine):
     def finish_weight_update(self) -> None:
         VerifiedReceiver.finish_weight_update(self)
         self._packed_importer.close()  # gives the learner's staging buffer back
-        torch.cuda.empty_cache()  # the copies made of it, beside which the learner needs its next update's memory
+        torch.cuda.empty_cache()  # of the copies made from it: the learner needs the memory for its next update
 
     def shutdown(self) -> None:
         VerifiedReceiver.shutdown(self)

@@ -23,8 +23,8 @@ from rl.errors import FledgeError, RolloutError, WeightSyncError
 from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParameters
 
 _CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
-_HEALTH_TIMEOUT_S = 90.0  # over the engine's own limit (`VLLMEngine`, 60 s), which a long step may need
-_SHUTDOWN_TIMEOUT_S = 30.0  # for an engine to end in order
+_HEALTH_TIMEOUT_S = 90.0  # more than the engine's own limit (`VLLMEngine`, 60 s), which a long step may use up
+_SHUTDOWN_TIMEOUT_S = 30.0  # for an orderly end of an engine
 
 DecodeResponse = Callable[[Sequence[int], Sequence[int]], tuple[str, str]]  # (prompt_ids, token_ids) -> (text, answer)
 EngineParts = tuple[RolloutEngine, DecodeResponse]
@@ -42,7 +42,7 @@ class GroupRequest:
 def group_requests(
     prompts: Sequence[Prompt], *, group_size: int, seed: int, step: int, first_prompt: int = 0
 ) -> list[GroupRequest]:
-    """One request a prompt. A sample's 31-bit seed depends on the run's seed and the sample's place (step, place of
+    """One request per prompt. A sample's 31-bit seed depends on the run's seed and the sample's place (step, place of
     its prompt within the step, place in the group), never on the worker; `first_prompt` is the first prompt's place.
     """
 
@@ -73,7 +73,7 @@ class RolloutWorker:
         await self._engine.start()
 
     async def generate(self, groups: Sequence[GroupRequest], parameters: SamplingParameters) -> list[list[Rollout]]:
-        """Generate every sample of every group; one list a group."""
+        """Generate every sample of every group; one list per group."""
         requests = [GenerationRequest(group.prompt_ids, seed) for group in groups for seed in group.seeds]
         results = iter(await self._engine.generate(requests, parameters))
         return [[self._rollout(group, sample, next(results)) for sample in range(len(group.seeds))] for group in groups]
@@ -110,7 +110,7 @@ class RolloutWorker:
         return await self._engine.finish_weight_update(policy_version)
 
     async def activate(self, policy_version: int) -> float:
-        """Returns the engine's memory peak, for the metrics."""
+        """Returns the engine's peak memory in GiB, for the metrics."""
         await self._engine.activate(policy_version)
         return await self._engine.memory_peak_gib()
 
@@ -122,17 +122,17 @@ class RolloutWorker:
 
 
 class RolloutPool:
-    """N rollout workers as one. Its engines start in the background; `wait_until_ready` before anything else.
+    """N rollout workers as one. Their engines start in the background; call `wait_until_ready` before anything else.
 
     Args:
-        start_worker: starts the Ray actor of one index (placement and resources are the caller's).
-        config: of rollouts.
+        start_worker: starts the Ray actor with a given index (placement and resources are the caller's business).
+        config: the rollout settings.
         training: sampling parameters of training steps.
         evaluation: sampling parameters of evaluation.
-        evaluation_samples: responses a prompt in evaluation.
-        seed: of the run; every sample's own seed is derived from it.
-        deterministic: fixed routing, one call a worker.
-        report: is told when workers are lost, before others start in their place.
+        evaluation_samples: responses per prompt in evaluation.
+        seed: the run's; every sample's own seed is derived from it.
+        deterministic: fixed routing, one call per worker.
+        report: called with a message when workers are lost, before others start in their place.
     """
 
     def __init__(
@@ -156,18 +156,18 @@ class RolloutPool:
         self._seed = seed
         self._deterministic = deterministic
         self._restarts = 0
-        self._losses_in_a_row = 0  # of one worker or of many at once, as with a node; without a batch in between
+        self._losses_in_a_row = 0  # without a batch in between; many workers lost at once, as with a node, are one loss
         self._memory_peak_gib = 0.0
-        self._finished: dict[GroupRequest, list[Rollout]] = {}  # what a call that failed had got already
+        self._finished: dict[GroupRequest, list[Rollout]] = {}  # what a failed call had already got
         self._policy_version: int | None = None  # of the weights that `_finished` comes from
         self.workers: list[ActorHandle] = [start_worker(index) for index in range(config.num_workers)]
         self._starts: list[Any] = [worker.start.remote() for worker in self.workers]
 
     def wait_until_ready(self) -> None:
-        """Wait for the engines, which start by themselves from the pool's beginning on.
+        """Wait for the engines, which begin to start when the pool is made.
 
         Raises:
-            RolloutError: of the first engine that did not start.
+            RolloutError: an engine did not start; the first failure is raised.
         """
         self._wait(self._starts, "start its engine", "start_timeout_s")
 
@@ -182,10 +182,10 @@ class RolloutPool:
         first_prompt: int = 0,
         on_group: OnGroup = lambda prompt, rollouts: None,
     ) -> RolloutBatch:
-        """One group of `group_size` responses a prompt; see `rl.controller.RolloutPool`.
+        """One group of `group_size` responses per prompt; see `rl.controller.RolloutPool`.
 
         Raises:
-            RolloutError: a worker died or missed its deadline; `replace_lost_workers` mends the pool.
+            RolloutError: a worker died or missed its deadline; `replace_lost_workers` repairs the pool.
         """
         groups = group_requests(prompts, group_size=group_size, seed=self._seed, step=step, first_prompt=first_prompt)
         return self._generate(prompts, groups, self._training, on_group)
@@ -193,7 +193,7 @@ class RolloutPool:
     def generate_eval(
         self, prompts: Sequence[Prompt], *, on_group: OnGroup = lambda prompt, rollouts: None
     ) -> RolloutBatch:
-        """As `generate`, under the evaluation's sampling parameters; seeds do not depend on the step."""
+        """Like `generate`, with the evaluation's sampling parameters; seeds do not depend on the step."""
         groups = group_requests(prompts, group_size=self._evaluation_samples, seed=self._seed, step=-1)
         return self._generate(prompts, groups, self._evaluation, on_group)
 
@@ -205,7 +205,7 @@ class RolloutPool:
         on_group: OnGroup,
     ) -> RolloutBatch:
         started = time.perf_counter()
-        if self._deterministic:  # all are there at once
+        if self._deterministic:  # all groups arrive at once, so `on_group` has no use
             made = self._generate_fixed(groups, parameters)
         else:
             made = self._generate_balanced(groups, parameters, lambda g: on_group(prompts[g[0].prompt_index], g))
@@ -225,7 +225,7 @@ class RolloutPool:
         try:
             return [group for part in self._wait(calls, "generate", waves=waves) for group in part]
         except RolloutError:
-            for call in calls:  # what survivors still make would share their batches with what is asked next
+            for call in calls:  # else the survivors' unfinished samples share batches with the next call's
                 ray.cancel(call)
             raise
 
@@ -235,11 +235,11 @@ class RolloutPool:
         parameters: SamplingParameters,
         on_group: Callable[[list[Rollout]], None],
     ) -> list[list[Rollout]]:
-        """Each group goes to the worker with the fewest samples in flight, longest prompts first; a worker holds at
-        most one engine's worth, so that a slow worker does not hoard work that an idle one could do.
+        """Each group goes to the worker with the fewest samples in flight, longest prompts first; a worker holds no
+        more than its engine runs at once, so that a slow worker does not hoard work that an idle one could do.
 
-        The deadline is one of progress: an evaluation set may take hours, a group may not. When a worker is lost, what
-        the others have finished is kept for the call that is made again under the same weights."""
+        The deadline is for progress: an evaluation set may take hours, but some group must finish in time. When a
+        worker is lost, the groups that are finished are kept for a repeated call under the same weights."""
         finished = self._finished
         waiting = [group for group in groups if group not in finished]
         waiting.sort(key=lambda g: len(g.prompt_ids))  # popped from the end: longest first
@@ -262,7 +262,7 @@ class RolloutPool:
                     on_group(finished[group])
             return [finished.pop(group) for group in groups]
         finally:
-            for call in calls:  # empty unless an error is on its way out
+            for call in calls:  # empty unless an error propagates
                 ray.cancel(call)
 
     def _submit(
@@ -297,7 +297,7 @@ class RolloutPool:
         return self._wait([worker.score_logprobs.remote(pairs) for worker in self.workers], "score the probe")
 
     def metrics(self) -> dict[str, float]:
-        """Of the workers: lost and replaced so far in this run, and the most memory that one has held."""
+        """How many workers were lost and replaced so far in this run, and the most memory that one has held."""
         return {
             "rollout/worker_restarts": float(self._restarts),
             "rollout/memory_peak_gib": self._memory_peak_gib,
@@ -321,7 +321,7 @@ class RolloutPool:
         return len(lost)
 
     def _start_again(self, lost: Sequence[int]) -> None:
-        """Start new workers in these places, and again where one fails to start, within rollout.max_restarts."""
+        """Start new workers in these places, again if one fails to start, as often as rollout.max_restarts allows."""
         starts: dict[int, Any] = {}
         failed = list(lost)
         while True:
@@ -330,7 +330,7 @@ class RolloutPool:
                 f"rollout workers {failed} are lost; others are started in their place, which may take up to "
                 f"rollout.start_timeout_s {self._config.start_timeout_s:g} s (`ray status` shows whether there is room)"
             )
-            # In order, where they still can: an engine's memory and files are then free when its successor starts.
+            # An orderly end, if still possible, frees an engine's memory and files before its successor starts.
             _end_workers([self.workers[index] for index in failed])
             for index in failed:
                 self.workers[index] = self._start_worker(index)
@@ -340,7 +340,7 @@ class RolloutPool:
                 return
             except RolloutError as error:
                 failed = [index for index in lost if has_failed(starts[index])]
-                if not failed:  # late, which another try would be, too
+                if not failed:  # none failed, they are late, and another try would be late, too
                     raise
                 self._report(str(error))
 
@@ -367,7 +367,7 @@ class RolloutPool:
         return _CREW.wait(calls, what, timeout_s=timeout_s, setting=name, members=members)
 
     def shutdown(self) -> None:
-        """End the engines, then the actors. Never raises: it runs while other errors are on their way out."""
+        """End the engines, then the actors. Never raises: it may run while another error propagates."""
         _end_workers(self.workers)
         self.workers = []
 
@@ -382,14 +382,14 @@ def _end_workers(workers: Sequence[ActorHandle]) -> None:
 def _is_well(check: Any) -> bool:
     try:
         ray.get(check, timeout=0)
-    except (RayError, FledgeError):  # GetTimeoutError is one, too
+    except (RayError, FledgeError):  # GetTimeoutError is a RayError
         return False
     return True
 
 
 def sampling_parameters(config: RolloutConfig, end_of_turn_id: int) -> SamplingParameters:
-    """The training rollouts' sampling parameters. The engine stops at the checkpoint's EOS tokens of itself; a base
-    model's are not always what ends an assistant's turn in its chat template."""
+    """The training rollouts' sampling parameters. The engine itself stops at the checkpoint's EOS tokens, but a base
+    model's chat template may end the assistant's turn with another token: `end_of_turn_id`."""
     return SamplingParameters(
         max_tokens=config.max_response_tokens,
         temperature=config.temperature,
@@ -402,7 +402,8 @@ def sampling_parameters(config: RolloutConfig, end_of_turn_id: int) -> SamplingP
 
 
 def evaluation_parameters(training: SamplingParameters, config: EvaluationConfig) -> SamplingParameters:
-    """The evaluation's sampling parameters: its own distribution; length, where it has none, and stops of training."""
+    """The evaluation's sampling parameters: its own distribution, training's stops, and training's length limit unless
+    it has its own."""
     return replace(
         training,
         temperature=config.temperature,
