@@ -18,7 +18,7 @@ class RewardInput:
     """One response to be scored, as plain data."""
 
     prompt: str  # the user's question
-    response: str  # the whole response; of special tokens only those that mark thinking or channels
+    response: str  # the whole response, without special tokens except those that mark thinking or channels
     answer: str  # the part of the response that counts as the final answer (after thinking tags or harmony channels)
     ground_truth: Any
     data_source: str = ""
@@ -26,7 +26,7 @@ class RewardInput:
     num_tokens: int = 0  # R
     truncated: bool = False  # finish_reason was LENGTH
     token_ids: Sequence[int] | IntArray = field(default=(), compare=False, repr=False)  # [R] of the response
-    group_id: int | str | None = None  # responses that answer the same prompt share it
+    group_id: int | str | None = None  # shared by all responses to one prompt
     reward: str | None = None  # a reward named by the row, in place of the config's task rewards
 
 
@@ -36,7 +36,7 @@ class RewardOutput:
 
     reward: float
     breakdown: Mapping[str, float] = field(default_factory=dict)
-    extracted: str | None = None  # the answer that was judged, in one spelling: what majority votes count
+    extracted: str | None = None  # the judged answer, in one spelling for equal answers: majority votes count it
 
 
 class GroundTruthError(DataError):
@@ -54,25 +54,25 @@ class RewardFunction(Protocol):
 
 
 class AsyncRewardFunction(Protocol):
-    """A reward that waits for something: a batch's coroutines run at once, each with its own deadline (see
+    """A reward that waits for something: a batch's coroutines run concurrently, each with its own deadline (see
     `max_concurrent` below)."""
 
     async def __call__(self, sample: RewardInput) -> float | RewardOutput: ...
 
 
 class BatchRewardFunction(Protocol):
-    """A reward that scores a batch at a time; one result (or exception) a sample, in order.
+    """A reward that scores a batch at a time; one result (or exception) per sample, in order.
 
-    The deadline covers the whole call. A generator that yields the results one by one gets the deadline anew for each.
+    The deadline covers the whole call. A generator that yields the results one by one gets a fresh deadline for each.
     """
 
     def score_batch(self, samples: Sequence[RewardInput]) -> Iterable[float | RewardOutput | Exception]: ...
 
 
 class GroupRewardFunction(Protocol):
-    """A reward that compares the responses of one prompt with each other; cheap arithmetic, run where groups meet.
+    """A reward that compares the responses of one prompt with each other. It must be cheap: it runs where groups meet.
 
-    `task_rewards` holds, a sample, the reward of the task parts alone (see `shaping` below), before clipping.
+    `task_rewards` holds each sample's reward from the task parts alone (see `shaping` below), before clipping.
     """
 
     def score_group(

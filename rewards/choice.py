@@ -1,4 +1,4 @@
-"""`choice`: the letter of a multiple-choice answer. Left out: answers that are no letter and no choice's text."""
+"""`choice`: the letter of a multiple-choice answer. Left out: answers that are neither a letter nor a choice's text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rewards.api import GroundTruthError, RewardInput, RewardOutput, register_re
 from rewards.format import boxed_contents, nfkc, tagged_contents
 from rl.errors import ConfigError
 
-# Repetitions are possessive (`*+`) where two of them could share out the same characters in many ways: tried one after
-# another, these would take time by the square of the text's length.
+# Repetitions are possessive (`*+`) where two of them could divide the same characters in many ways: trying each of them
+# would take time quadratic in the text's length.
 _ANNOUNCEMENTS = (
     r"(?:final\s+|correct\s+|best\s+|right\s+)?(?:answer|option|choice)(?:\s+is|\s*[:=])++(?:\s+(?:option|choice))?",
     r"(?:最終)?(?:答え|解答|回答|正解|正答|選択肢)(?:は|[:=])++",
@@ -22,8 +22,8 @@ _DOUBT = r"\s*+[,、]?\s*+(?:or|maybe|perhaps|possibly|か|または|もしく�
 _TOUCHING = r"[A-Za-z0-9À-ɏァ-ヴー]"  # a letter beside one of these is part of a word
 _OPENING = r"(?:[(\[$]\s*|\*\*|\\text(?:bf)?\{\s*)*+"
 _CLOSING = r"(?:\s*+[)\]}$]|\*\*)*+"
-_GOES_ON = r"(?:and|or|because|since|as|for|but|which|while|due|is|maybe|perhaps|possibly)\b"  # behind a letter
-# "a" and "I" are words of English: in prose they are letters only where no other word follows
+_GOES_ON = r"(?:and|or|because|since|as|for|but|which|while|due|is|maybe|perhaps|possibly)\b"  # may follow a letter
+# "a" and "I" are English words: in prose they are letters only if no other word follows
 _IS_WORD = rf"['’]\w|[^\S\n]+(?!{_GOES_ON})[a-z]"
 _ENDS = rf"(?=[)\]}}*$,;:!?。、ぁ-ん一-龥]|\.(?!\w)|\s*+(?:\Z|{_GOES_ON})|[^\S\n]*\n)"
 _MAX_STATED = 2000  # characters
@@ -62,7 +62,7 @@ class ChoiceReward:
             rf"(?:\\text(?:bf)?\{{|\W)*+(?P<run>{alone(capitals)}{joined})[\s.。:)*]*+", re.IGNORECASE
         )
         self._leading = re.compile(rf"[(\[*]*(?P<letter>{capitals})[)\].:、]\**\s+(?P<text>\S.*)")
-        # In an announcement the case tells: a small letter must end the sentence or be closed by a bracket or bold.
+        # In an announcement case matters: a small letter must end the sentence or be closed by a bracket or bold.
         capital = rf"{capitals}(?:(?<![AI])|(?!{_IS_WORD}))"
         first = alone(rf"(?-i:{capital}|{small}{_ENDS})")
         further = alone(rf"(?-i:{capital}|{small}(?:(?<![ai])|{_ENDS}))")  # "B, a prime number", but not "B and c are"
@@ -93,7 +93,7 @@ class ChoiceReward:
         return self._stated(answer, choices)
 
     def _stated(self, text: str, choices: Mapping[str, str]) -> frozenset[str]:
-        """Of a text that is all answer: letters only, a letter and a text, or a choice's text."""
+        """The letters of a text that is nothing but an answer: letters, a letter with its text, or a choice's text."""
         if len(text) > _MAX_STATED:
             return frozenset()
         if match := self._only.fullmatch(text):
@@ -101,7 +101,7 @@ class ChoiceReward:
         by_text = _with_text(text, choices)
         if len(by_text) == 1:
             return by_text
-        match = self._leading.fullmatch(text)  # one line: a list of all choices is no answer
+        match = self._leading.fullmatch(text)  # one line only, because a list of all choices is no answer
         if match and (not choices or _normal(choices.get(match["letter"].upper(), "")) == _normal(match["text"])):
             return frozenset(match["letter"].upper())
         return frozenset()
@@ -114,7 +114,7 @@ class ChoiceReward:
         value = extra.get(self._choices_field)
         if value is None:
             return {}
-        if isinstance(value, Mapping) and {"label", "text"} <= set(value):  # the format of ARC and its like
+        if isinstance(value, Mapping) and {"label", "text"} <= set(value):  # the format of ARC and similar datasets
             value = dict(zip(value["label"], value["text"]))
         if isinstance(value, Mapping):
             return {str(letter).upper(): str(text) for letter, text in value.items()}

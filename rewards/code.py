@@ -23,7 +23,7 @@ from rewards.sandbox.local import LocalSandbox
 from rewards.sandbox.suite import Judgement, Test, judged_true, parse_tests
 from rl.errors import ConfigError
 
-# possessive (`*+`), since a search that goes back takes quadratic time on a flood of fence marks
+# possessive (`*+`), since backtracking takes quadratic time on a flood of fence marks
 _OPENING = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[ \t]*+([^\s`{]*+)[^`\n]*+$")
 _CLOSING = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[ \t]*+$")
 _TAGS: dict[Language, frozenset[str]] = {
@@ -44,8 +44,8 @@ class CodeOutcome:
 def extract_program(text: str, language: Language) -> str | None:
     """The last complete fenced block tagged with the language, else the last one without a tag; None without either.
 
-    A block without a tag often shows output, so it never goes before a tagged one. A block that is not closed does not
-    count: it is what a response cut at its limit looks like.
+    A block without a tag often shows output, so a tagged one always goes first. A block that is not closed does not
+    count: that is what a response cut off at its limit looks like.
     """
     tagged: str | None = None
     untagged: str | None = None
@@ -93,17 +93,17 @@ class CodeReward:
         """
         Args:
             score: what the reward is, see the class.
-            language: of the programs; a row's field `language` goes before it.
+            language: the programs'; a row's field `language` takes precedence.
             sandbox: "local", or the URL of a SandboxFusion server.
             isolation: "full", or "none" to run unisolated where the machine cannot isolate (local only).
-            slots: programs at once on this machine, over all workers; None: one a CPU.
+            slots: how many programs run at once on this machine, over all workers; None: one per CPU.
             packages: installed packages that programs and tests may import besides the standard library (local only).
-            limits: of one test, by the names of `rewards.sandbox.api.Limits`, e.g. {cpu_s: 2}.
-            total_s: seconds that one program's tests may run together. The tests after that, and those after a test
+            limits: what one test may use, named as in `rewards.sandbox.api.Limits`, e.g. {cpu_s: 2}.
+            total_s: seconds that one program's tests may take in all. The tests after that, and those after a test
                 that ran out of its own time, count as failed. `reward.timeout_s` should exceed total_s + limits.wall_s.
             float_tolerance: how far a float may be from the expected one, relative or absolute; 0: not at all.
 
-        Raises ConfigError for an option that cannot be, or where the machine cannot isolate programs.
+        Raises ConfigError for an impossible option, or if the machine cannot isolate programs.
         """
         for name, value, allowed in (
             ("score", score, ("all", "share")),
@@ -128,7 +128,7 @@ class CodeReward:
         self._known = _Outcomes()
 
     def score_batch(self, samples: Sequence[RewardInput]) -> Iterator[RewardOutput | Exception]:
-        """One result or exception a sample, in order, each as soon as it and those before it are there."""
+        """One result or exception per sample, in order, each as soon as it and all before it are ready."""
         futures: list[Future[CodeOutcome | None]] = []
         for sample in samples:
             futures.append(self._threads.submit(self._outcome, sample))
@@ -174,7 +174,7 @@ class CodeReward:
         return self._known.get(key, lambda: self._run(program, tests))
 
     def _run(self, program: Program, tests: tuple[Test, ...]) -> CodeOutcome:
-        """Run the tests in order up to the first that runs out of time; `score: all` stops at the first failure."""
+        """Run the tests in order until time runs out; `score: all` also stops at the first failure."""
         passed, judgements, statuses = 0, list[Judgement](), set[RunStatus]()
         results = self._service.run(program, (test.task for test in tests), self._limits)
         started: float | None = None
@@ -196,7 +196,7 @@ class CodeReward:
         return CodeOutcome(passed, len(tests), frozenset(statuses))
 
     def _judge(self, judgement: Judgement) -> bool:
-        """Run a trusted expression on the program's plain values in a box where the program is not."""
+        """Run a trusted expression on the program's plain values, in a box without the program."""
         source, arguments = judgement
         return judged_true(self._service.run(Program(source), [CallTask("judge", arguments)], self._limits))
 
@@ -213,7 +213,7 @@ class CodeReward:
 
 
 class _Outcomes:
-    """Outcomes by program and tests: each is found once, also when several threads ask at the same time."""
+    """Outcomes by program and tests; each is computed once, even if several threads ask at the same time."""
 
     MOST = 20_000
 
@@ -242,7 +242,7 @@ class _Outcomes:
         finally:
             with self._lock:
                 del self._running[key]
-        if RunStatus.TIME_LIMIT not in outcome.statuses:  # a later run, on an idler machine, may be in time
+        if RunStatus.TIME_LIMIT not in outcome.statuses:  # a later run, on a less busy machine, may finish
             with self._lock:
                 self._known[key] = outcome
                 if len(self._known) > self.MOST:

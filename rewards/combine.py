@@ -42,8 +42,8 @@ class _Part:
 
 
 def _passed(judged: Sequence[tuple[_Part, float]]) -> bool:
-    """Whether a response has all that the parts ask for: 1, or 0 of a penalty, and gates that are open. A part without
-    weight that is no gate only watches."""
+    """Whether a response has all that the parts ask for: 1 from each reward, 0 from each penalty, and every gate open.
+    A part without weight that is no gate is only observed."""
     return any(part.weight != 0.0 or part.gate for part, _ in judged) and all(
         (value >= 1.0 - _ROUNDING or part.weight <= 0.0)
         and (value <= _ROUNDING or part.weight >= 0.0)
@@ -55,10 +55,10 @@ def _passed(judged: Sequence[tuple[_Part, float]]) -> bool:
 class CombinedReward:
     """The weighted sum of reward functions.
 
-    `reward = clip(sum of weight x value)`. While a gate's own value is not positive the sum cannot be: it is
-    min(sum, 0), so that closing a gate never lifts a penalty. `unshaped_reward` is the same over the task parts alone
-    (those without `shaping`). A row that names its own reward gets it in place of the task parts: that entry of
-    `functions` where one has the name, else the reward with weight 1 and no options.
+    `reward = clip(sum of weight x value)`. If a gate's own value is not positive, min(sum, 0) takes the sum's place, so
+    that a closed gate never cancels a penalty. `unshaped_reward` is the same over the task parts alone (those without
+    `shaping`). A row that names its own reward gets it in place of the task parts: the entry of `functions` with that
+    name if there is one, else the named reward with weight 1 and no options.
 
     Raises ConfigError and RewardError as `load_reward` does.
     """
@@ -98,7 +98,7 @@ class CombinedReward:
                 ) from error
 
     def validate_prompt(self, prompt: Prompt) -> None:
-        """`validate_ground_truth` of a loaded row; the parts see its data_source among its fields."""
+        """`validate_ground_truth` for a loaded row; the parts see its data_source among its other fields."""
         fields = {**prompt.extra, "data_source": prompt.data_source}
         self.validate_ground_truth(prompt.ground_truth, prompt.reward, fields)
 
@@ -128,7 +128,7 @@ class CombinedReward:
         """
         parts_of = [self._try_parts_for(sample.reward) for sample in samples]
         outcomes: list[dict[str, Any]] = [{} for _ in samples]
-        # By identity: rows' own rewards of two files may have one label.
+        # By identity, because rewards that rows name from two files may share a label.
         for part in {id(p): p for parts in parts_of for p in parts.parts if p.reward.mode == "batch"}.values():
             indices = [i for i, parts in enumerate(parts_of) if any(part is p for p in parts.parts)]
             yield from self._batch_steps(part, [samples[i] for i in indices], [outcomes[i] for i in indices])
@@ -139,7 +139,7 @@ class CombinedReward:
             if part.reward.mode == "sample" and part.reward.is_async
         ]
         at_once = min((p.reward.max_concurrent for p, _, _ in waiting if p.reward.max_concurrent), default=len(waiting))
-        while waiting:  # what a reward would make wait must not spend its deadline on that
+        while waiting:  # a coroutine must not spend its deadline on waiting for its turn
             wave, waiting = waiting[:at_once], waiting[at_once:]
             self._run(_gather([self._sample_async(*one, timeout_s) for one in wave]))
             yield None
@@ -195,7 +195,7 @@ class CombinedReward:
             return Score(math.nan, status=results.status, error=results.error)
         parts = self._parts_for(sample.reward)
         tasks = [part for part in parts if not part.reward.shaping]
-        judges = tasks or parts  # what shapes a task says nothing of whether it was done
+        judges = tasks or parts  # shaping does not say whether the task was done
         if not any(part.label in results.outputs for part in judges):
             error = f"none of {', '.join(p.label for p in judges)} applies to this sample (each returned None)"
             return Score(math.nan, status=RewardStatus.PLUGIN_ERROR, error=error)
@@ -323,7 +323,7 @@ def _attempt(call: Any, *arguments: Any) -> tuple[Any, BaseException | None]:
         return call(*arguments), None
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  plugins may raise anything: SystemExit, time-outs that are no Exception
+    except BaseException as error:  # noqa: BLE001  plugins may raise anything: SystemExit, time-outs that are not Exceptions
         return None, error
 
 

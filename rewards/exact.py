@@ -13,7 +13,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _QUOTES = ('""', "''", "“”", "‘’", "«»", "‹›", "「」", "『』")
 _BRACKETS = ("()", "[]", "{}", "<>", "【】", "〔〕", "《》", "〈〉", "**", "__", "``")  # and markdown's emphasis
 _STOPS = ".,。、"
-_MARKS = "!?:;"  # with _STOPS, in NFKC: their full-width forms are plain
+_MARKS = "!?:;"  # like _STOPS, in NFKC, which makes full-width forms plain
 _MAX_LAYERS = 100
 _MAX_EXTRA = 2000  # characters
 
@@ -22,14 +22,14 @@ _MAX_EXTRA = 2000  # characters
 class ExactReward:
     """1 when the final answer equals the ground truth, else 0.
 
-    Both sides get Unicode NFKC (full-width forms become plain), one space for any white space, and none around. The
-    ground truth may be a list: any of its members counts. An answer that is thousands of characters longer than the
-    ground truth is wrong unread.
+    Both sides get Unicode NFKC (full-width forms become plain), one space for any white space, and none at the ends.
+    The ground truth may be a list: any of its members counts. An answer that is thousands of characters longer than the
+    ground truth is wrong without a comparison.
 
     Args:
         ignore_case: compare case-folded.
-        ignore_punctuation: drop marks around the answer that the ground truth has not: quotation marks, brackets and
-            emphasis on both ends, and punctuation that ends a sentence. Quotation marks and full stops around the
+        ignore_punctuation: drop marks around the answer that the ground truth lacks: quotation marks, brackets and
+            emphasis at both ends, and punctuation that ends a sentence. Quotation marks and full stops around the
             ground truth are optional too. Signs and other marks belong to the answer: -5 is not 5, nor 5! or 5%.
         ignore_articles: drop English a, an, the.
         pattern: a regular expression; the last match in the answer (its first group, if it has one) is compared instead
@@ -71,7 +71,7 @@ class ExactReward:
                 raise GroundTruthError(f"exact: the ground truth {text!r} is empty once normalised")
 
     def _forms(self, text: str, pairs: tuple[str, ...], marks: str) -> Iterator[str]:
-        """The text, and what is left as one mark at its end, or pair around it, after another is taken off.
+        """The text, and what is left each time that a mark at its end, or a pair around it, is taken off.
 
         Example: '"Paris!"' gives '"Paris!"', 'Paris!' and 'Paris'.
         """
@@ -101,6 +101,6 @@ def _accepted(ground_truth: Any) -> list[str]:
         raise GroundTruthError(
             f"exact: the ground truth must be a string, a number or a list of them, not {ground_truth!r}"
         )
-    # A column of integers with gaps comes as floats.
+    # Integers in a column with gaps arrive as floats.
     whole = [str(int(value)) for value in values if isinstance(value, float) and value.is_integer()]
     return [*map(str, values), *whole]

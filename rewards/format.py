@@ -23,15 +23,15 @@ class FormatReward:
     """1 when the response has the layout asked for, else 0; a response cut at the token limit has none.
 
     Args:
-        thinking: one block of reasoning that is not empty, from the first character on, then an answer that is not
-            empty; the tags appear nowhere else. In harmony, a message in the analysis channel that is not empty, and
-            then one in the final channel, which is the last.
+        thinking: one non-empty block of reasoning at the very beginning, then a non-empty answer; the tags appear
+            nowhere else. In harmony, a non-empty message in the analysis channel, and then one in the final channel,
+            which is the last.
         prompt_opens_thinking: the chat template itself writes the opening tag, so the response begins inside.
         open_tag, close_tag: the thinking tags.
-        answer_tags: the answer has exactly one `<answer>...</answer>`, not empty.
-        boxed: the answer has exactly one `\\boxed{...}`, not empty, its braces balanced.
+        answer_tags: the answer has exactly one `<answer>...</answer>`, which is not empty.
+        boxed: the answer has exactly one `\\boxed{...}`, which is not empty and has balanced braces.
         pattern: a regular expression that matches the whole response (`.` matches line ends too).
-        partial: the share of the checks that hold, in place of all or nothing.
+        partial: give the share of the checks that hold, instead of all or nothing.
     """
 
     shaping = True
@@ -98,8 +98,8 @@ class FormatReward:
 def _thinks_in_harmony(sample: RewardInput) -> bool:
     """Is the response analysis and then a final message?
 
-    Only an answer that a harmony tokenizer found stands right behind `<|message|>`. To any other model these marks are
-    text that it may write at will, and its answer is the whole response or stands behind a closing tag.
+    Only an answer that a harmony tokenizer found directly follows `<|message|>`. To any other model these marks are
+    text that it may write at will, and its answer is the whole response or follows a closing tag.
     """
     text, answer = sample.response.rstrip(), sample.answer.strip()
     if not text.endswith(answer):
@@ -117,19 +117,19 @@ def _is_analysis(message: str) -> bool:
 
 
 def _channel(header: str) -> str:
-    """Of an assistant's message; "" for any other header."""
+    """The channel in the header of an assistant's message; "" for any other header."""
     match = _HARMONY_HEADER.fullmatch(header)
     return match[1] if match else ""
 
 
 def nfkc(text: str) -> str:
-    """Unicode NFKC, in pieces: whole, a long run of combining marks takes time by the square of its length."""
+    """Unicode NFKC, piece by piece: as a whole, a long run of combining marks takes time quadratic in its length."""
     pieces = (text[i : i + _NFKC_PIECE] for i in range(0, len(text), _NFKC_PIECE))
     return "".join(unicodedata.normalize("NFKC", piece) for piece in pieces)
 
 
 def tagged_contents(text: str) -> list[str]:
-    """What stands in each `<answer>...</answer>`, up to the first closing tag.
+    """The content of each `<answer>...</answer>`, up to the first closing tag.
 
     Example: "<answer>3</answer> or <answer>4" gives ["3"].
     """
@@ -145,9 +145,9 @@ def tagged_contents(text: str) -> list[str]:
 
 
 def boxed_contents(text: str) -> list[str]:
-    r"""What stands in each `\boxed{...}`, by matching braces; a box that is never closed is "".
+    r"""The content of each `\boxed{...}`, by matching braces; "" for a box that is never closed.
 
-    So is one inside a hundred others: contents of any depth would take memory by the square of the text's length.
+    A box inside a hundred others is "", too: contents of any depth would take memory quadratic in the text's length.
     Example: r"\boxed{\frac{1}{2}} or \boxed{3" gives [r"\frac{1}{2}", ""].
     """
     boxes = {match.end() - 1: i for i, match in enumerate(re.finditer(r"\\boxed\s*\{", text))}  # brace -> box

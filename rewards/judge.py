@@ -45,24 +45,24 @@ class _RetryableError(Exception):
 class JudgeReward:
     """The judge's score divided by `max_score`, 0 to 1.
 
-    Equal requests are asked once. An endpoint that stays down, a verdict that cannot be read and a spent budget are
-    infrastructure errors: the sample leaves the loss, it does not score 0.
+    Equal requests are sent once. An endpoint that stays down, a verdict that cannot be read and a spent budget are
+    infrastructure errors: the sample leaves the loss instead of scoring 0.
 
     Args:
         base_url: of the API, with its version, for example http://host:8000/v1.
-        model: name that the endpoint knows the judge by.
+        model: the judge's name at the endpoint.
         rubric: what the grade is for; plain text.
         max_score: the best grade.
-        api_key_env: environment variable that holds the key; where it is not set, none is sent.
+        api_key_env: environment variable that holds the key; if it is not set, no key is sent.
         final_answer_only: show the judge the final answer without the reasoning before it.
         max_tokens: of one verdict.
-        max_attempts: requests for one verdict, waits that grow between them (or what Retry-After says).
+        max_attempts: requests for one verdict, with growing waits between them (or what Retry-After says).
         request_timeout_s: of one request. The sample's own deadline, `reward.timeout_s`, covers all of them.
-        max_concurrent: requests at once, a reward worker.
+        max_concurrent: requests at once per reward worker.
         cache_path: SQLite file for the verdicts, which outlives the run and is shared by the workers of a machine;
-            None: in memory, a worker.
-        max_total_tokens: budget of prompt and completion tokens, over everything that shares the cache, looked at
-            before each request; None: no limit.
+            None: in memory, one cache per worker.
+        max_total_tokens: budget of prompt and completion tokens, over everything that shares the cache, checked before
+            each request; None: no limit.
     """
 
     def __init__(  # noqa: PLR0913  each is an option of the config
@@ -102,7 +102,7 @@ class JudgeReward:
         self._max_attempts = max_attempts
         self._request_timeout_s = request_timeout_s
         self.max_concurrent = max_concurrent
-        self._slots = asyncio.Semaphore(max_concurrent)  # for requests that have outlived their sample's deadline
+        self._slots = asyncio.Semaphore(max_concurrent)  # also counts requests that outlive their sample's deadline
         self._store = JudgeStore(Path(cache_path).expanduser() if cache_path else None)
         self._budget = max_total_tokens
         self._asked: dict[str, asyncio.Task[float]] = {}  # requests under way, so that equal ones share one
@@ -123,7 +123,7 @@ class JudgeReward:
     def _answered(self, key: str, task: asyncio.Task[float]) -> None:
         del self._asked[key]
         if not task.cancelled():
-            task.exception()  # seen, also where nobody waits for it any more: else Python prints it
+            task.exception()  # mark it as seen even if nobody waits for it: else Python prints it
 
     def close(self) -> None:
         """Close the cache."""
@@ -139,7 +139,7 @@ class JudgeReward:
         return {"model": self._model, "messages": messages, "temperature": 0.0, "max_tokens": self._max_tokens}
 
     async def _judge(self, key: str, body: dict[str, Any]) -> float:
-        """The verdict, remembered also where nobody waits for it any more."""
+        """The verdict, remembered even if nobody waits for it any longer."""
         score = await self._ask(body)
         self._store.remember(key, score)
         return score

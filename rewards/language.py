@@ -42,12 +42,12 @@ _SENTENCE = re.compile(r"[^.!?。!?\n]+[.!?。!?\n]*")
 _ACRONYM_OR_SYMBOL = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z][A-Z0-9]{1,7}|[A-Za-z]{1,2})(?![A-Za-z0-9])")
 _CHUNK_LETTERS = 60  # enough for lingua to tell related languages apart
 _MAX_CHUNK = 2000  # characters
-_DECIDABLE_LETTERS = {"CJK": 12}  # less than this says nothing about which of its languages it is
+_DECIDABLE_LETTERS = {"CJK": 12}  # with fewer letters, a script does not tell its languages apart
 
 
 @register_reward("language")
 class LanguageReward:
-    """The share of letters that are of the wanted language, 0 to 1: the mean of reasoning and answer by weight.
+    """The share of letters in the wanted language, 0 to 1: the weighted mean of reasoning and answer.
 
     Letters of another script count against it; so does each passage in the right script that lingua takes for another
     language, or, between Japanese and Chinese, that the kana give away. Acronyms and one- and two-letter names do not
@@ -55,9 +55,9 @@ class LanguageReward:
 
     Args:
         language: ISO 639-1 code, or "prompt" for the language of the question.
-        answer_weight: weight of the answer; the rest is the reasoning's. A part without letters leaves it to the other.
+        answer_weight: weight of the answer; the rest is the reasoning's. If one has no letters, the other decides.
         min_letters: a response with fewer letters gets 0, so that saying nothing is no way out.
-        threshold: 1 from this share on and 0 below, in place of the share itself.
+        threshold: give 1 from this share on and 0 below, instead of the share itself.
     """
 
     shaping = True
@@ -114,7 +114,7 @@ def wanted_share(text: str, language: str) -> tuple[float, int]:
 
 
 def language_of(text: str) -> str | None:
-    """The ISO code of the language that most letters of `text` are in; None for a text without letters."""
+    """The ISO code of the language that most of `text` is in; None if that cannot be told."""
     counts: dict[str, int] = {}
     passages = list(_passages(text, frozenset()))
     for passage, script in passages:
@@ -132,7 +132,7 @@ def language_of(text: str) -> str | None:
 
 
 def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """Pieces of one script each, long enough to be judged where there is enough: (passage, script).
+    """(passage, script): pieces of one script each, long enough to be judged if there is enough text.
 
     Japanese sentences stay whole: their Han and kana come as one passage of kana.
     """
@@ -145,7 +145,7 @@ def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, 
             joined = f"{open_passages.get(script, '')} {piece}".strip()
             if len(joined) >= _CHUNK_LETTERS:
                 open_passages.pop(script, None)
-                for start in range(0, len(joined), _MAX_CHUNK):  # lingua's time goes by the square of a word's length
+                for start in range(0, len(joined), _MAX_CHUNK):  # lingua's time is quadratic in a word's length
                     yield joined[start : start + _MAX_CHUNK], script
             else:
                 open_passages[script] = joined
@@ -153,7 +153,7 @@ def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, 
 
 
 def _without_environments(text: str) -> str:
-    r"""Leaves out what stands from a `\begin{x}` to the next `\end{x}`.
+    r"""The text without what stands between a `\begin{x}` and the next `\end{x}`, both included.
 
     Not by a regular expression, which would search the rest of the text for each `\begin` that nothing closes.
     """

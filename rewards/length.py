@@ -18,12 +18,12 @@ class LengthReward:
     With L tokens in the response, the over-long part is DAPO's (arXiv 2503.14476, eq. 13): 0 up to
     max_tokens - buffer_tokens, -1 above max_tokens, a straight line between. The brevity part is that of Kimi k1.5
     (arXiv 2501.12599, section 2.3.3): with v = 0.5 - (L - shortest) / (longest - shortest) over the group's responses,
-    v for a right response, min(0, v) for a wrong one, and 0 when all have one length. The reward is
+    v for a right response, min(0, v) for a wrong one, and 0 when all are equally long. The reward is
     overlong + brevity x part.
 
     Args:
         max_tokens: L_max; None: no over-long part.
-        buffer_tokens: L_cache, where the penalty grows.
+        buffer_tokens: L_cache, the tokens over which the penalty grows.
         brevity: weight of the brevity part; 0: none. Warm up without it, as its authors do.
         right_above: a response is right when its task reward is above this.
     """

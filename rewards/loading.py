@@ -55,8 +55,8 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """The reward called `name`, with `options` bound.
 
     Raises:
-        RewardError: nothing has that name, its code cannot be imported, or it has no form that we know.
-        ConfigError: an option that it does not take, of the wrong type or value, or missing.
+        RewardError: nothing has that name, its code cannot be imported, or it has none of the known forms.
+        ConfigError: an option is unknown, missing, or of the wrong type or value.
     """
     options = dict(options or {})
     target = find_reward(name)

@@ -32,7 +32,7 @@ class LocalScorer:
         self._idle: queue.SimpleQueue[ScoringProcess] = queue.SimpleQueue()
 
     def score(self, samples: Sequence[RewardInput]) -> tuple[Score, ...]:
-        """One score a sample, in order. Samples that share a `group_id` are compared: give them in one call."""
+        """One score per sample, in order. Samples that share a `group_id` are compared: pass them in one call."""
         size = min(self._batch_size, -(-len(samples) // self._num_workers) or 1)
         chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
         results = [result for chunk in self._threads.map(self._score_chunk, chunks) for result in chunk]
@@ -56,7 +56,7 @@ class LocalScorer:
     def _score_chunk(self, samples: Sequence[RewardInput]) -> list[PartResults]:
         try:
             process = self._idle.get_nowait()
-        except queue.Empty:  # never more of them than threads
+        except queue.Empty:  # there are never more processes than threads
             process = ScoringProcess(self._spec)
         try:
             return process.score(samples)

@@ -25,17 +25,17 @@ MAX_TRUTHS = 32  # accepted answers of one row
 class MathReward:
     """1 when the final answer equals the ground truth, else 0.
 
-    The ground truth is a number or a text, or a list of which any one is right; a worked solution counts by its last
-    box. Breakdown: `answered` (a final answer was found), `symbolic` (computer algebra was asked), `symbolic_lost` (and
-    ended by its limits, which costs the sample its reward).
+    The ground truth is a number or a text, or a list of which any member is right; of a worked solution the last box
+    counts. Breakdown: `answered` (a final answer was found), `symbolic` (computer algebra was asked), `symbolic_lost`
+    (it was, and hit its limits, which costs the sample its reward).
     """
 
-    significant_digits: int = 6  # a decimal with at least so many equals the exact value that it rounds
+    significant_digits: int = 6  # a decimal with at least this many equals the exact value that it rounds
     percent_sign_optional: bool = True  # 28 for 28%, and the reverse
     unit_optional: bool = True  # 15 for 15 cm, and the reverse
     convert_units: bool = True  # 500 cm for 5 m
     require_box: bool = False  # only a boxed answer counts
-    deadline_s: float = 3.0  # CPU seconds of computer algebra a pair; four times as long by the clock
+    deadline_s: float = 3.0  # CPU seconds of computer algebra per pair; four times as many by the clock
     memory_mib: int = 1024  # address space of computer algebra
     _verifier: Verifier = field(init=False, repr=False)
     _pool: SymbolicPool = field(init=False, repr=False)
@@ -49,7 +49,7 @@ class MathReward:
         self._verifier = Verifier(policy, self._pool)
 
     def __call__(self, sample: RewardInput) -> RewardOutput:
-        """Score one response. Raises GroundTruthError for a ground truth that is none."""
+        """Score one response. Raises GroundTruthError for an unusable ground truth."""
         truths = _truths(sample.ground_truth)
         self._pool.warm_up()
         answer = last_box(sample.answer) if self.require_box else extract_answer(sample.answer)
@@ -62,11 +62,11 @@ class MathReward:
             if equal:
                 break
         parts = {"answered": 1.0, "symbolic": float(symbolic), "symbolic_lost": float(lost)}
-        # Equal answers have one spelling, which a majority is counted by: the ground truth's, where they are right.
+        # A majority is counted by one spelling for all equal answers: the ground truth's, if they are right.
         return RewardOutput(float(equal), parts, normalise(truth) if equal else spelling(answer))
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any] | None = None) -> None:
-        """Raise GroundTruthError for a ground truth that is none, or that no answer could ever be found equal to."""
+        """Raise GroundTruthError for a ground truth that is unusable, or that no answer could be found equal to."""
         for truth in _truths(ground_truth):
             try:
                 judged = self._verifier.can_judge(truth)
@@ -94,7 +94,7 @@ def _truths(ground_truth: Any) -> list[str]:
 
 
 def _truth(ground_truth: Any) -> str:
-    """One ground truth as text: the last box of a worked solution, what stands behind GSM8K's ####, else all of it."""
+    """One ground truth as text: the last box of a worked solution, what follows GSM8K's ####, else all of it."""
     if not isinstance(ground_truth, (str, int, float)):
         raise GroundTruthError(
             f"math: the ground truth is a {type(ground_truth).__name__}; it must be a number, a text or a list of those"

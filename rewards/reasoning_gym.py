@@ -12,18 +12,18 @@ from rewards.format import boxed_contents, tagged_contents
 
 _PREFIX = "reasoning_gym:"
 FULL_MARKS = 0.999  # some scorers compute 1.0 in floating point
-_DECOYS = ("nan", "0", "foo")  # answers that a model finds to be right always, where a scorer lets them pass
+_DECOYS = ("nan", "0", "foo")  # answers that a model would always give if a scorer let them pass
 
 
 @register_reward("reasoning_gym")
 class ReasoningGymReward:
-    """What reasoning-gym's scorer of the row's task says of the answer; by default 1 for full marks and 0 for less.
+    """The score from reasoning-gym's scorer for the row's task; by default 1 for full marks and 0 for less.
 
-    The answer is what stands in the last `<answer>` or `\\boxed{}` of the final answer, else all of it. The row comes
+    The answer is the content of the last `<answer>` or `\\boxed{}` in the final answer, else all of it. The row comes
     from a dataset `reasoning_gym:TASK`, which gives it `data_source`, `question`, `metadata` and `options`.
 
     Args:
-        task: for rows that do not name theirs in `data_source`.
+        task: the task of rows that do not name theirs in `data_source`.
         partial: the scorer's own number, partial credit included. Many tasks give some for an answer that is wrong but
             of the right kind, or that holds the right one somewhere.
     """
@@ -45,10 +45,10 @@ class ReasoningGymReward:
         return RewardOutput(reward, {"score": score, "scorer_failed": failed}, extracted)
 
     def validate_ground_truth(self, ground_truth: Any, extra: Mapping[str, Any]) -> None:
-        """Raise GroundTruthError when the scorer cannot work with the row, or takes another answer than the row's."""
+        """Raise GroundTruthError if the scorer cannot work with the row, or accepts an answer other than the row's."""
         dataset = self._dataset(str(extra.get("data_source", "")), extra)
         entry = _entry(ground_truth, extra)
-        if ground_truth is not None:  # tasks with many right answers have none of their own
+        if ground_truth is not None:  # tasks with many right answers give none
             try:
                 score = float(dataset.score_answer(ground_truth, entry))
             except Exception as error:

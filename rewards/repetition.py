@@ -25,7 +25,8 @@ class RepetitionReward:
     Args:
         n: tokens in an n-gram. Short ones repeat in honest text.
         free: share of repeated n-grams that costs nothing.
-        mask_digits: all digits are alike, so that a counter does not hide a loop. Sums and tables look alike, too.
+        mask_digits: count all numbers as the same, so that a counter does not hide a loop. Sums and tables then repeat,
+            too.
     """
 
     shaping = True

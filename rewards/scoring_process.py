@@ -30,7 +30,7 @@ from rl.config import RewardFunctionConfig
 from rl.errors import FledgeError, RewardError
 
 START_TIMEOUT_S = 120.0  # importing a plugin may load a framework from a cold disk
-COROUTINE_GRACE_S = 0.5  # coroutines are cancelled at the deadline itself; only what ignores that meets the watchdog
+COROUTINE_GRACE_S = 0.5  # coroutines are cancelled at the deadline itself; only those that ignore it meet the watchdog
 KILL_GRACE_S = 2.0  # the child's own watchdog, which can say where it hung, comes first
 MAX_CONSECUTIVE_TIMEOUTS = 3  # then the rest of the call is given up, so that a dead dependency cannot stall a run
 
@@ -59,12 +59,12 @@ class ScoringProcess:
 
     @property
     def pid(self) -> int:
-        """Of the child that runs now."""
+        """The process id of the current child."""
         assert self._process is not None
         return self._process.pid
 
     def score(self, samples: Sequence[RewardInput]) -> list[PartResults]:
-        """One result a sample, in order.
+        """One result per sample, in order.
 
         A sample that passes the deadline gets TIMEOUT. When the child dies, the sample it worked on is tried once more,
         then gets INFRASTRUCTURE_ERROR. When work shared by several samples hangs or dies, each of them is tried once

@@ -38,7 +38,7 @@ class Reward:
     """A loaded reward, its options bound.
 
     `call` takes one RewardInput (mode "sample"), a sequence of them ("batch"), or a sequence of them and their task
-    rewards ("group"), and returns raw results, one a sample; with `is_async`, a coroutine of them.
+    rewards ("group"), and returns raw results, one per sample; with `is_async`, a coroutine of them.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Reward:
     is_async: bool
     call: Callable[..., Any]
     shaping: bool = False
-    max_concurrent: int | None = None  # coroutines at once; each gets the whole deadline
+    max_concurrent: int | None = None  # how many coroutines run at once; each gets the whole deadline
     may_abstain: bool = False  # TRL: None means that the reward does not apply to the sample
     validate_ground_truth: Callable[[Any, Mapping[str, Any]], None] | None = None
     close: Callable[[], None] | None = None
@@ -57,7 +57,7 @@ def adapt(name: str, target: Any, options: Mapping[str, Any]) -> Reward:
 
     Raises:
         RewardError: `target` has none of the known forms.
-        ConfigError: an option that the function does not take, of the wrong type, or missing.
+        ConfigError: an option is unknown to the function, missing, or of the wrong type.
     """
     mode, function = _entry(name, target)
     if inspect.isasyncgenfunction(_code_of(function)):
@@ -206,7 +206,7 @@ def _verl_call(
 
 
 def iterate_results(results: Any) -> Iterator[Any]:
-    """The results of a batch call one by one. Raises TypeError when they are no sequence or iterator of results."""
+    """The results of a batch call one by one. Raises TypeError unless they are a sequence or iterator of results."""
     if isinstance(results, str | Mapping) or not isinstance(results, Iterable):
         raise TypeError(f"a batch reward must return one result per sample, not a {type(results).__name__}")
     return iter(results)

@@ -13,15 +13,15 @@ _ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_sou
 
 
 class TrlFunction:
-    """`reward(prompts, completions, completion_ids, **columns)`, which returns a number or None (not applicable) a row.
+    """`reward(prompts, completions, completion_ids, **columns)`; returns a number or None (not applicable) per row.
 
-    Columns are the rows' own fields, `ground_truth` and `data_source`. A required column that rows lack is the ground
-    truth under the name that the function has for it (`solution`, `answer`), where it requires no other and does not
-    ask for `ground_truth`.
+    Columns are the rows' own fields, `ground_truth` and `data_source`. If the function requires just one other column,
+    and not `ground_truth`, then that is its name for the ground truth (`solution`, `answer`), which it gets from rows
+    that lack such a field.
 
-    Completions are lists of one message where the function reads messages, plain strings otherwise (TRL goes by the
-    dataset, which here is always conversational): by its annotation, else by whether its code, or a function of its
-    module that it calls, names the key "content".
+    Completions are lists of one message if the function reads messages, else plain strings. (TRL goes by the dataset,
+    which here is always conversational.) Its annotation decides, else whether its code, or a function of its module
+    that it calls, names the key "content".
 
     Numbers that it logs with `log_extra` and `log_metric` join the breakdown.
     """

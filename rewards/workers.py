@@ -1,4 +1,4 @@
-"""Ray reward workers and their pool: a batch of rollouts in, the same batch with one score a rollout out.
+"""Ray reward workers and their pool: a batch of rollouts goes in, and comes out with one score per rollout.
 
 Each worker is a Ray actor around one `ScoringProcess`, which holds the deadlines. Left out: torch and vLLM, which must
 never be imported here; combining (`rewards.combine`); the controller.
@@ -27,8 +27,8 @@ from rl.config import RewardConfig
 from rl.errors import RewardError
 
 T = TypeVar("T")
-_CPUS = 0.01  # none would put workers on a head node, too, that was started with 0 CPUs to be left alone
-ACTOR_START_TIMEOUT_S = START_TIMEOUT_S + 60.0  # a Ray worker process comes on top
+_CPUS = 0.01  # with 0, workers could also land on a head node that was started with 0 CPUs to be left alone
+ACTOR_START_TIMEOUT_S = START_TIMEOUT_S + 60.0  # a Ray worker process starts first
 
 
 class RewardWorker:
@@ -41,12 +41,12 @@ class RewardWorker:
         return self._process.score(samples)
 
     def child_pid(self) -> int:
-        """Of the scoring process; answers once the rewards are loaded."""
+        """The id of the scoring process; answers once the rewards are loaded."""
         return self._process.pid
 
 
-# A chunk's workers; where a node is lost, the next idle worker may have been on it too. A sample that ends its scoring
-# process is no such loss (`rewards.scoring_process`).
+# How many workers may try a chunk: when a node is lost, the next idle worker may have been on it too. A sample that
+# ends its scoring process does not cost a worker (`rewards.scoring_process`).
 _ATTEMPTS = 3
 
 
@@ -54,7 +54,7 @@ _ATTEMPTS = 3
 class _Begun:
     """A rollout that was handed out before the batch was whole, and where its results will be."""
 
-    rollout: Rollout  # held, so that no other gets its identity
+    rollout: Rollout  # held, so that no other rollout gets its id()
     results: asyncio.Task[list[PartResults]]
     position: int
 
@@ -80,7 +80,7 @@ class RewardPool:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._workers: set[Any] = set()
         self._begun: dict[int, _Begun] = {}  # by the identity of the rollout
-        self._waiting: list[tuple[Prompt, Rollout]] = []  # for a worker that is idle, or for their batch
+        self._waiting: list[tuple[Prompt, Rollout]] = []  # for an idle worker, or for their batch
         self.num_replaced = 0
         try:
             self._submit(self._start_workers(config.num_workers)).result()
@@ -89,7 +89,7 @@ class RewardPool:
             raise
 
     def begin(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
-        """Start to score a group while others are still generated; see `rl.controller.RewardPool`."""
+        """Start to score a group while others are still being generated; see `rl.controller.RewardPool`."""
         live = [(prompt, rollout) for rollout in rollouts if rollout.finish_reason is not FinishReason.ABORT]
         self._loop.call_soon_threadsafe(self._begin, live)
 
@@ -104,7 +104,7 @@ class RewardPool:
         return scored
 
     def metrics(self) -> dict[str, float]:
-        """Of the workers, so far in this run."""
+        """Metrics of the workers, so far in this run."""
         return {"reward/worker_restarts": float(self.num_replaced)}
 
     def worker_handles(self) -> tuple[Any, ...]:
@@ -115,7 +115,7 @@ class RewardPool:
         """End the workers. The pool cannot be used afterwards."""
         if self._loop.is_closed():
             return
-        # First of all what is under way (an interrupt leaves it there): it would replace the workers that are ended.
+        # First cancel what an interrupt has left under way: it would replace the workers that end here.
         self._submit(_cancel_others()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -146,8 +146,8 @@ class RewardPool:
         self._idle.put_nowait(worker)
 
     def _begin(self, samples: Sequence[tuple[Prompt, Rollout]] = ()) -> None:
-        """Hand what waits to idle workers, in the loop. What finds none waits for one, or is scored with its batch: a
-        call for every group would be many where a call has a price of its own, as with rewards that are coroutines."""
+        """Hand waiting samples to idle workers, in the loop. What is left waits for a worker, or is scored with its
+        batch: a call for every group would be too many if each call has its own cost, as with coroutine rewards."""
         self._waiting += samples
         while self._waiting and not self._idle.empty():
             size = self._chunk_size(len(self._waiting))
@@ -158,7 +158,7 @@ class RewardPool:
                 self._begun[id(rollout)] = _Begun(rollout, results, position)
 
     def _chunk_size(self, num_samples: int) -> int:
-        """So that every worker gets some."""
+        """Small enough that every worker gets some."""
         return min(self._config.batch_size, -(-num_samples // self._config.num_workers) or 1)
 
     async def _score(self, batch: RolloutBatch) -> ScoredBatch:
@@ -170,7 +170,7 @@ class RewardPool:
         size = self._chunk_size(len(rest))
         chunks = [rest[i : i + size] for i in range(0, len(rest), size)]
         calls = [self._score_chunk([samples[i] for i in chunk]) for chunk in chunks]
-        # All of them, also what is not asked for any more: an error is of the workers, and none would be left.
+        # Await all, even results that are not asked for: an error means that lost workers could not be replaced.
         answers = await asyncio.gather(*calls, *{one.results for one in begun.values()})
         for chunk, answer in zip(chunks, answers):
             for index, result in zip(chunk, answer, strict=True):
@@ -181,8 +181,8 @@ class RewardPool:
         return ScoredBatch(batch, await self._finish(samples, results))
 
     async def _finish(self, samples: Sequence[RewardInput], results: Sequence[PartResults]) -> tuple[Score, ...]:
-        """Compare and combine, in a thread: a plugin that hangs in it must hold neither the loop nor the end of the
-        process. It cannot be ended as a scoring process can, so it ends the run."""
+        """Compare and combine, in a thread: a plugin that hangs there must block neither the loop nor the exit of this
+        process. Unlike a scoring process, a thread cannot be killed, so a plugin that hangs ends the run."""
         scores: concurrent.futures.Future[tuple[Score, ...]] = concurrent.futures.Future()
         num_compared = seen = 0
 
@@ -208,7 +208,7 @@ class RewardPool:
         return waiting.result()
 
     async def _score_chunk(self, samples: Sequence[RewardInput], worker: Any = None) -> list[PartResults]:
-        """On `worker`, or an idle one; one that is lost meanwhile is replaced, and the chunk tried again elsewhere."""
+        """Score on `worker` or an idle one. A worker that is lost is replaced, and the chunk is tried on another."""
         error = ""
         for _ in range(_ATTEMPTS):
             worker = worker or await self._idle.get()
@@ -226,12 +226,12 @@ class RewardPool:
         return [PartResults(status=RewardStatus.INFRASTRUCTURE_ERROR, error=error)] * len(samples)
 
     def _chunk_deadline_s(self, num_samples: int) -> float:
-        """When a worker must be stuck itself: its own deadlines would have ended every sample, twice over, by then."""
+        """After this long the worker itself must be stuck: its own deadlines would have ended every sample twice."""
         return 2 * num_samples * (self._config.timeout_s + 5.0) + START_TIMEOUT_S
 
     async def _replace(self, worker: Any) -> None:
         self._workers.discard(worker)
-        await asyncio.to_thread(end_actors, [worker])  # one that is only cut off must not go on
+        await asyncio.to_thread(end_actors, [worker])  # a worker that is only cut off must not go on
         self.num_replaced += 1
         await self._add_worker()
 

@@ -29,7 +29,7 @@ def choices_of_truth(text: str) -> frozenset[str] | None:
 
 
 def choices_of_answer(text: str) -> frozenset[str] | None:
-    """The letters that an answer names, its text beside the letter allowed, or None where it names none."""
+    """The letters that an answer names, also if a choice's text stands beside its letter; None if it names none."""
     plain = _WRAPPERS.sub(" ", text).strip()
     if match := _ANSWER.fullmatch(plain):
         return frozenset(match[1].upper())

@@ -1,4 +1,4 @@
-"""Whether an answer equals the ground truth, form by form. What form is asked for follows from the ground truth.
+"""Whether an answer equals the ground truth, form by form. The ground truth determines which form is asked for.
 
 Left out: single values (`rewards.mathematics.scalars`), inequalities (`relations`), choices (`choices`).
 """
@@ -47,14 +47,14 @@ _SYNONYMS = {
 class Policy:
     """What is a matter of taste. The defaults follow what common benchmarks accept; see docs/rewards/math.md."""
 
-    significant_digits: int = 6  # a decimal with at least so many equals the exact value that it rounds
+    significant_digits: int = 6  # a decimal with at least this many equals the exact value that it rounds
     percent_sign_optional: bool = True  # 28 for 28%, and the reverse, above one percent
     unit_optional: bool = True  # 15 for 15 cm, and the reverse; a conflicting unit is always wrong
     convert_units: bool = True  # 500 cm for 5 m
 
 
 def compare(gold: Node, answer: Node, policy: Policy) -> Verdict:
-    """EQUAL, DIFFERENT, or UNDECIDED where values are needed that only a computer-algebra system can find."""
+    """EQUAL, DIFFERENT, or UNDECIDED if that takes values that only a computer-algebra system can find."""
     if gold == answer:
         return Verdict.EQUAL
     gold, answer = _spread(gold), _spread(answer)
@@ -68,7 +68,7 @@ def compare(gold: Node, answer: Node, policy: Policy) -> Verdict:
 
 
 def _compare_forms(gold: Node, answer: Node, policy: Policy) -> Verdict:
-    """The part of `compare` behind units, percent signs and equals signs."""
+    """The part of `compare` that is left after units, percent signs and equals signs."""
     if isinstance(gold, BaseNumber) or isinstance(answer, BaseNumber):
         return _verdict(_same_base_number(gold, answer))
     if isinstance(gold, Text) and isinstance(answer, Text):
@@ -95,7 +95,7 @@ def _all(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _spread(node: Node) -> Node:
-    """± written out as a list of two, in a list or set as two items; an angle in degrees as a quantity."""
+    """± written out as a list of two values, or as two items within a list or set; degrees as a quantity."""
     if isinstance(node, Collection) and node.kind in ("list", "set"):
         items = tuple(part for item in node.items for part in expand_plus_minus(item))
         return node if items == node.items else replace(node, items=items)
@@ -146,7 +146,7 @@ def _compare_two_quantities(gold: Quantity, answer: Quantity, policy: Policy) ->
 
 
 def _same_words(a: Unit, b: Unit) -> bool:
-    """Whether two unknown units are one thing: `sequences` and `arithmetic sequences`."""
+    """Whether two unknown units mean the same thing: `sequences` and `arithmetic sequences`."""
     if len(a.dimensions) != 1 or len(b.dimensions) != 1 or a.factor != b.factor:
         return False
     first, second = set(a.dimensions[0][0].split()), set(b.dimensions[0][0].split())
@@ -154,7 +154,7 @@ def _same_words(a: Unit, b: Unit) -> bool:
 
 
 def _percentage(node: Node) -> Node | None:
-    """The number of percent, where the node is one."""
+    """The number before the percent sign, if the node is a percentage."""
     if isinstance(node, Apply) and node.name == "neg":
         inner = _percentage(node.args[0])
         return None if inner is None else Apply("neg", (inner,))
@@ -257,7 +257,7 @@ def _holds_matrix(node: Node) -> bool:
 
 
 def _as_matrix(node: Node) -> Matrix | None:
-    """A matrix as it is, times a scalar, as a sum, or a tuple as its row."""
+    """The node as a matrix: it may be one, its negative, a scalar times one, or a tuple in round brackets (a row)."""
     match node:
         case Matrix():
             return node

@@ -1,4 +1,4 @@
-"""Values of expressions: exactly as fractions where they are rational, else to many digits at given points.
+"""Values of expressions: exact fractions if they are rational, else to many digits at given points.
 
 Left out: structure and policy (`rewards.mathematics.comparison`). Whatever could grow without bound (powers,
 factorials, exponentials) is checked before it is computed, so a tree of bounded size takes bounded time.
@@ -46,7 +46,7 @@ class Budget:
 
 
 def exact(node: Node, budget: Budget) -> Fraction | None:
-    """The value when arithmetic alone finds it to be rational, else None. Raises TooLargeError, UndefinedError."""
+    """The value if arithmetic alone shows that it is rational, else None. Raises TooLargeError, UndefinedError."""
     match node:
         case Number(value=value):
             return value
@@ -160,7 +160,7 @@ class Numeric:
         self._constants = {"pi": +context.pi, "e": +context.e, "i": context.j, "inf": context.inf}
 
     def value(self, node: Node, point: Mapping[str, Fraction], real: bool = False) -> Any:
-        """An mpf or mpc. With `real`, a part of the tree that is not real has no value.
+        """An mpf or mpc. With `real`, any part of the tree whose value is not real counts as undefined.
 
         Raises: TooLargeError, UndefinedError, UnsupportedError.
         """

@@ -1,4 +1,4 @@
-"""Sums, products, powers and what binds tighter than them, with the juxtapositions that stand for a product or a sum.
+"""Sums, products, powers and whatever binds tighter, with the juxtapositions that stand for a product or a sum.
 
 Left out: operands (`rewards.mathematics.operands`).
 """
@@ -14,7 +14,7 @@ from rewards.mathematics.tokens import Kind
 
 
 class ExpressionParser(TokenReader, ABC):
-    """One method a level of precedence, loosest first."""
+    """One method per level of precedence, loosest first."""
 
     @abstractmethod
     def _primary(self) -> Node:
@@ -68,7 +68,7 @@ class ExpressionParser(TokenReader, ABC):
         return quotient(left, right)
 
     def _juxtaposed(self, left: Node) -> Node:
-        """Implicit multiplication, or a mixed number where a whole number stands before a proper fraction."""
+        """Implicit multiplication, or a mixed number if a whole number stands before a proper fraction."""
         written_number = self._tokens[self._position - 1].kind is Kind.NUMBER and is_whole(left)
         if self._next.kind is Kind.NUMBER and isinstance(left, Number):
             if not (written_number and self._next.spaced and self._slash_after_next()):
@@ -155,14 +155,14 @@ def negated(node: Node) -> Node:
 
 
 def quotient(top: Node, bottom: Node) -> Node:
-    """A fraction as one number where it is written with whole numbers, so that it can be part of a mixed number."""
+    """A fraction; a single number if it is written with whole numbers, so that it can be part of a mixed number."""
     if isinstance(top, Number) and isinstance(bottom, Number) and is_whole(top) and is_whole(bottom) and bottom.value:
         return Number(top.value / bottom.value)
     return Apply("div", (top, bottom))
 
 
 def mixed(whole: Node, fraction: Node) -> Node | None:
-    """`2 1/2` and `33 1/3 %`; None where the fraction is not proper."""
+    """The mixed number, as in `2 1/2` and `33 1/3 %`; None if the fraction is not proper."""
     if _is_proper(fraction):
         return Apply("add", (whole, fraction))
     if isinstance(fraction, Apply) and fraction.name == "percent" and _is_proper(fraction.args[0]):

@@ -13,7 +13,7 @@ from rewards.mathematics.numbers import SCALES
 from rewards.mathematics.units import ARITHMETIC_WORDS, read_unit
 
 MAX_ANSWER_CHARS = 2000  # a longer final answer is no answer
-TAIL_CHARS = 4000  # of a response without box or anchor, where its last sentence and formula are sought
+TAIL_CHARS = 4000  # of a response without box or anchor, in which its last sentence and formula are sought
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\w])")
 _BETWEEN_BOXES = re.compile(
@@ -50,7 +50,7 @@ _DISPLAYS = [
     (re.compile(opening), closing)
     for opening, closing in ((r"\$\$", "$$"), (r"(?<!\\)\\\[", r"\]"), (r"(?<!\\)\\\(", r"\)"))
 ]
-_HEADING = re.compile(  # behind ####: a number and words ("2. Add the rest"), or a word that is no value
+_HEADING = re.compile(  # after ####: a number and words ("2. Add the rest"), or a word that is no value
     r"[\s*_`\"“(\[]*(?:(?:\d+(?:\.\d+)*|[A-Z])[.):]\s+[^\W\d]"
     r"|(?!(?:true|false|yes|no|infinity|sqrt|log|exp|sin|cos|tan|sec|csc|cot|arc\w+|max|min|gcd|lcm|USD|EUR|GBP|JPY)\b)"
     r"(?:[^\W\d_]{3,}(?!\()|[\u3040-\u30ff\u3400-\u9fff]{2,}))",
@@ -58,9 +58,9 @@ _HEADING = re.compile(  # behind ####: a number and words ("2. Add the rest"), o
 )
 _OF_A_PART = re.compile(r"\b(?:part|parts|step|case|first|previous)\b|\(\w{1,3}\)", re.IGNORECASE)
 _VALUE_FIRST = re.compile(r"[\s*_`]*[-+−－±(\[{|√\s]*(?:[$€£¥￥\\]|\.?\d|[^\W\d_]{1,3}(?:_\{?\w+\}?)?\s*=)")
-_BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,500})(?<=\S)\*\*(?![\w(*])")  # Markdown's, and no power
+_BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,500})(?<=\S)\*\*(?![\w(*])")  # Markdown's bold, not a power
 _LONE_CHOICE = re.compile(r"[\s*_]*(?:(?:Option|Choice|Answer)\s+)?\(?([A-J])\)?[\s*_.]*")
-_NO_VALUE = re.compile(  # what a number is not, or only bounds, in one clause with the number
+_NO_VALUE = re.compile(  # in one clause with a number: the answer is not it, or is only bounded by it
     r"(?:\b(?:not|cannot|never|neither|at\s+most|at\s+least)\b|n't\b"
     r"|\b(?:less|greater|more|fewer|smaller|larger|bigger|higher|lower|other)\s+than\b)[^\d\\$,;:=]*[\d\\$]",
     re.IGNORECASE,
@@ -95,10 +95,10 @@ _NUMBER = re.compile(
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer of a response as the model wrote it, or None where it gives none.
+    """The final answer of a response as the model wrote it, or None if it gives none.
 
-    Several boxes joined by "and", "or" or a comma come back as one list, `a, b`: whether that is the answer or a hedge
-    is for the comparison to say.
+    Several boxes joined by "and", "or" or a comma come back as one list, `a, b`: the comparison decides whether that is
+    the answer or a hedge.
     """
     final = _after_thinking(text)
     if final is None:
@@ -134,7 +134,7 @@ def _after_thinking(text: str) -> str | None:
 
 
 def _last_boxes(text: str) -> tuple[str | None, int]:
-    """Content of the last box, or of the last few that are one list, and where it ends; (None, 0) without a box."""
+    """Content of the last box, or of the last few that form a list, and where it ends; (None, 0) without a box."""
     starts = list(_BOX.finditer(text))[-12:]
     if not starts:
         return None, 0
@@ -169,7 +169,7 @@ def _spelling(content: str) -> str:
 
 
 def _matching_brace(text: str, start: int) -> int | None:
-    """Index just after the group that starts at `start` (one character where it is no brace), or None if it is cut."""
+    """Index just after the group that starts at `start` (or one character if that is no brace); None if it is cut."""
     if text[start] != "{":
         return start + len(re.match(r"\w+", text[start:]).group())  # type: ignore[union-attr]  # _BOX saw a \w
     depth = 0
@@ -192,8 +192,8 @@ def _matching_brace(text: str, start: int) -> int | None:
 def _anchored(text: str, start: int) -> str | None:
     """What follows the last "the answer is" after `start`, if it holds something that can be an answer.
 
-    Behind a box (`start` > 0) most such statements are remarks, "the answer is unique", so only one that begins with a
-    value counts.
+    After a box (`start` > 0) most such statements are remarks, like "the answer is unique", so only one that begins
+    with a value counts.
     """
     anchors = [match for match in _ANCHOR.finditer(text, start) if not _is_heading(text, match)]
     for match in reversed(anchors[-6:]):
@@ -206,7 +206,7 @@ def _anchored(text: str, start: int) -> str | None:
 
 
 def _is_heading(text: str, anchor: re.Match[str]) -> bool:
-    """Whether a `####` is Markdown's, and not GSM8K's: words follow it, and it does not begin the last line."""
+    """Whether a `####` is Markdown's and not GSM8K's: words follow it, and it does not begin the last line."""
     if not anchor.group().startswith("#"):
         return False
     before = text[max(anchor.start() - MAX_ANSWER_CHARS, 0) : anchor.start()].rpartition("\n")[2]
@@ -247,7 +247,7 @@ def _answer_in_statement(statement: str) -> str:
 
 
 def _only_number(sentence: str) -> str | None:
-    """`3 hours` of "Jane started 3 hours ago": the only number, with the unit behind it; None where it is changed."""
+    """The only number, with its unit: `3 hours` in "Jane started 3 hours ago". None if words change it, or for more."""
     numbers = list(_NUMBER.finditer(sentence))
     if len(numbers) != 1 or not _SENTENCE_START.match(sentence) or _ARITHMETIC_BEFORE.search(sentence):
         return None
@@ -261,7 +261,7 @@ def _only_number(sentence: str) -> str | None:
 
 
 def _joined_spans(statement: str, spans: list[re.Match[str]]) -> str:
-    """The last formula, with those before it that "and", "or" or a comma join to it."""
+    """The last formula, and those before it that are joined to it by "and", "or" or a comma."""
     parts = [_span_text(spans[-1])]
     if _PERCENT_AFTER.match(statement, spans[-1].end()):
         parts[0] += "%"

@@ -27,7 +27,7 @@ GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega ell "
     "Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
 )
-OPAQUE_FUNCTIONS = frozenset("fghFGHP")  # a bracket behind one of these letters holds its argument
+OPAQUE_FUNCTIONS = frozenset("fghFGHP")  # a bracket after one of these letters holds its argument
 COMMAND_SIGNS = words("times cdot div pm mp land lor quad to end circ bmod mod pmod dots rangle rfloor rceil")
 CLOSINGS: dict[str, tuple[str, str | None]] = {
     "langle": ("rangle", None),

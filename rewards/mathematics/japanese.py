@@ -24,7 +24,7 @@ _WORDS_WITH_NUMERALS = re.compile(r"[一二三四五六七八九十百千万](?:
 
 
 def convert_numerals(text: str) -> str:
-    """The text with its Japanese numerals as digits, fractions as `a/b` and 割 as percent."""
+    """The text with its Japanese numerals written as digits, fractions as `a/b` and 割 as percent."""
     if text.isascii():
         return text
     text = _SPEED.sub(lambda m: f"{m[2].strip()}/{_PER[m[1]]}", text)

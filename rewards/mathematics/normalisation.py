@@ -1,4 +1,4 @@
-"""Rewrites an answer into one spelling: ASCII digits and signs, one LaTeX command for one thing, no typography.
+"""Rewrites an answer into one spelling: ASCII digits and signs, one LaTeX command for each thing, no typography.
 
 Left out: structure and values (`rewards.mathematics.parsing`), Japanese numerals (`rewards.mathematics.japanese`).
 """
@@ -129,7 +129,7 @@ def to_ascii(text: str) -> str:
 
 
 def _strip_math_delimiters(text: str) -> str:
-    """Remove dollar signs and the like that delimit formulas, but keep a dollar sign before a number: a currency."""
+    """Remove dollar signs and the like around formulas, but keep a dollar sign before a number: it is a currency."""
     stripped = text.strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = stripped[len(opening) : len(stripped) - len(closing)]

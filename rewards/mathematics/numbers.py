@@ -31,7 +31,7 @@ _SCIENTIFIC = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PlainNumber:
-    """An exact value, and how many decimal places it was written with where it was written as a decimal."""
+    """An exact value and, if it was written as a decimal, with how many decimal places."""
 
     value: Fraction
     places: int | None = None  # digits after the point; None: an integer or a fraction, so nothing was rounded
@@ -61,7 +61,7 @@ def read_number(text: str) -> PlainNumber | None:
 
 
 def spell_out_scale(text: str) -> str:
-    """`2 million dollars` as `2000000 dollars`; a text that is not one number with a scale word stays as it is."""
+    """`2 million dollars` as `2000000 dollars`; a text that is not one number with a scale word is left alone."""
     while match := _SCALED.fullmatch(text):
         value = Fraction(match["number"].replace(",", "")) * SCALES[match["scale"].lower()]
         if value.denominator != 1:

@@ -33,7 +33,7 @@ class OperandParser(ExpressionParser):
 
     @abstractmethod
     def _delimited(self, opening: str) -> Node:
-        r"""What stands between two commands, such as `\lfloor` and `\rfloor`; the first is taken already."""
+        r"""What stands between two commands, such as `\lfloor` and `\rfloor`; the first is already consumed."""
 
     @abstractmethod
     def _set(self) -> Node:
@@ -45,7 +45,7 @@ class OperandParser(ExpressionParser):
 
     @abstractmethod
     def _environment(self) -> Node:
-        r"""A matrix; `\begin` is taken already."""
+        r"""A matrix; `\begin` is already consumed."""
 
     def _primary(self) -> Node:
         self._enter()

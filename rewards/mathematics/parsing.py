@@ -27,10 +27,10 @@ MAX_DETERMINANT = 4
 
 
 def parse(text: str, grouping: bool = True) -> Node:
-    """The tree of a normalised answer without unit.
+    """The tree of a normalised answer without its unit.
 
     Raises:
-        UnreadableError: it is no formula, or too long or too deep to be one.
+        UnreadableError: it is not a formula, or it is too long or too deep.
         UnsupportedError: it needs a computer-algebra system.
     """
     parser = _AnswerParser(tokenise(text, grouping))
@@ -133,7 +133,7 @@ class _AnswerParser(OperandParser):
         self._expect("\\{")
         if self._take_sign("\\}"):
             return Collection("set", (), "\\{", "\\}")
-        if self._skip_builder_variable():  # {x | x > 2} is its condition
+        if self._skip_builder_variable():  # {x | x > 2} stands for its condition
             condition = self.answer()
             self._expect("\\}")
             return condition
@@ -187,7 +187,7 @@ class _AnswerParser(OperandParser):
 
 
 def _is_domain(node: Node) -> bool:
-    r"""Whether it only says what kind of number a variable is: `k \in \mathbb{Z}`."""
+    r"""Whether the node only says what kind of number a variable is: `k \in \mathbb{Z}`."""
     return (
         isinstance(node, Relation)
         and node.operators == ("in",)

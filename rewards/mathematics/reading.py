@@ -57,7 +57,7 @@ _LABEL = re.compile(  # what an answer may name on the left of its equals sign, 
     r")\s*=(?!=)\s*"
 )
 
-MIN_PROSE_WORDS = 3  # with so many words a text that is no formula is a sentence, to be compared as one
+MIN_PROSE_WORDS = 3  # from so many words on, a text that is no formula is a sentence, and is compared as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Answer:
 
     text: str
     node: Node | None
-    unsupported: bool = False  # it is mathematics, for a computer-algebra system to read
+    unsupported: bool = False  # it is mathematics that only a computer-algebra system can read
 
 
 @lru_cache(maxsize=1024)  # responses of one group share the ground truth, and often the answer
@@ -143,7 +143,7 @@ def _labelled(label: str, value: Node) -> Node:
 
 
 def _reread_condition(text: str, grouping: bool) -> Node:
-    """A formula, with the condition or label that some answers carry taken off: `2k, where k is whole`."""
+    """A formula, without the condition or label that some answers carry: `2k, where k is whole`."""
     try:
         return parse(text, grouping)
     except UnreadableError:

@@ -32,7 +32,7 @@ Compare = Callable[[Node, Node], Verdict]
 
 
 def is_label(node: Node) -> bool:
-    """Whether a node only names something: x, f(x), (x, y), AB, words (which is how `reading` gives an angle ABC)."""
+    """Whether a node only names something: x, f(x), (x, y), AB, words (as which `reading` gives an angle ABC)."""
     match node:
         case Symbol(name=name):
             return not name.startswith("mathbb:")
@@ -51,14 +51,14 @@ def is_label(node: Node) -> bool:
 
 
 def label_of(relation: Relation) -> Node | None:
-    """What the relation assigns to, where it is an assignment."""
+    """What the relation assigns to, if it is an assignment."""
     return relation.terms[0] if is_label(relation.terms[0]) else None
 
 
 def unwrapped(relation: Relation) -> Node | None:
-    """The value that `x = ... = value` or `x in set` gives, None where the relation is no assignment.
+    """The value that `x = ... = value` or `x in set` gives; None if the relation is not an assignment.
 
-    An approximation behind an equation is dropped: `x = 1/3 ~ 0.33` gives 1/3.
+    An approximation after an equation is dropped: `x = 1/3 ~ 0.33` gives 1/3.
     """
     terms, operators = relation.terms, relation.operators
     if operators == ("in",):
@@ -78,8 +78,8 @@ def unwrapped(relation: Relation) -> Node | None:
 
 
 def is_sum_of_letters(relation: Relation) -> bool:
-    """Whether it is `m + n = ... = 33`, the sum that contests ask for. As a ground truth it may be a line, so only
-    an answer is read like that, and the verdict rejects one that stands in the question.
+    """Whether it is `m + n = ... = 33`, the sum that contests ask for. A ground truth like that may be a line, so only
+    an answer is read as such a sum, and the verdict rejects one that stands in the question.
     """
     letters, left = list[str](), [relation.terms[0]]
     while left:
@@ -194,7 +194,7 @@ def _steps(relation: Relation) -> list[tuple[str, Node]]:
 
 
 def _over_one_denominator(node: Node) -> tuple[Node, Node | None]:
-    """(numerator, denominator), so that `y = 1/x` and `xy = 1` are one equation; None is a denominator of one."""
+    """(numerator, denominator), so that `y = 1/x` and `xy = 1` are one equation; None: the denominator is one."""
     if not isinstance(node, Apply) or not symbols(node):
         return node, None
     parts = [_over_one_denominator(arg) for arg in node.args]

@@ -16,8 +16,8 @@ from rewards.mathematics.evaluation import Budget, Numeric, TooLargeError, Undef
 from rewards.mathematics.syntax import Apply, Constant, Node, Number, UnsupportedError, symbols, walk
 
 NUM_POINTS = 6
-MAX_POINTS = 24  # where a function is seldom real
-POINTS_IN_FULL = 2  # compared at more than one precision; at the others, near is near enough
+MAX_POINTS = 24  # tried for a function that is seldom real
+POINTS_IN_FULL = 2  # compared at more than one precision; at the other points one precision is enough
 MIN_AGREEING_POINTS = 3
 COARSE_DIGITS, FINE_DIGITS, FINEST_DIGITS = 60, 120, 240
 INTEGER_NAMES = frozenset("nkmNMK")  # variables that stand for whole numbers by custom
@@ -30,7 +30,7 @@ class Verdict(Enum):
 
     EQUAL = "equal"
     DIFFERENT = "different"
-    UNDECIDED = "undecided"  # for a computer-algebra system to say
+    UNDECIDED = "undecided"  # for a computer-algebra system to decide
 
 
 def same_value(gold: Node, answer: Node, significant_digits: int) -> Verdict:
@@ -54,7 +54,7 @@ def same_value(gold: Node, answer: Node, significant_digits: int) -> Verdict:
 
 
 def proportional(gold: Node, answer: Node) -> int | None:
-    """The sign of the constant c with gold = c * answer where both are defined; 0: there is none, None: unknown."""
+    """The sign of the constant c in gold = c * answer where both are defined; 0: there is none, None: unknown."""
     if symbols(gold) != symbols(answer):
         return 0
     numeric = numeric_at(FINE_DIGITS)
@@ -96,12 +96,12 @@ def points(names: frozenset[str], count: int) -> list[dict[str, Fraction]]:
 
 @cache
 def numeric_at(digits: int) -> Numeric:
-    """One evaluator a precision; they hold no state."""
+    """One evaluator per precision; they hold no state."""
     return Numeric(digits)
 
 
 def as_decimal(node: Node) -> Number | None:
-    """The number when it is written as a decimal, a sign in front allowed."""
+    """The number if it is written as a decimal, perhaps with a sign in front."""
     if isinstance(node, Apply) and node.name == "neg" and isinstance(node.args[0], Number):
         inner = node.args[0]
         node = Number(-inner.value, inner.places, inner.digits)
@@ -113,7 +113,7 @@ def _verdict(equal: bool) -> Verdict:
 
 
 def _rounds(gold: Node, answer: Node, a: Fraction, b: Fraction, significant_digits: int) -> bool:
-    """Whether the one that is a decimal rounds the other, which is none, or both differ by float noise only."""
+    """Whether one is a decimal that rounds the other, which is not a decimal, or they differ only by float noise."""
     gold_decimal, answer_decimal = as_decimal(gold), as_decimal(answer)
     if gold_decimal and answer_decimal:
         return max(gold_decimal.digits, answer_decimal.digits) >= FLOAT_DIGITS and abs(a - b) <= abs(a) * FLOAT_NOISE
@@ -122,7 +122,7 @@ def _rounds(gold: Node, answer: Node, a: Fraction, b: Fraction, significant_digi
 
 
 def _is_rounding(decimal: Number, shown: Any, value: Any, significant_digits: int) -> bool:
-    """Whether a decimal is the value, rounded or cut at its last place (or with the noise of a double)."""
+    """Whether a decimal is the value rounded or cut at the decimal's last place (or with the noise of a double)."""
     if decimal.places is None or decimal.digits < significant_digits:
         return False
     difference, places = abs(shown - value), 10**decimal.places
@@ -151,7 +151,7 @@ def _has_infinity(node: Node) -> bool:
 
 
 def _same_function(gold: Node, answer: Node) -> Verdict:
-    """Agreement where both have a value: over the reals, unless i stands in one of them or neither is ever real."""
+    """Agreement where both have a value: over the reals, unless one of them contains i or neither is ever real."""
     names = symbols(gold)
     nodes = [*walk(gold), *walk(answer)]
     somewhere = points(names, MAX_POINTS)
@@ -168,10 +168,10 @@ def _same_function(gold: Node, answer: Node) -> Verdict:
 
 
 def _agree_on(gold: Node, answer: Node, where: list[dict[str, Fraction]], real: bool) -> bool | None:
-    """Whether two expressions agree at the points where both have a value; None: there are too few of those.
+    """Whether two expressions agree at the points where both have a value; None: there are too few such points.
 
-    Where only one has a value they are not said to differ, so that ln(ab) is ln a + ln b; but an absolute value says
-    that signs matter, so that ln|x| is not ln x.
+    A point where only one has a value does not count as a difference, so that ln(ab) is ln a + ln b; but an absolute
+    value says that signs matter, so that ln|x| is not ln x.
     """
     same_domain = any(isinstance(n, Apply) and n.name == "abs" for n in (*walk(gold), *walk(answer)))
     agreed = 0
@@ -198,7 +198,7 @@ def _value_or_none(node: Node, point: Mapping[str, Fraction], real: bool) -> Any
 
 
 def _agree(gold: Node, answer: Node, point: Mapping[str, Fraction], coarse: Any) -> bool:
-    """Zero or not: a difference that is only rounding shrinks with the precision, a real one stays.
+    """Whether the difference is zero: one that is only rounding shrinks with more precision, a real one stays.
 
     `coarse` is the absolute difference in COARSE_DIGITS.
     """

@@ -43,7 +43,7 @@ def compare_sets(gold: Node, answer: Node, compare: Compare) -> Verdict:
 
 
 def _simplified(node: Node) -> Node:
-    """One form for what has several: a set named by letter, `x = 1, 2`, `x = 1 or x = 2`, `A(1, 2)`."""
+    """One form for what can be written in several: a set named by letter, `x = 1, 2`, `x = 1 or x = 2`, `A(1, 2)`."""
     if isinstance(node, Symbol) and node.name == "mathbb:R":
         return _REALS
     if isinstance(node, Apply) and node.name == "mul" and isinstance(node.args[0], Symbol):
@@ -93,7 +93,7 @@ def _brackets(node: Collection) -> str:
 
 
 def _assigned_values(node: Collection) -> tuple[Node, ...]:
-    """Values of `y = 2, x = 1` by the order of their names; the items themselves where they are no assignments."""
+    """Values of `y = 2, x = 1` in the order of their names; the items themselves if they are no assignments."""
     assigned = {}
     for item in node.items:
         label = label_of(item) if isinstance(item, Relation) else None
@@ -146,7 +146,7 @@ def _combined(verdicts: list[Verdict]) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """An interval with numeric ends, beside the nodes that they came from."""
+    """An interval with numeric ends, and the nodes that the ends came from."""
 
     low: Any
     low_open: bool
@@ -185,7 +185,7 @@ def _compare_regions(gold: Node, answer: Node, compare: Compare) -> Verdict:
 
 
 def _compare_parts(gold: Node, answer: Node, compare: Compare) -> Verdict:
-    """Unions whose ends are no numbers: the same operation on the same parts."""
+    """Compare unions whose ends are no numbers: the operation and the parts must be the same."""
     if not (isinstance(gold, SetOperation) and isinstance(answer, SetOperation) and gold.name == answer.name):
         return Verdict.DIFFERENT
     if gold.name == "setminus":
@@ -194,7 +194,7 @@ def _compare_parts(gold: Node, answer: Node, compare: Compare) -> Verdict:
 
 
 def _pieces(node: Node) -> list[_Piece]:
-    """Disjoint or not, in any order. Raises UnsupportedError where the node is no region with numeric ends."""
+    """The node's intervals, disjoint or not, in any order. Raises UnsupportedError unless all ends are numeric."""
     node = _simplified(node)
     match node:
         case Collection(kind="tuple", items=(low, high)):

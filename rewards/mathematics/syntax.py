@@ -21,7 +21,7 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A rational number, exactly; `places` and `digits` say how precise it was written, for decimals."""
+    """An exact rational number; for decimals `places` and `digits` say how precisely it was written."""
 
     value: Fraction
     places: int | None = None  # digits after the point; None: an integer or a fraction, so nothing was rounded
@@ -52,7 +52,7 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Several things. `kind` is list (commas only), set (braces) or tuple (brackets as in `opening`, `closing`)."""
+    """Several things. `kind` is list (commas only), set (braces) or tuple (in the brackets `opening`, `closing`)."""
 
     kind: str
     items: tuple[Node, ...]
@@ -96,7 +96,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A value with a unit. `product` is the other reading of a unit that could be a variable: `3 m`; `3m` is tight."""
+    """A value with a unit. If the unit could be a variable, as in `3 m`, `product` is that reading; `3m` is tight."""
 
     value: Node
     unit: Unit
@@ -170,12 +170,12 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def is_scalar(node: Node) -> bool:
-    """Whether it is an expression with one value: numbers, symbols and operations only."""
+    """Whether the node is an expression with one value: only numbers, symbols and operations."""
     return all(isinstance(n, (Number, Constant, Symbol, Apply)) for n in walk(node))
 
 
 def map_children(node: Node, children_of: tuple[Node, ...]) -> Node:
-    """The same node over other children, in the order of `children`."""
+    """The same node with other children, in the order of `children`."""
     match node:
         case Apply() | SetOperation():
             return replace(node, args=children_of)
@@ -193,7 +193,7 @@ def map_children(node: Node, children_of: tuple[Node, ...]) -> Node:
 
 
 def expand_plus_minus(node: Node) -> tuple[Node, ...]:
-    """The readings of ± in it: both when there is one, else the node alone. All signs of one answer go together."""
+    """Both readings of a node with ±, else the node alone. All the ± of one answer take the same sign."""
     if not any(isinstance(n, Apply) and n.name in ("pm", "mp") for n in walk(node)):
         return (node,)
     return (_with_sign(node, "pm"), _with_sign(node, "mp"))

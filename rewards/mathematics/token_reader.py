@@ -64,7 +64,7 @@ class TokenReader:
         return False
 
     def _enter(self) -> None:
-        """One level deeper. A parser that raises is thrown away, so nothing needs to come back up from an error."""
+        """Go one level deeper. A parser that raises is thrown away, so an error need not restore the level."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise UnreadableError(f"nested more than {MAX_DEPTH} deep")

@@ -57,7 +57,7 @@ _KNOWN_WORDS = words(
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan asin acos atan log ln lg exp sqrt abs floor ceil "
     "ceiling pi infinity inf oo and or min max gcd lcm union theta alpha beta gamma omega phi"
 )
-_SHORT_WORDS = words("no on in is it at as if to of by be up so we an")  # and no products of variables
+_SHORT_WORDS = words("no on in is it at as if to of by be up so we an")  # not products of variables
 
 
 def tokenise(text: str, grouping: bool = True) -> list[Token]:
@@ -131,7 +131,7 @@ def _letters(run: str, spaced: bool) -> list[Token]:
 
 
 def _upright(content: str, spaced: bool) -> list[Token]:
-    r"""Tokens of the inside of \text{...}: words stay whole, numbers and brackets are themselves."""
+    r"""Tokens of the inside of \text{...}: words stay whole; numbers and brackets become tokens as elsewhere."""
     tokens: list[Token] = []
     for match in _TOKEN.finditer(content):
         kind, value = match.lastgroup, match.group()
@@ -149,7 +149,7 @@ def _upright(content: str, spaced: bool) -> list[Token]:
 
 
 def _braced(text: str, start: int) -> tuple[str, int]:
-    """Content of the group whose opening brace ends at `start`, and the index behind its closing brace."""
+    """Content of the group whose opening brace ends at `start`, and the index after its closing brace."""
     depth = 1
     for position in range(start, len(text)):
         depth += (text[position] == "{") - (text[position] == "}")

@@ -126,9 +126,9 @@ _PLAIN_VALUE = re.compile(r"[-+]?[\d.,]+(?:\s*/\s*\d+)?|[-+]?\d*\s*\\frac\s*\{?\
 
 
 def split_unit(text: str) -> tuple[str, Unit | None, bool]:
-    """(value, unit, ambiguous) of a normalised answer; ambiguous where the unit is a letter that may be a variable.
+    """(value, unit, ambiguous) of a normalised answer; ambiguous if the unit is a letter that may be a variable.
 
-    A word that is in no table is a unit only behind a plain number: `7 apples`.
+    A word that is in no table is a unit only after a plain number: `7 apples`.
     """
     if match := _CURRENCY.fullmatch(text):
         sign, symbol, rest = match.groups()
@@ -171,7 +171,7 @@ def _unit_after(value: str, suffix: str) -> Unit | None:
 
 
 def read_compound(text: str) -> tuple[Fraction, Unit] | None:
-    """(value, unit) of `1 hour 30 minutes`, in its first unit; None where it is not several units of one kind."""
+    """(value, unit) of `1 hour 30 minutes`, in its first unit; None if it is not several units of one kind."""
     pieces, position = list[tuple[Fraction, Unit]](), 0
     while position < len(text):
         match = _COMPOUND.match(text, position)
@@ -187,7 +187,7 @@ def read_compound(text: str) -> tuple[Fraction, Unit] | None:
 
 
 def read_unit(text: str) -> Unit | None:
-    """The unit a text spells, when every word of it is in the table."""
+    """The unit that a text spells, if every word of it is in the table."""
     if text in _UNITS:
         base, factor = _UNITS[text]
         return Unit(factor, ((base, 1),))

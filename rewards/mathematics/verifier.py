@@ -32,7 +32,7 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A verdict, and whether computer algebra was asked or was lost over it."""
+    """A verdict, and whether computer algebra was asked for it or was lost over it."""
 
     equal: bool
     symbolic: bool = False
@@ -83,7 +83,7 @@ class Verifier:
 
 
 def spelling(answer: str) -> str:
-    """One text for all answers of one rational value (1/2, 0.5 and \\frac{1}{2}), else the normalised answer."""
+    """One text for all answers with one rational value (1/2, 0.5 and \\frac{1}{2}), else the normalised answer."""
     found = read_answer(answer)
     try:
         value = None if found.node is None else exact(found.node, Budget())
@@ -105,7 +105,7 @@ def is_hostile(text: str) -> bool:
 
 
 def quotes_question(gold: Answer, found: Answer, prompt: str) -> bool:
-    """Whether an answer is a calculation that stands in the question as it is, and is not how the truth is written."""
+    """Whether an answer is a calculation copied from the question, unless the ground truth is written like that."""
     answer = _compact(found.text)
     if isinstance(found.node, Number) or len(answer) < 3 or not _OPERATION.search(found.text):
         return False
@@ -120,7 +120,7 @@ def _compact(text: str) -> str:
 
 
 def _with_agreeing_commas(gold: Answer, found: Answer) -> tuple[Answer, Answer]:
-    """Read commas again where the two readings disagree on them: 1,234 may be a list, 2,74 a decimal."""
+    """Read commas again if the two readings disagree on them: 1,234 may be a list, 2,74 a decimal."""
     listed = [_is_list(answer.node) for answer in (gold, found)]
     if listed[0] == listed[1]:
         return gold, found

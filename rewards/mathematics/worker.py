@@ -22,7 +22,7 @@ from typing import IO, Any
 
 RANDOM_POINTS = 4
 MIN_AGREEING_POINTS = 3
-CLOCK_TO_CPU = 4  # a pair may take this much longer by the clock than in CPU time, for machines that are busy
+CLOCK_TO_CPU = 4  # a pair may take this many times as long by the clock as in CPU time, for busy machines
 DIGITS = 30  # significant digits of the numeric checks
 RELATIVE_ERROR = 1e-20  # of values evaluated to DIGITS
 PR_SET_PDEATHSIG = 1
@@ -83,10 +83,10 @@ def answer_request(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def equal(gold: str, answer: str) -> bool | None:
-    """Whether two LaTeX expressions are equal: by their numbers where they have numbers, else as math-verify says.
+    """Whether two LaTeX expressions are equal: by their numeric values if they have any, else as math-verify says.
 
-    Numbers come first because they are cheap and because math-verify errs both ways: it rounds to six decimals, so that
-    all tiny numbers are equal to it, and it says no where simplification gives up.
+    Values come first because they are cheap and because math-verify errs both ways: it rounds to six decimals, so that
+    it takes all tiny numbers for equal, and it says no where simplification gives up.
     """
     from math_verify import verify
 
@@ -116,7 +116,7 @@ def mend_percent_parsing() -> None:
 def self_test() -> None:
     """Raise RuntimeError when math-verify does not read what it must.
 
-    The cases also warm this process up: what they import and what the parser learns from them, no child does again.
+    The cases also warm this process up: no child repeats what they import or what the parser learns from them.
     """
     checks = [
         (r"28\%", r"\frac{28}{100}", True),
@@ -151,7 +151,7 @@ def _read(latex: str) -> list[Any]:
 
 
 def _with_common_symbols(expression: Any) -> Any:
-    """Real symbols, whatever else stood in the text, and i as the imaginary unit: math-verify reads it as a symbol."""
+    """Make all symbols real, and i the imaginary unit, which math-verify reads as a symbol."""
     import sympy
 
     names = {s: sympy.I if s.name == "i" else sympy.Symbol(s.name, real=True) for s in expression.free_symbols}
@@ -182,7 +182,7 @@ def _agree_in_numbers(a: Any, b: Any) -> bool | None:
 
 
 def _number(expression: Any, point: dict[Any, Any]) -> Any:
-    """The value at a point, an integral or a sum evaluated numerically, or None where there is no finite one."""
+    """The value at a point, with integrals and sums evaluated numerically; None if there is no finite value."""
     at_point = expression.subs(point)
     value = at_point.evalf(DIGITS)
     if not all(part.is_Number for part in value.as_real_imag()):  # a limit, or a sum that only closed forms can judge
@@ -208,10 +208,10 @@ def _read_reply(reader: int, deadline_s: float) -> dict[str, Any]:
 
 
 def _limit_child(deadline_s: float, memory_bytes: int) -> None:
-    """Bounds that the kernel keeps, whatever the interpreter is busy with and whoever is still there to kill it."""
+    """Limits that the kernel enforces, whatever the interpreter is busy with and even if nobody is left to kill it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.setitimer(signal.ITIMER_PROF, deadline_s)  # in CPU time; the default action of its signal is to end us
-    cpu_seconds = int(deadline_s) + 2  # behind it, should anything in here touch the timer
+    signal.setitimer(signal.ITIMER_PROF, deadline_s)  # in CPU time; its signal ends this process by default
+    cpu_seconds = int(deadline_s) + 2  # in reserve, should anything in here touch the timer
     for which, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_DATA, memory_bytes),

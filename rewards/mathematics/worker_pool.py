@@ -1,4 +1,4 @@
-"""A bounded pool of the processes that run computer algebra for us and may be lost at any request.
+"""A bounded pool of the processes that run computer algebra for us, any of which may be lost at any request.
 
 Left out: what is computed there, and how one pair is killed at its deadline (`rewards.mathematics.worker`). No signal
 handlers, no fork of this process, no multiprocessing: a worker is a fresh interpreter that talks JSON lines over pipes,
@@ -95,7 +95,7 @@ class SymbolicPool:
         with self._slots:
             try:
                 reply = self._ask_one(message)
-            except _WorkerDiedError:  # not of this pair, which runs in a process of its own; killed from outside
+            except _WorkerDiedError:  # killed from outside: this pair is not to blame, it runs in a process of its own
                 try:
                     reply = self._ask_one(message)
                 except _WorkerDiedError as error:
@@ -149,7 +149,7 @@ class _Worker:
         self._ready = False
 
     def request(self, message: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """Send one message and wait for its reply. Raises _WorkerDiedError, or InfrastructureError without a start."""
+        """Send one message and wait for its reply. Raises _WorkerDiedError, InfrastructureError if it did not start."""
         self._wait_until_ready()
         try:
             _pipe(self._process.stdin).write(json.dumps(message).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What a sandbox service is: a program, tasks for it, limits, and one result a task.
+"""What a sandbox service is: a program, tasks for it, limits, and one result per task.
 
 Left out: the services (`rewards.sandbox.local`, `rewards.sandbox.remote`) and every judgement of a result. Expected
 outputs have no field here, so no service can leak them to a program.
@@ -93,10 +93,10 @@ class SandboxService(Protocol):
     """Where programs run. Implementations are safe to use from several threads."""
 
     def run(self, program: Program, tasks: Iterable[Task], limits: Limits) -> Iterator[RunResult]:
-        """Run tasks one after another, lazily: a caller that stops early closes the iterator and no more is run.
+        """Run tasks one after another, lazily: a caller that stops early closes the iterator, and no further task runs.
 
         A program that does not compile gives one COMPILE_ERROR result and no more. Raises InfrastructureError when
-        the service itself fails, ConfigError when the machine cannot give the isolation that was asked for.
+        the service itself fails, ConfigError when the machine cannot provide the isolation that was asked for.
         """
         ...
 

@@ -2,8 +2,9 @@
 
 Left out: running either half (`rewards.code`). In `assert abs(f(2) - 3.0) < 1e-6` the program is asked for `f(2)`
 alone; its plain value then takes the call's place, and `abs(_0 - 3.0) < 1e-6` is judged where the program has never
-been: here when it compares with a literal, else in a fresh box. What the program redefines, it redefines for itself.
-The same goes for library names that a test uses without importing them, as MBPP's do (`math.isclose(f(2), 4.0)`).
+been: here if that needs no code to run, else in a box without the program. What the program redefines, it redefines
+only for itself, also library names that a test uses without importing them, as MBPP's do
+(`math.isclose(f(2), 4.0)`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rewards.sandbox.inside import plain
 MAX_TEST_CHARACTERS = 100_000
 _BUILTINS = frozenset(dir(builtins))
 _USUAL = (abs, all, any, bool, float, int, isinstance, len, list, round, set, sorted, str, tuple, type)
-_MEMBERS = {  # what tests use without importing it, and the module that it is from; no name that a program's may be
+_MEMBERS = {  # name that tests use without importing it -> its module; no name that a program is likely to define
     "Counter": "collections",
     "OrderedDict": "collections",
     "defaultdict": "collections",
@@ -60,8 +61,8 @@ def split_asserts(tests: list[str], packages: Collection[str] = ()) -> list[Asse
         tests: Python source of each test.
         packages: what the tests may import besides the standard library.
 
-    Raises GroundTruthError for a test that is not made of `import` and `assert` statements, that asks nothing of the
-    program, or whose calls cannot be separated from it (calls inside comprehensions or lambdas).
+    Raises GroundTruthError for a test that does not consist of `import` and `assert` statements, that asks nothing of
+    the program, or whose calls cannot be separated from the rest (calls inside comprehensions or lambdas).
     """
     imports: list[str] = []
     asserts: list[ast.Assert] = []
@@ -118,16 +119,16 @@ def _imported_names(imports: list[str]) -> frozenset[str]:
 
 
 def _library(expression: ast.expr, imported: frozenset[str], packages: Collection[str], source: str) -> dict[str, str]:
-    """Import statements, by name, of the libraries' names that the expression uses though no test imports them.
+    """Name -> import statement, for the library names that the expression uses though no test imports them.
 
-    They are never the program's: one that redefines `math` would be its own judge in `math.isclose(f(2), 4.0)`.
+    These never come from the program: if it redefined `math`, it would judge itself in `math.isclose(f(2), 4.0)`.
     """
     library: dict[str, str] = {}
     own = imported | _bound(expression)
     for node in ast.walk(expression):
         if isinstance(node, ast.Name) and node.id in _MEMBERS and node.id not in own:
             library[node.id] = f"from {_MEMBERS[node.id]} import {node.id}"
-        # a module is known by the attribute taken of it: what a test calls by a module's name (`copy(1)`) is none
+        # a module is known by an attribute taken from it: a name that a test calls (`copy(1)`) is not a module
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id not in own:
             name = node.value.id
             module = _ALIASES.get(name, name)
@@ -163,9 +164,9 @@ def _split(statement: ast.Assert, imports: str, imported: frozenset[str], packag
 
 
 def _named_like_a_known(expression: ast.expr, library: Collection[str]) -> str | None:
-    """The function under test where all names are known: a library's (`Fraction`) or else a builtin's (`sum`).
+    """The function under test if all names are known: one from a library (`Fraction`), or else a builtin (`sum`).
 
-    Of several, the first that is not a usual check.
+    Of several, the first that tests do not usually check with.
     """
     nodes = list(ast.walk(expression))
     members = [node.id for node in nodes if isinstance(node, ast.Name) and node.id in library and node.id in _MEMBERS]
@@ -184,7 +185,7 @@ def _called_builtin(node: ast.AST) -> str | None:
 
 
 class _Splitter(ast.NodeTransformer):
-    """Replaces each largest expression that starts at a name of the program by a numbered name."""
+    """Replaces every maximal expression that starts with one of the program's names by a numbered name."""
 
     def __init__(self, known: frozenset[str], source: str) -> None:
         self.known = known
@@ -258,9 +259,9 @@ def _literal_comparison(condition: ast.expr) -> tuple[bool, grading.Tree | None]
 
 
 def judge_here(test: AssertTest, value: bytes | None, tolerance: float) -> bool | None:
-    """The verdict on the value of the test's EvaluateTask where no code needs to run for it, else None.
+    """The verdict on the value of the test's EvaluateTask if that needs no code to run, else None.
 
-    A value that has no plain form in it fails every test: it cannot be judged outside the program that made it.
+    A value with a part that has no plain form fails every test: it cannot be judged outside the program that made it.
     """
     try:
         values = grading.parse_value(value)
@@ -276,7 +277,7 @@ def judge_here(test: AssertTest, value: bytes | None, tolerance: float) -> bool 
 
 
 def judge_source(test: AssertTest) -> str:
-    """A program that defines `judge(*values)`, to be run where the untrusted program is not."""
+    """A program that defines `judge(*values)`, to be run in a box without the untrusted program."""
     names = ", ".join(f"_{i}" for i in range(len(test.calls)))
     return f"{test.imports}\n{test.library}\ndef judge({names}):\n    return bool({test.judgement})\n"
 

@@ -18,7 +18,7 @@ MAX_VALUE_BYTES = 1 << 20  # parsed, JSON takes up to a hundred times its size
 
 
 def same_output(produced: bytes, expected: str, tolerance: float) -> bool:
-    """Whether standard output is right: equal line by line, without trailing white space and empty lines at the end.
+    """Whether standard output is right: equal line by line, but for trailing white space and empty lines at the end.
 
     A word that the expected output writes as a decimal fraction may differ by `tolerance`, relative or absolute.
     """
@@ -59,7 +59,7 @@ def _close(a: float, b: float, tolerance: float) -> bool:
 
 
 def parse_value(value: bytes | None) -> Tree:
-    """The JSON tree of a returned value. Raises NotPlainError where it is none, or over MAX_VALUE_BYTES."""
+    """The JSON tree of a returned value. Raises NotPlainError if it is not JSON, or larger than MAX_VALUE_BYTES."""
     if value is None or len(value) > MAX_VALUE_BYTES:
         raise plain.NotPlainError("no value was returned" if value is None else f"a value of {len(value)} bytes")
     try:
@@ -93,7 +93,7 @@ def same_value(produced: Tree, expected: Tree, tolerance: float, lists_are_tuple
     Args:
         produced, expected: trees as `plain.encode` writes them; `produced` may be any JSON.
         tolerance: a float may differ from an expected float by this much, relative or absolute.
-        lists_are_tuples: JSON has no tuples, so where expected values come from JSON the two count as one.
+        lists_are_tuples: lists and tuples are equal, for expected values from JSON, which has no tuples.
     """
     return _Comparison(tolerance, lists_are_tuples).same(produced, expected, 0)
 
@@ -173,7 +173,7 @@ class _Comparison:
         )
 
     def _key(self, tree: Tree, depth: int = 0) -> str:
-        """Text that is equal for equal values. Hashed in place of the value, whose hash the program could choose."""
+        """Text that is equal for equal values. Hashed instead of the value, whose hash the program could choose."""
         if depth > 2 * plain.MAX_DEPTH:
             return "deep"
         kind, content = self._open(tree)

@@ -1,7 +1,7 @@
 """The sandbox service of this machine: one zygote, boxes forked from it, slots shared with its other services.
 
-Left out: judging results. A box serves tasks, of one program after another, as long as each leaves no process behind
-and has not touched the private folder; then a fresh one takes over.
+Left out: judging results. A box serves the tasks of one program after another, until a task leaves a process behind or
+has touched the private folder; then a fresh box takes over.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class LocalSandbox(SandboxService):
     ) -> None:
         """
         Args:
-            isolation: "full" refuses to run where the machine lacks a layer; "none" uses the layers that need no
-                namespaces, and nothing at all is promised.
-            slots: programs that may run at once, over all services of this user on the machine; None: one a CPU.
+            isolation: "full" refuses to run if the machine lacks a layer; "none" uses the layers that need no
+                namespaces, and promises nothing at all.
+            slots: programs that may run at once, over all services of this user on the machine; None: one per CPU.
             packages: installed packages that programs may import besides the standard library.
-            slots_folder: where the slots' lock files are; None: one folder a user, so that all services share them.
+            slots_folder: where the slots' lock files are; None: one folder per user, so that all services share them.
 
-        Raises ConfigError when a layer is missing, with the remedy.
+        Raises ConfigError with the remedy if a layer is missing.
         """
         self._cpus = sorted(os.sched_getaffinity(0))
         self._slots = Slots(slots or len(self._cpus), slots_folder)
@@ -103,8 +103,8 @@ class LocalSandbox(SandboxService):
     def run(self, program: Program, tasks: Iterable[Task], limits: Limits) -> Iterator[RunResult]:
         """See SandboxService. Holds one slot from the first task until the iterator ends or is closed.
 
-        A box is made before its program has a slot and, where it must be, unmade after, so that the slots' CPUs are
-        spent on programs; give it a few more threads than slots.
+        A box is made before its program takes a slot and, if need be, ended after it gives the slot back, so that the
+        slots' CPUs are spent on programs; call this from a few more threads than there are slots.
         """
         with contextlib.ExitStack() as stack:
             binary: int | None = None
@@ -130,7 +130,7 @@ class LocalSandbox(SandboxService):
                 self._zygote = None
             idle, self._idle = self._idle, {}
             for box in (box for boxes in idle.values() for box in boxes):
-                with contextlib.suppress(InfrastructureError):  # one that does not go must not keep the rest
+                with contextlib.suppress(InfrastructureError):  # a box that does not end must not keep the others alive
                     box.end()
             while self._compiled:
                 _, kept = self._compiled.popitem()
@@ -138,7 +138,7 @@ class LocalSandbox(SandboxService):
                     os.close(kept)
 
     def open_box(self, limits: Limits) -> Box:
-        """A box with nothing in it: one that others have left as good as new, or a new one."""
+        """A box with nothing in it: one that earlier programs have left as good as new, or a new one."""
         while (box := self._take_idle(limits)) is not None:
             if not box.has_ended():
                 return box
@@ -155,7 +155,7 @@ class LocalSandbox(SandboxService):
         box.programs += 1
         with self._lock:
             kept = self._idle.setdefault(limits, [])
-            # without a process namespace nothing vouches that a program has left no process
+            # without a process namespace nothing guarantees that a program has left no process
             keep = (
                 self._isolated
                 and not self._closed
@@ -207,7 +207,7 @@ class LocalSandbox(SandboxService):
         with self._slots.take(), _ProgramRun(self, program, COMPILE_LIMITS, None) as run:
             result, binary = run.compile()
         made: int | RunResult = result if binary is None else binary
-        refused_by_compiler = result.exit_status > 0  # and not by a limit, which a later try may keep
+        refused_by_compiler = result.exit_status > 0  # not by a limit, within which a later try may stay
         with self._lock:
             if self._closed or key in self._compiled or (binary is None and not refused_by_compiler):
                 return made
@@ -273,7 +273,7 @@ class _ProgramRun:
             box.end()
 
     def _attempt(self, message: dict[str, Any], exchange: _Exchange) -> Ending:
-        """Run the task; a box that dies by itself gets one successor, so that an accident costs nothing."""
+        """Run the task; if its box dies by itself, run it once more in a new one, so that an accident costs nothing."""
         descriptors = exchange.descriptors + ([self._binary] if self._binary is not None else [])
         self._clean = False  # until it is known again
         try:
@@ -341,7 +341,7 @@ class _Exchange:
         return [self.input, self.stdout, self.stderr, self.value]
 
     def rewind(self) -> None:
-        """As new, for a second attempt."""
+        """Make the files as new, for a second attempt."""
         os.lseek(self.input, 0, os.SEEK_SET)
         for descriptor in (self.stdout, self.stderr, self.value):
             os.ftruncate(descriptor, 0)

@@ -1,4 +1,4 @@
-"""Which layers of isolation this machine gives, found by trying them in a box.
+"""Which layers of isolation this machine provides, found by trying them in a box.
 
 Left out: printing (`fledge doctor`).
 """
@@ -102,12 +102,12 @@ def _closing(box: LocalSandbox) -> Iterator[LocalSandbox]:
 
 
 def _differs(pid: int, kind: str) -> bool:
-    """Whether a process is in another namespace of this kind than we are."""
+    """Whether a process is in a different namespace of this kind than this process."""
     return Path(f"/proc/{pid}/ns/{kind}").stat().st_ino != Path(f"/proc/self/ns/{kind}").stat().st_ino
 
 
 def missing_layers() -> list[str]:
-    """Layers that can be ruled out without starting anything."""
+    """Layers that are known to be missing without starting anything."""
     if linux.MACHINE not in linux.SUPPORTED_MACHINES:
         wanted = " or ".join(linux.SUPPORTED_MACHINES)
         return [f"the sandbox knows the system calls of {wanted}, not of {linux.MACHINE}", "seccomp", "landlock"]

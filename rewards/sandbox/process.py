@@ -35,7 +35,7 @@ _BOOT = "import sys; sys.path.insert(0, {!r}); from inside import zygote; del sy
 
 
 class IsolationUnavailableError(RuntimeError):
-    """The kernel refused a layer of isolation; the message is its own."""
+    """The kernel refused a layer of isolation; the message is the kernel's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def hidden_folders() -> list[str]:
 
 
 def package_folders(packages: Sequence[str]) -> dict[str, str]:
-    """Where each package's folders are: name in the box -> path here. Raises ConfigError for one that is not here."""
+    """Each package's folders: name in the box -> path here. Raises ConfigError for a package that is not installed."""
     folders: dict[str, str] = {}
     for name in packages:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
@@ -106,7 +106,7 @@ class Zygote:
             raise IsolationUnavailableError(answer["error"])
 
     def open_box(self, settings: dict[str, Any]) -> Box:
-        """Fork a new box. Raises InfrastructureError when the zygote or the kernel cannot."""
+        """Fork a new box. Raises InfrastructureError if the zygote or the kernel cannot."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         handles: list[int] = []
         try:
@@ -139,18 +139,18 @@ class Zygote:
 
 
 class Box:
-    """One box: namespaces, a private folder, and a first process that runs tasks. For one thread."""
+    """One box: namespaces, a private folder, and a first process that runs tasks. For use by one thread at a time."""
 
     def __init__(self, channel: socket.socket, handle: int, private: str) -> None:
         self._channel = channel
         self._handle = handle
         self._private = private  # a folder of the host, only without isolation
-        self.programs = 0  # whose tasks it has served
+        self.programs = 0  # how many it has served
         info = _read(f"/proc/self/fdinfo/{handle}")
         self._pid = next(int(line.split()[1]) for line in info.splitlines() if line.startswith("Pid:"))
 
     def pin(self, cpu: int) -> None:
-        """Keep the box, and all that it starts from now on, on one CPU."""
+        """Keep the box, and all that it starts afterwards, on one CPU."""
         try:
             os.sched_setaffinity(self._pid, {cpu})
         except OSError as error:
@@ -218,14 +218,14 @@ class Box:
         return self._wait_for_end(grace_s)
 
     def _wait_for_end(self, timeout_s: float) -> bool:
-        """Whether the first process has ended, which in its process namespace is after all others have."""
+        """Whether the first process has ended; with a process namespace, all others have ended before it."""
         poller = select.poll()
         poller.register(self._handle, select.POLLIN)
         return bool(poller.poll(timeout_s * 1000))
 
 
 def _receive(channel: socket.socket, timeout_s: float) -> dict[str, Any] | None:
-    """The next message; None when there is none in time; an empty one when the other side has ended."""
+    """The next message; None if none comes in time; an empty one if the other side has ended."""
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     if not poller.poll(timeout_s * 1000):

@@ -1,7 +1,7 @@
 """The sandbox service of a SandboxFusion server: the same interface as `rewards.sandbox.local`, over HTTP.
 
 Each task is one `POST /run_code` (bytedance.github.io/SandboxFusion, API reference). What isolates the programs is the
-server's matter: expected outputs do not leave this process either way. Left out: the server's own datasets and judges.
+server's business: expected outputs never leave this process. Left out: the server's own datasets and judges.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class RemoteSandbox(SandboxService):
     def __init__(self, url: str) -> None:
         """
         Args:
-            url: of the server, e.g. http://sandbox:8080.
+            url: the server's, e.g. http://sandbox:8080.
         """
         self._url = url.rstrip("/") + "/run_code"
         self._client = httpx.Client(timeout=None)
 
     def run(self, program: Program, tasks: Iterable[Task], limits: Limits) -> Iterator[RunResult]:
-        """See SandboxService. Of the limits, the server takes wall time and memory; the rest is its own setting."""
+        """See SandboxService. Of the limits, the server takes wall time and memory; its settings decide the rest."""
         for task in tasks:
             started = time.monotonic()
             answer = self._post(_request(program, task, limits), limits)

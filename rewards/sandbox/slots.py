@@ -1,4 +1,4 @@
-"""A limit on running programs that all sandbox services of one user on a machine hold together, by locked files.
+"""A limit on running programs that all sandbox services of one user on a machine share, by locked files.
 
 Left out: fairness beyond random order. The kernel frees a slot when its holder dies, however it dies.
 """
@@ -35,7 +35,7 @@ class Slots:
 
     @contextlib.contextmanager
     def take(self) -> Iterator[int]:
-        """Wait for a free slot and hold it; gives its index."""
+        """Wait for a free slot and hold it; yields its index."""
         with self._turn:
             nap = 0.001
             while True:

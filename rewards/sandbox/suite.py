@@ -81,7 +81,7 @@ def _stdin_test(given: Any, expected: Any) -> Test:
 
 
 def _text(value: Any, what: str) -> str:
-    """Text of one input or output; a list is taken as lines, as some datasets have it."""
+    """Text of one input or output; a list holds its lines, as in some datasets."""
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if isinstance(value, str):
@@ -93,13 +93,13 @@ def _call_tests(name: Any, inputs: list[Any], outputs: list[Any]) -> tuple[Test,
     if not isinstance(name, str) or not name.isidentifier():
         raise GroundTruthError(f"fn_name {name!r} is not a valid function name")
     pairs = [_call_values(i, o) for i, o in zip(inputs, outputs, strict=True)]
-    # some datasets put every expected value into a list of one; where all are, either form is right
+    # some datasets put every expected value into a list of one; if all values are such lists, either form is right
     wrapped = all(isinstance(expected, list) and len(expected) == 1 for _, expected in pairs)
     return tuple(_call_test(name, arguments, expected, wrapped) for arguments, expected in pairs)
 
 
 def _call_values(given: Any, expected: Any) -> tuple[list[Any], Any]:
-    """Arguments and expected value. Text holds one JSON value a line (an argument each), else they are as they are."""
+    """Arguments and expected value. Text holds JSON, one argument per line; anything else is taken as it is."""
     if not isinstance(given, str):
         if not isinstance(given, list | tuple):
             raise GroundTruthError(f"a call's input is a {type(given).__name__}; expected a list of arguments")
@@ -118,7 +118,7 @@ def _expected_with_integer_keys(expected: Any) -> Any:
 
 
 def _with_integer_keys(value: Any) -> Any:
-    """APPS went through JSON, which made every key text; like its own grader, turn keys back where all are integers."""
+    """APPS went through JSON, which made every key text; like its own grader, turn keys back if all are integers."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return value
     try:
@@ -162,5 +162,5 @@ def _assert_test(test: asserts.AssertTest) -> Test:
 
 
 def judged_true(results: Iterable[RunResult]) -> bool:
-    """Whether a judgement's run came out true."""
+    """Whether the run of a judgement returned true."""
     return all(result.status is RunStatus.OK and result.value == b"true" for result in results)

@@ -1,4 +1,4 @@
-"""The first process of a box: it locks itself down, then forks one process a task and sweeps up after each.
+"""The first process of a box: it locks itself down, then forks one process per task and sweeps up after each.
 
 In its process namespace it is number 1: signals from inside cannot end it, orphans become its children, and when it
 ends the kernel ends everything else in the namespace. It never reads a program: its memory is what every task starts
@@ -97,7 +97,7 @@ class Box:
             self._answer(child)
 
     def _answer(self, child: int) -> None:
-        """Say how a task ended. Apart from `serve`, whose frame the next program's own frames lie on."""
+        """Say how a task ended. Separate from `serve`, because the next program's frames lie on top of `serve`'s."""
         _, status, usage = os.wait4(child, 0)
         answer = {
             "status": os.waitstatus_to_exitcode(status),
@@ -121,13 +121,13 @@ class Box:
                 return not left and self._folder_state() == self.untouched
 
     def _folder_state(self) -> tuple[int, ...]:
-        """Changes with every file made or removed in the private folder, and with its own mode and attributes. The
-        file system's free space tells of files without a name, which can outlive every process on their way through a
-        socket (SCM_RIGHTS)."""
+        """A value that changes with every file made or removed in the private folder, and with its own mode and
+        attributes. The file system's free space reveals files without a name, which can outlive every process while
+        they are in transit through a socket (SCM_RIGHTS)."""
         state = Path(self.private).stat()
         owner = (state.st_mode, state.st_uid, state.st_gid)
         space = os.statvfs(self.private)
-        free = (space.f_bfree, space.f_ffree) if self.isolated else ()  # others write to the host's
+        free = (space.f_bfree, space.f_ffree) if self.isolated else ()  # others write to the host's file system
         return *owner, state.st_nlink, state.st_size, state.st_mtime_ns, state.st_ctime_ns, *free
 
     def _terminate(self, *_: object) -> None:
@@ -170,7 +170,7 @@ class Box:
             payload = read_all(descriptors[0])
             null = os.open("/dev/null", os.O_RDONLY)
             os.dup2(null, descriptors[0])
-        # by way of high numbers, since a received descriptor may already have one that another must get
+        # by way of high numbers, since a received descriptor may already have a number that another must get
         for index, descriptor in enumerate([fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, 64) for d in descriptors]):
             os.dup2(descriptor, index, inheritable=index < 3)
         os.closerange(_KEPT[kind], 1 << 16)
@@ -217,7 +217,7 @@ class Box:
 
 
 def _wait_for_next_tick() -> None:
-    """File times move with the kernel's clock tick (until Linux 6.13): what changed within this one would not show."""
+    """File times move with the kernel's clock tick (until Linux 6.13): a change within this tick would not show."""
     now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
     while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) == now:
         time.sleep(0.0005)
@@ -243,7 +243,7 @@ def read_all(descriptor: int) -> bytes:
 
 
 def _kill_children() -> None:
-    """Without a process namespace: kill the direct children; theirs become ours, and the sweep comes round again."""
+    """Without a process namespace: kill the direct children. Their children become ours, for the sweep's next round."""
     for child in Path("/proc/self/task").glob("*/children"):
         for pid in child.read_text().split():
             with suppress(ProcessLookupError):

@@ -1,7 +1,7 @@
 """What a box can see: a root of its own with read-only system folders, an interpreter, a few devices, and one tmpfs.
 
 Left out: Landlock, which narrows the same view once more (`box`). Nothing of the host's /home, /root, /tmp, /proc, /etc
-(but the loader's cache) or of the project is there, and no folder of installed Python packages.
+(except the loader's cache) or of the project is there, and no folder of installed Python packages.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _EMPTY = "/.empty"
 
 
 def enter_root(interpreter_prefix: str, packages: dict[str, str], hidden: list[str]) -> None:
-    """Make the view and move into it. Call in a new user and mount namespace, as a user id that may still read the
-    interpreter; returns as that namespace's user 0, which is an ordinary user outside.
+    """Make the view and move into it. Call this in a new user and mount namespace, as a user id that may still read the
+    interpreter; on return the process is that namespace's user 0, which is an ordinary user outside.
 
     Args:
         interpreter_prefix: the folder of the running Python interpreter, shown at the same path.
-        packages: folders to show below PACKAGES, as name there -> path here.
-        hidden: folders inside the view that an empty one covers (package folders, the project).
+        packages: folders to show below PACKAGES: name there -> path here.
+        hidden: folders inside the view to cover with an empty one (package folders, the project).
     """
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     links = {path: str(Path(path).readlink()) for path in SYSTEM_FOLDERS if Path(path).is_symlink()}

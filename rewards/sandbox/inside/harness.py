@@ -1,7 +1,7 @@
 """Inside the program's own process: run its source, call its function, hand back plain data.
 
-Left out: trust. The program shares this process and may change anything here; all it can gain is another output of its
-own, because nothing else is in reach and every judgement is made outside.
+Left out: trust. The program shares this process and may change anything here; all it can gain is a different output of
+its own, because nothing else is in reach and every judgement is made outside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import plain
 
 FILE_NAME = "program.py"
 
-# Names that LeetCode-style programs use without importing them, as the graders of those tests provide.
+# Names that LeetCode-style programs use without importing them, because the graders of those tests provide them.
 _PRELUDE = """
 import bisect, collections, functools, heapq, itertools, math, random, re, string, sys
 from bisect import bisect_left, bisect_right, insort
@@ -65,7 +65,7 @@ def preload() -> dict[str, Any]:
     """Import what programs commonly import, once, before any fork. Returns the prelude's namespace."""
     for name in PRELOADED:
         importlib.import_module(name)
-    for name in ("exit", "quit"):  # what the interpreter's `site`, which the zygote does without, would add
+    for name in ("exit", "quit"):  # the zygote does without `site`, which would add them
         setattr(builtins, name, _sitebuiltins.Quitter(name, "end of input"))
     namespace: dict[str, Any] = {}
     exec(_PRELUDE, namespace)
@@ -136,7 +136,7 @@ def _open_standard_streams() -> None:
 
 
 def _run(work: Any) -> int:
-    """Exit status of the work, by the interpreter's own rules for SystemExit and uncaught exceptions."""
+    """The work's exit status, by the interpreter's own rules for SystemExit and uncaught exceptions."""
     try:
         work()
     except SystemExit as error:

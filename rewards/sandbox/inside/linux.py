@@ -65,7 +65,7 @@ def _syscall(name: str, *args: object) -> int:
 
 
 def fork_into(namespaces: int) -> int:
-    """fork(2) whose child starts in new namespaces (CLONE_NEW* flags). The caller must have one thread only."""
+    """fork(2) whose child starts in new namespaces (CLONE_NEW* flags). The caller must have only one thread."""
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = -1
     try:
@@ -102,7 +102,7 @@ def open_tree(path: str) -> int:
 
 
 def move_mount(tree: int, target: str) -> None:
-    """Attach what `open_tree` gave at target."""
+    """Attach the mounts from `open_tree` at target."""
     _syscall("move_mount", tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
@@ -121,7 +121,7 @@ def make_root(path: str) -> None:
 
 
 def write_maps(process: str, maps: dict[str, str], proc: int) -> None:
-    """Write a process's user-namespace maps (files of its /proc folder); `proc` is an open /proc."""
+    """Write a process's user-namespace maps (files in its /proc folder); `proc` is a descriptor of /proc."""
     for name, text in maps.items():
         descriptor = os.open(f"{process}/{name}", os.O_WRONLY, dir_fd=proc)
         try:
@@ -151,7 +151,7 @@ def install_filter(program: bytes) -> None:
 
 
 def seccomp_available() -> bool:
-    """Whether the kernel takes seccomp filters: a filter at no address is a bad address, not an unknown request."""
+    """Whether the kernel takes seccomp filters: then a null filter is a bad address, not an unknown request."""
     zero = ctypes.c_ulong(0)
     result = _libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), None, zero, zero)
     return result < 0 and ctypes.get_errno() == errno.EFAULT
@@ -163,7 +163,7 @@ _FS_FILE = 0b1100000000000111  # rights that make sense for a single file: execu
 
 
 def landlock_abi() -> int:
-    """Version of Landlock that the kernel has; 0 when it has none."""
+    """The kernel's version of Landlock; 0 if it has none."""
     try:
         return _syscall("landlock_create_ruleset", None, 0, 1)
     except OSError:
@@ -171,8 +171,8 @@ def landlock_abi() -> int:
 
 
 def landlock_ruleset(readable: list[str], writable: list[str]) -> int:
-    """A ruleset that admits reading and executing below `readable`, everything below `writable`, and nothing else:
-    no other file, no TCP (ABI 4), no signal or abstract socket to the outside (ABI 6). A file descriptor."""
+    """The descriptor of a ruleset that admits reading and executing below `readable`, everything below `writable`, and
+    nothing else: no other file, no TCP (ABI 4), no signal or abstract socket to the outside (ABI 6)."""
     abi = landlock_abi()
     everything = (1 << _FS_BY_ABI[min(abi, 5)]) - 1
     attributes = struct.pack("=QQQ", everything, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)

@@ -87,7 +87,7 @@ class _Encoder:
 
 
 def encode(value: Any) -> str:
-    """JSON text of a value. Subclasses of built-in types become the built-in type; what is not plain becomes opaque.
+    """JSON text of a value. Subclasses of built-in types become the built-in type; anything not plain becomes opaque.
 
     Raises NotPlainError for values deeper than MAX_DEPTH or larger than MAX_NODES.
     """
@@ -124,5 +124,5 @@ def _decode_tree(tree: Any) -> Any:
 
 
 def decode(text: str | bytes) -> Any:
-    """The value of JSON text that `encode` made. Use it inside a box only: hostile text can cost much time."""
+    """The value of JSON text that `encode` made. Use it only inside a box: hostile text can cost much time."""
     return _decode_tree(json.loads(text))

@@ -1,4 +1,4 @@
-"""The system-call filter of a box, as classic BPF: what is dangerous is denied, what is newer than the list is unknown.
+"""The system-call filter of a box, as classic BPF: dangerous calls are denied, calls newer than the list look absent.
 
 Left out: installing it (`linux.install_filter`). Honest programs must run unchanged under it: it leaves files, threads,
 processes, pipes, socket pairs, timers and memory alone, and takes away everything that reaches other processes, the

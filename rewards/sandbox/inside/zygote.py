@@ -1,4 +1,4 @@
-"""The warm interpreter that boxes are forked from. One a service; it ends, with every box, when its socket closes.
+"""The warm interpreter that boxes are forked from. One per service; it ends, with every box, when its socket closes.
 
 Left out: programs. Nothing untrusted ever runs in this process.
 """
@@ -32,7 +32,7 @@ def main() -> None:
     os.environ.clear()
     prelude = harness.preload()
     gc.collect()
-    gc.freeze()  # or each program's first collection would write to, and so copy, every page of the heap
+    gc.freeze()  # else each program's first collection would write to, and so copy, every page of the heap
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     _be_first_to_die(proc)
     try:
@@ -89,7 +89,7 @@ def _is_mapped(user: int) -> bool:
 
 
 def _unshare_as(user: int, proc: int) -> None:
-    """As root: enter a user namespace whose user 0 is an unprivileged one, so that limits on processes bind."""
+    """As root: enter a user namespace whose user 0 is unprivileged outside, so that process limits take effect."""
     read_end, write_end = os.pipe()
     me = os.getpid()
     helper = os.fork()
@@ -111,7 +111,7 @@ def _unshare_as(user: int, proc: int) -> None:
 
 
 def _serve(control: socket.socket, proc: int, isolated: bool, prelude: dict[str, Any]) -> None:
-    """One box a request: the request carries the box's socket, the answer its process handle."""
+    """Fork one box per request: the request carries the box's socket, the answer its process handle."""
     signal.signal(signal.SIGCHLD, _reap)
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
@@ -137,7 +137,7 @@ def _serve(control: socket.socket, proc: int, isolated: bool, prelude: dict[str,
 
 
 def _reap(*_: object) -> None:
-    """Take in boxes that have ended, and with them their CPU time, which the service's accounting then holds."""
+    """Reap boxes that have ended; their CPU time then shows in the service's accounting."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
