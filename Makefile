@@ -34,7 +34,7 @@ quickstart: setup
 quickstart-seeds: setup
 	$(RUN)/python benchmarks/quickstart_seeds.py
 
-# A long run under watch; fails if a process of it grows, or leaves something behind.
+# A long monitored run; fails if any of its processes grows or leaves something behind.
 soak: setup
 	$(RUN)/python benchmarks/soak.py
 
@@ -54,7 +54,7 @@ check: setup
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-# docs/configuration.md, from the schema
+# Writes docs/configuration.md from the schema.
 reference: setup
 	$(RUN)/python -m launch.config_reference > docs/configuration.md
 

@@ -2,7 +2,7 @@
 
     python benchmarks/adam.py [--elements 50000000]
 
-All begin with the same weights and get the same gradients. Left out: GPUs.
+All start from the same weights and get the same gradients. Left out: GPUs.
 """
 
 from __future__ import annotations

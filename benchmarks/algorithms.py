@@ -3,7 +3,7 @@
     make quickstart
     python benchmarks/algorithms.py [NAME ...] [--steps 24] [--picture docs/benchmarks/algorithms.svg]
 
-A run that is there already (`runs/algorithms/NAME`) is not made again. The task is small and the seed is one, so the
+A run that already exists (`runs/algorithms/NAME`) is not repeated. The task is small and there is only one seed, so the
 table shows that an algorithm learns, not which one is best. Left out: the warm start.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from rl.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this folder holds a rewards.py, the project a package of that name
+sys.path[0] = str(ROOT)  # this folder holds a rewards.py, which would hide the project's package of that name
 RUNS = Path("runs/algorithms")
 # Advantage, loss and aggregation of docs/algorithms.md's recipes. Two optimizer steps a batch, so that clipping has
 # something to do.
@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "RLOO": {"algorithm": {"advantage": "rloo", "loss": "ppo_clip", "aggregation": "sequence_mean_token_sum"}},
     "REINFORCE++": {"algorithm": {"advantage": "reinforce_plus_plus", "loss": "ppo_clip"}},
 }
-ENDS = 3  # steps at either end whose mean reward the table shows
+ENDS = 3  # the table shows the mean reward of this many steps at either end
 
 
 def run_dir(name: str) -> Path:
@@ -45,7 +45,7 @@ def run_dir(name: str) -> Path:
 
 
 def train(name: str, model: Path, steps: int) -> None:
-    """One run of `fledge train`, unless it is there already."""
+    """One run of `fledge train`, unless it already exists."""
     from launch import commands
     from rl.config import TrainConfig
     from rl.config.loading import load_config

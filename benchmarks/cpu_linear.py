@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_linear.py [--threads 1] [--rows 1900]
 
-Both sides of a shape take turns. Rows beyond the last whole block are left to torch on both.
+For each shape the two sides take turns. On both, rows beyond the last whole block are left to torch.
 ONEDNN_MAX_CPU_ISA=AVX2 shows oneDNN without AVX-512.
 """
 
@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder holds a rewards.py, the project such a package
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # rewards.py here would hide the package
 
 SHAPES = ((256, 256), (256, 768), (768, 256), (1024, 3072), (3072, 1024))  # inputs, outputs
 ROUNDS = 20
 
 
 def seconds(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> tuple[float, float]:
-    """Of one forward and one backward pass."""
+    """(forward, backward), for one pass each."""
     inputs.grad = layer.weight.grad = None
     start = time.perf_counter()
     output = layer(inputs)

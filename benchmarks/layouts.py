@@ -2,7 +2,7 @@
 
     python benchmarks/layouts.py [--prompt 64] [--group-size 8] [--sequences 128] [--max-tokens 4096] [--hidden 128]
 
-All forms run the same model over the same sequences with the same budget of positions a micro-batch. Left out:
+All forms run the same model over the same sequences with the same budget of positions per micro-batch. Left out:
 DeepSpeed, whose share does not depend on the layout.
 """
 
@@ -35,7 +35,7 @@ def long_tailed(count: int, longest: int, prompt: int, group_size: int) -> list[
 
 
 def shuffled(lengths: list[int], budget: int) -> list[list[int]]:
-    """A fixed number of sequences a micro-batch, in the order they come; as many as fit if all were the longest."""
+    """Micro-batches of a fixed number of sequences, in the order they come: as many as fit if all were the longest."""
     size = max(budget // max(lengths), 1)
     return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
 
@@ -121,7 +121,7 @@ def main() -> None:
         f"{options.max_tokens} positions a micro-batch"
     )
     best: dict[str, tuple[float, int]] = {}
-    for _ in range(options.repeats):  # in turn, so that a busy machine is unfair to all alike
+    for _ in range(options.repeats):  # in turn, so that a busy machine slows all alike
         for name, (groups, layout) in forms.items():
             best[name] = min(best.get(name, (float("inf"), 0)), bench.run(sequences, groups, layout))
     base = best["padded, shuffled"][0]

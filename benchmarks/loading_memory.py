@@ -2,7 +2,7 @@
 
     python benchmarks/loading_memory.py [--layers 8] [--experts 32] [--hidden 512] [--expert-size 768]
 
-Counted is anonymous memory (RssAnon) above what the process had before, less what the partitioned model keeps.
+What counts is anonymous memory (RssAnon) beyond what the process had before, less what the partitioned model keeps.
 Each side runs in processes of its own.
 """
 
@@ -85,7 +85,7 @@ def rank(side: str, folder: Path) -> None:
 def run(side: str, folder: Path) -> list[dict[str, float]]:
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's way, for the port is held
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does, to hold the port
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     common = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | place
     processes = [

@@ -48,7 +48,7 @@ class Peak:
             self._before = torch.cuda.memory_allocated()
         else:
             gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is used again and does not show
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed is reused and does not show
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             self._before = self._status("VmRSS")
 
@@ -76,10 +76,10 @@ def measure(form: Form, tokens: int, vocabulary: int, options: argparse.Namespac
     hidden, weight = parameter(tokens, options.hidden), parameter(vocabulary, options.hidden)
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator).to(options.device)
     for tensor in (hidden, weight):
-        tensor.grad = torch.zeros_like(tensor) + 1  # touched, so that it counts before the start
+        tensor.grad = torch.zeros_like(tensor) + 1  # touched, so that it counts as there before the start
     peak = Peak(options.device)
     peak.start()
-    clock = time.perf_counter if options.device == "cuda" else time.process_time  # other work does not count
+    clock = time.perf_counter if options.device == "cuda" else time.process_time  # without other processes' work
     started = clock()
     logprobs, entropy = form(hidden, weight, targets)
     (logprobs.sum() + 0.1 * entropy.sum()).backward()

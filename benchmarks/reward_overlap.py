@@ -3,7 +3,7 @@
     python benchmarks/reward_overlap.py [--steps 3] [--seconds 0.04]
 
 One tiny Qwen3 with random weights and one engine, which generates a quarter of the step's samples at a time. The reward
-sleeps, as one that asks a server or a sandbox on other cores. The machine must be idle; only the ratio means anything.
+sleeps, like one that asks a server or a sandbox on other cores. The machine must be idle; only the ratio matters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder holds a rewards.py, the project such a package
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # rewards.py here would hide the package
 
 PROMPTS, GROUP_SIZE, MAX_TOKENS = 16, 8, 96
 REWARD = """
@@ -75,7 +75,7 @@ def main() -> None:
             begin = run.controller.reward_pool.begin
             for index, side in enumerate(("as they come", "afterwards")):
                 run.controller.reward_pool.begin = begin if index == 0 else lambda prompt, rollouts: None
-                first = index * (arguments.steps + 1)  # which warms up, and is not counted
+                first = index * (arguments.steps + 1)  # this step warms up, and is not counted
                 results[side] = [run.controller.step(first + step) for step in range(arguments.steps + 1)][1:]
     seconds = {}
     for side, steps in results.items():

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this folder holds a rewards.py, the project a package of that name
+sys.path[0] = str(ROOT)  # this folder holds a rewards.py, which would hide the project's package of that name
 
 DATA = ROOT / "tests" / "data"
 KILL_S = 20.0
-WORKLOAD_S = 60.0  # a slow grader's speed is measured on what it gets done in this time
+WORKLOAD_S = 60.0  # the speed of a slow grader is measured on what it finishes in this time
 REASONING = (
     "Let us write down what is given and go on step by step. With $a_1 = 3$ and $d = 4$ we have $a_n = 3 + 4(n-1)$, so "
     "that $a_{10} = 39$. The sum of the first ten terms is then $\\frac{10(3+39)}{2} = 210$, which we will need below. "
@@ -196,7 +196,7 @@ def load(name: str) -> list[dict[str, Any]]:
 
 
 def plain_truth(row: dict[str, Any]) -> str:
-    """The ground truth as datasets store it: its box or its formula, without dollar signs around."""
+    """The ground truth as datasets store it: its box or its formula, without dollar signs around it."""
     from rewards.mathematics.extraction import last_box
 
     truth = str(row["ground_truth"]).strip()

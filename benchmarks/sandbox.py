@@ -108,7 +108,7 @@ def _neighbours(seconds: float) -> None:
 
 def _row(name: str, tests: int, slots: int, seconds: float) -> None:
     before = _own_cpu_seconds()
-    # slots of its own, so that other runs on the machine do not take part in the count
+    # slots of its own, so that other runs on the machine do not share them
     with tempfile.TemporaryDirectory() as folder:
         sandbox = LocalSandbox(slots=slots, slots_folder=Path(folder))
         limits = Limits(cpu_s=2.0, wall_s=30.0)

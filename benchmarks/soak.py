@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--steps 300] [--family qwen3] [KEY=VALUE ...]
 
 Everything recurs many times: steps, syncs, probes, evaluations, checkpoints, samples on disk. Each process of the run
-is looked at every few seconds; its second quarter of the time is compared with its last, so that the warm-up is out.
-Fails if something grew by more than `LIMITS` allow, or if the run left a process behind, or anything in shared memory,
-or an engine's sockets in the temporary directory. Nothing else should run meanwhile.
+is measured every few seconds; the second quarter of the time is compared with the last, which leaves the warm-up out.
+Fails if something grew by more than `LIMITS` allow, or if the run left behind a process, anything in shared memory, or
+an engine's sockets in the temporary directory. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import psutil
 import yaml
 
 PERIOD_S = 3.0
-# A random model gets some of it, so that every step moves the weights.
+# Even a random model earns some of it, so that every step moves the weights.
 DENSE_REWARD = f"{Path(__file__).resolve().with_name('step_time.py')}:reward"
 PLACES = ((Path("/dev/shm"), "*"), (Path(tempfile.gettempdir()), "fledge-engine-*"))
 
 
 class Usage(NamedTuple):
-    """Of one process at one time."""
+    """What one process uses at one time."""
 
     mib: float  # of memory that is its own (unique set size)
     files: float
     threads: float
 
 
-# What the last quarter may have more than the second. Allocators keep what a longer batch once took.
+# By how much the last quarter may exceed the second. Allocators keep what a longer batch once took.
 LIMITS = Usage(mib=32, files=8, threads=4)
 
 
@@ -76,7 +76,7 @@ def write_config(folder: Path, family: Any, steps: int) -> Path:
 
 
 def role(process: psutil.Process) -> str:
-    """Without what changes while it runs: Ray shows the method that an actor is in."""
+    """A name that stays the same while the process runs: Ray's includes the method that an actor is in."""
     words = process.cmdline() or [process.name()]
     if words[0].startswith("ray::"):
         return words[0].split(".")[0]

@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py [--steps 3] [--dtype float32]
 
-Same tiny Qwen3 with random weights, same prompts, group size, token limit and reward; both sides use every core, and
-micro-batches of the fastest size of those tried. The first step of each side warms up and is not counted. The machine
-must be idle; only the ratio means anything.
+Both sides have the same tiny Qwen3 with random weights, prompts, group size, token limit and reward, use every core,
+and use the fastest micro-batch size of those tried. The first step of each side warms up and is not counted. The
+machine must be idle; only the ratio matters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder holds a rewards.py, the project such a package
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # rewards.py here would hide the package
 
 PROMPTS, GROUP_SIZE, MAX_TOKENS = 32, 8, 128
 TRL_MICRO_BATCH = 16  # samples; 64 took 31.7 s a step where 16 took 25.7

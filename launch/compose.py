@@ -61,7 +61,7 @@ def build_engine(index: int, spec: EngineSpec) -> tuple[RolloutEngine, DecodeRes
 def start_rollout_pool(
     config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool, report: Report
 ) -> RolloutPool:
-    """Begin to start the rollout workers. `trained`: a learner will send them their weights."""
+    """Begin to start the rollout workers. `trained`: a learner will send them weights."""
     worker_class: Any = ray.remote(RolloutWorker)
     eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
@@ -131,7 +131,7 @@ def make_batch(config: AlgorithmConfig, learners: LearnerGroup) -> Callable[[Sco
 def shape_data(
     config: TrainConfig, prompts: Sequence[Prompt]
 ) -> tuple[PromptSource | CurriculumSource, Callable[[], StepGroups]]:
-    """The order of prompts, and what makes the collector of each step's groups; they share the curriculum."""
+    """The source of prompts, and a factory of the collector for each step's groups; they share the curriculum."""
     curriculum = PassRateCurriculum(config.data.curriculum) if config.data.curriculum is not None else None
     source = PromptSource(prompts, shuffle=config.data.shuffle, seed=config.seed)
     new_groups = functools.partial(
@@ -146,7 +146,7 @@ def shape_data(
 
 @contextmanager
 def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]:
-    """Everything that `fledge train` needs, running; all of it ends with the block."""
+    """Everything that `fledge train` needs, up and running; all of it ends with the block."""
     config, run_dir, eval_sets = checked.config, Path(checked.config.run_dir), checked.eval_sets
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(config.ray))
@@ -164,7 +164,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             report=display.message,
         )
         stack.callback(rollouts.shutdown)
-        if config.ray.colocate:  # an engine measures how much memory its GPU has left
+        if config.ray.colocate:  # before the learner starts: an engine measures how much memory its GPU has left
             rollouts.wait_until_ready()
         learners = start_learners(
             learner_spec(config, device, transport),
@@ -243,7 +243,7 @@ def agreement_bounds(config: TrainConfig) -> AgreementBounds:
 
 
 def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:
-    """Of the comparison at every step; none, and a message, where the sampler's distribution is not the learner's."""
+    """Bounds for the comparison at every step; infinite, with a message, if sampler and learner cannot be compared."""
     if _comparable(config.rollout):
         return agreement_bounds(config)
     display.message(
@@ -256,7 +256,7 @@ def _step_bounds(config: TrainConfig, display: Display) -> AgreementBounds:
 
 @contextmanager
 def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> Iterator[Record]:
-    """What records a step in every sink that the configuration asks for; in metrics.jsonl always."""
+    """A function that records a step in metrics.jsonl and in every other sink that the configuration asks for."""
     with ExitStack() as stack:
         sinks: list[MetricSink] = [stack.enter_context(closing(JsonlSink(run_dir, done_steps=done_steps)))]
         if config.logging.tensorboard:
@@ -279,7 +279,7 @@ def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> Iterator[Re
 
 
 def checkpoint_store(config: RunConfig, run_dir: Path) -> CheckpointStore:
-    """Where the run's checkpoints are, with what a resumed run must share with them."""
+    """The store of the run's checkpoints, which knows what a resumed run must share with them."""
     return CheckpointStore(
         run_dir / "checkpoints",
         keep=config.checkpoint.keep,

@@ -1,6 +1,6 @@
 """Writes docs/configuration.md, every key of a configuration, from the schema: `make reference`.
 
-Left out: what the keys do together, which the other documents say.
+Left out: how keys work together, which the other documents explain.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The prompts of a run, loaded and accepted by their rewards, and what a run is once nothing can refuse it any more.
+"""The prompts of a run, loaded and accepted by their rewards, and the run as it is once every check has passed.
 
 Left out: reading files and templates (`rl.prompts`), and everything that takes a process.
 """
@@ -37,7 +37,7 @@ from rl.supervised import steps_per_epoch
 class CheckedRun:
     """A configuration that was checked as far as it can be before anything starts, and its data.
 
-    Its `total_epochs` is None: they are in `total_steps`.
+    Its `total_epochs` is None: `total_steps` accounts for them.
     """
 
     config: TrainConfig
@@ -47,7 +47,7 @@ class CheckedRun:
 
 @dataclass(frozen=True, slots=True)
 class CheckedSft:
-    """The same of a supervised run."""
+    """The same for a supervised run."""
 
     examples: tuple[SftExample, ...]
     total_steps: int
@@ -106,7 +106,7 @@ def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
 
 
 def _tell_of_long_warmup(optimizer: OptimizerConfig, steps: int, section: str, display: Display) -> None:
-    """No error: short trials of a recipe are like that."""
+    """Not an error: short trials of a recipe are like that."""
     if steps < optimizer.warmup_steps:
         display.message(
             f"note: {section}.optimizer.warmup_steps {optimizer.warmup_steps} is more than the run's {steps} "
@@ -116,7 +116,7 @@ def _tell_of_long_warmup(optimizer: OptimizerConfig, steps: int, section: str, d
 
 
 def _with_steps(config: TrainConfig, num_prompts: int) -> TrainConfig:
-    """The configuration with its epochs as steps: as many as draw every prompt so often."""
+    """The configuration with its epochs turned into the number of steps that draw every prompt that often."""
     if config.total_epochs is None:
         return config
     exact = config.total_epochs * num_prompts / config.rollout.prompts_per_step
@@ -164,7 +164,7 @@ def _load_data(
 
 
 def _held_out_dropped(prompts: tuple[Prompt, ...], eval_sets: list[EvalSet], display: Display) -> tuple[Prompt, ...]:
-    """What is measured on must not have been trained on; saying so beats finding out."""
+    """The prompts without those that the evaluation measures on, and a message if there are any."""
     kept = drop_held_out(prompts, (prompt for held_out in eval_sets for prompt in held_out.prompts))
     if prompts and not kept:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""`--dry-run`: what a run would do, said once everything has been checked that can be without starting anything.
+"""`--dry-run`: shows what a run would do, after every check that is possible without starting anything.
 
-Left out: whether it fits into memory, what the cluster has, and run_dir with what is in it.
+Left out: whether it fits into memory, what the cluster has, and run_dir and its contents.
 """
 
 from __future__ import annotations

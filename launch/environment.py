@@ -1,6 +1,6 @@
-"""What must be in the environment, and not in the working directory, before the frameworks are imported.
+"""What must be in the environment, and what must not be in the working directory, before frameworks are imported.
 
-Imports none of them itself.
+Imports no framework itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "DS_LOG_LEVEL": "error",
     "PYTHONWARNINGS": "ignore",
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls that were given up, because one beside them failed and is reported
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # from calls given up because another one failed, which is reported
 }
 _TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
@@ -32,12 +32,12 @@ def quiet_frameworks() -> None:
 
 
 def keep_worker_priority() -> None:
-    """Ray starts its workers at niceness 15, so beside any other load they starve; here they are the load."""
+    """Undo Ray's niceness of 15 for its workers: beside other load they would starve, and here they are the load."""
     os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """The package's version; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -45,10 +45,10 @@ def installed_version(package: str) -> str | None:
 
 
 def refuse_hidden(folder: Path) -> None:
-    """Ray's workers look for modules in the driver's working directory first, and so do scoring processes.
+    """Refuse a working directory that hides Fledge: Ray's workers and scoring processes look for modules there first.
 
     Raises:
-        ConfigError: something there has the name of one of Fledge's packages.
+        ConfigError: a module in `folder` has the name of one of Fledge's packages.
     """
     if (folder / "launch" / Path(__file__).name).exists():  # Fledge itself, or a job's copy of it
         return
@@ -67,11 +67,11 @@ def cluster_address(configured: str | None) -> str | None:
 
 
 def secure_ray(configured_address: str | None) -> None:
-    """Give the local cluster that a run is about to start a token of its own, or show a cluster that it joins the
-    user's. Ray reads it when it is imported.
+    """Give the local cluster that a run is about to start its own token, or present the user's token to a cluster that
+    the run joins. Ray reads the token when it is imported.
 
-    `ray start` asks for a token wherever the user has one, but `ray.init` with an address shows none by itself. A
-    cluster that asks for none does not mind. Does nothing when the user has chosen a mode.
+    `ray start` asks for a token if the user has one, but `ray.init` with an address presents none by itself. A cluster
+    that asks for none ignores it. Does nothing if the user has chosen a mode (RAY_AUTH_MODE).
     """
     if "RAY_AUTH_MODE" in os.environ:
         return

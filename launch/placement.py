@@ -35,7 +35,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where each worker goes: options for `ActorClass.options`, one a worker. Ranks on one node are neighbours."""
+    """Where each worker goes: arguments for `ActorClass.options`, per worker. Ranks on one node are consecutive."""
 
     learners: tuple[dict[str, Any], ...]
     rollouts: tuple[dict[str, Any], ...]
@@ -49,13 +49,13 @@ class Placement:
 def place_train_workers(config: TrainConfig, *, device: str, report: Report) -> Placement:
     """Reserve what the learner and rollout workers need.
 
-    On GPUs one placement group holds a bundle a learner (one GPU) and a bundle a rollout worker (tensor_parallel_size
-    GPUs); with ray.colocate a bundle a GPU is shared by one learner and one rollout worker.
+    On GPUs one placement group holds a bundle per learner (one GPU) and a bundle per rollout worker
+    (tensor_parallel_size GPUs); with ray.colocate one learner and one rollout worker share a bundle of one GPU.
 
-    `report` is told what is waited for.
+    `report` is called with what the run waits for.
 
     Raises:
-        ConfigError: the cluster does not have the resources within ray.placement_timeout_s, with the numbers.
+        ConfigError: the cluster does not have the resources within ray.placement_timeout_s; gives the numbers.
     """
     learners, rollouts = config.learner.num_workers, config.rollout.num_workers
     if device == "cpu":
@@ -99,7 +99,7 @@ def _place_together(learners: int, rollouts: int, config: RayConfig, report: Rep
 def _place_apart(
     learners: int, rollouts: int, width: int, config: RayConfig, *, device: str, report: Report
 ) -> Placement:
-    """`width`: GPUs of a rollout worker."""
+    """`width`: how many GPUs a rollout worker has."""
     if device == "cpu":
         return Placement(
             tuple(_on_cpu(config.learner_resources) for _ in range(learners)),
@@ -119,15 +119,15 @@ def _place_apart(
 def gather_learners(
     bundles: Sequence[Mapping[str, float]], nodes: Sequence[str], learners: int
 ) -> tuple[list[int], list[int]]:
-    """Which bundles the learners take, and which are left to the engines, each node's together.
+    """Which bundles the learners take, and which are left to the engines, both grouped by node.
 
-    Ray keeps a group on few nodes, but of bundles that are equal it promises no order, and one learner away from the
-    others slows every gather down. So learners take, of the bundles that suit them, those of the fullest nodes.
+    Ray keeps a group on few nodes but promises no order among equal bundles, and one learner away from the others slows
+    every gather down. So, of the bundles that suit them, learners take those on the nodes that have the most of these.
 
     Args:
-        bundles: those of learners come first.
-        nodes: [bundle] where Ray has put it.
-        learners: how many.
+        bundles: the learners' come first.
+        nodes: [bundle] the node on which Ray has put it.
+        learners: how many there are.
     """
     suited = [i for i, bundle in enumerate(bundles) if learners and bundle == bundles[0]]
     crowd = Counter(nodes[i] for i in suited)
@@ -143,13 +143,13 @@ def _nodes(group: PlacementGroup) -> list[str]:
 
 
 def _on_cpu(resources: dict[str, float]) -> dict[str, Any]:
-    """Options of a worker that must not see a GPU, though its torch could use one that is there."""
+    """Options for a worker that must not see a GPU, even if there is one and its torch could use it."""
     hidden = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if torch.backends.cuda.is_built() else {}
     return {"num_cpus": _CPUS_PER_WORKER, "resources": resources, **hidden}
 
 
 def _reserve(bundles: Sequence[dict[str, float]], config: RayConfig, report: Report) -> PlacementGroup:
-    """Nodes of a joined cluster may still be on their way, or an autoscaler may start them for this group."""
+    """Reserve the bundles, and wait for them: a joined cluster's nodes may be on their way, or yet to be autoscaled."""
     joined = cluster_address(config.address) is not None
     group = placement_group(list(bundles), strategy="PACK")
     deadline = time.monotonic() + config.placement_timeout_s
@@ -171,11 +171,11 @@ def _reserve(bundles: Sequence[dict[str, float]], config: RayConfig, report: Rep
 
 
 def lacking(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str:
-    """What of it the cluster cannot have room for, even if it were empty; "" where nothing is known to lack.
+    """What the cluster has no room for even if it were empty; "" if nothing is known to be lacking.
 
     Args:
-        bundles: each of which must be on one node.
-        nodes: what each has in all.
+        bundles: what must fit; each bundle must be on one node.
+        nodes: the total resources of each node.
     """
     for bundle in bundles:
         if not any(all(node.get(key, 0.0) >= amount for key, amount in bundle.items()) for node in nodes):
@@ -207,7 +207,7 @@ def _in_bundle(group: PlacementGroup, index: int, *, num_gpus: float, resources:
         "num_cpus": 1,
         "num_gpus": num_gpus,
         "resources": resources,
-        # Where a cluster tells Ray not to hide other GPUs from an actor, all would work on the first one.
+        # If a cluster tells Ray not to hide the other GPUs from an actor, all actors would work on the first one.
         "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}},
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True

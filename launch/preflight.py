@@ -44,7 +44,7 @@ print(*(field.name for field in fields(AsyncEngineArgs)))
 
 
 def check_training(config: TrainConfig) -> None:
-    """All of a training run that can be known without its data and the device."""
+    """Check all of a training run that can be known without its data and the device."""
     check_checkpoint(config.model.path, "model.path")
     check_algorithm(config)
     check_engines(config)
@@ -110,8 +110,7 @@ def check_checkpoint(path: str, key: str) -> None:
 
 
 def _refuse_cut_weights(folder: Path, key: str) -> None:
-    """Raise ConfigError where a download was cut short, or Git LFS has left its pointers: by the headers of the files,
-    and by their index."""
+    """Raise ConfigError if a download was cut short or Git LFS left pointers, as file headers and the index show."""
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
         try:
@@ -129,7 +128,7 @@ def _refuse_cut_weights(folder: Path, key: str) -> None:
 
 
 def _of_a_run(folder: Path) -> str:
-    """What was meant where the folder is a run directory, or within one."""
+    """A hint at what was meant, if the folder is a run directory or lies in one."""
     for run in (folder, *folder.resolve().parents):
         if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file():
             if (run / "model" / "config.json").is_file():
@@ -139,10 +138,9 @@ def _of_a_run(folder: Path) -> str:
 
 
 def check_engines(config: TrainConfig) -> None:
-    """Raise ConfigError where the engines cannot divide the model, or responses may be longer than its positions reach.
+    """Raise ConfigError if the engines cannot divide the model, or responses may be longer than its positions reach.
 
-    Positions that are stretched (YaRN and its like) are left to the engine to judge, and so is what
-    rollout.engine_options says of them.
+    The engine itself judges stretched positions (YaRN and the like), and what rollout.engine_options says of positions.
     """
     text = _text_config(config.model)
     limit, kinds = _positions(text)
@@ -169,7 +167,7 @@ def check_engines(config: TrainConfig) -> None:
 
 
 def refuse_long_example(model: ModelConfig, longest: int) -> None:
-    """Raise ConfigError where a worked example of `longest` tokens is longer than the model's positions reach."""
+    """Raise ConfigError if a worked example of `longest` tokens is longer than the model's positions reach."""
     limit, kinds = _positions(_text_config(model))
     if limit is not None and longest > limit and not _stretched(kinds):
         raise ConfigError(
@@ -179,7 +177,7 @@ def refuse_long_example(model: ModelConfig, longest: int) -> None:
 
 
 def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] | IntArray]) -> None:
-    """Raise ConfigError where a text has tokens that the model has no embedding of."""
+    """Raise ConfigError if a text has tokens for which the model has no embedding."""
     largest = max((int(max(ids)) for ids in sequences if len(ids)), default=0)
     vocabulary = _text_config(model).vocab_size
     if largest >= vocabulary:
@@ -190,8 +188,8 @@ def refuse_unknown_tokens(model: ModelConfig, sequences: Iterable[Sequence[int] 
 
 
 def refuse_moving_positions(model: ModelConfig, longest: int, key: str) -> None:
-    """Raise ConfigError where sequences of `longest` tokens, the value of `key`, are longer than positions reach that
-    then depend on the company."""
+    """Raise ConfigError if sequences of `longest` tokens, the value of `key`, are so long that the model's positions
+    depend on the lengths of the sequences beside them."""
     limit, kinds = _positions(_text_config(model))
     for kind in (kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")):
         original = kind.get("original_max_position_embeddings") or limit
@@ -212,7 +210,7 @@ def _text_config(model: ModelConfig) -> Any:
 
 
 def _positions(text: Any) -> tuple[int | None, list[dict[str, Any]]]:
-    """(the longest sequence, how positions are turned: some models have one way a kind of layer)."""
+    """(the longest sequence, the rotary settings: some models have one per kind of layer)."""
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     return getattr(text, "max_position_embeddings", None), kinds
@@ -223,11 +221,11 @@ def _stretched(kinds: list[dict[str, Any]]) -> bool:
 
 
 def check_learner(config: RunConfig) -> Layout | None:
-    """Raise ConfigError where the learner cannot train the model, its layout cannot be exact with the model's
-    attention, the device has no such attention, or no experts could be replayed.
+    """Raise ConfigError if the learner cannot train the model, its layout cannot be exact with the model's attention,
+    the device does not have that attention, or experts are to be replayed and cannot be.
 
-    Returns the layout; None where the device is a joined cluster's, which is known later: the learner's own check then
-    says what is wrong.
+    Returns the layout; None if the device depends on a joined cluster: it is known later, and the learner's own check
+    then says what is wrong.
     """
     checkpoint = _check_trainable(config.model)
     moe = config.learner.moe
@@ -246,7 +244,7 @@ def check_learner(config: RunConfig) -> Layout | None:
 
 
 def _device(config: RunConfig) -> str | None:
-    """None: what the cluster has."""
+    """The device; None: whatever the cluster has."""
     if config.device != "auto":
         return config.device
     if cluster_address(config.ray.address) is not None:
@@ -255,7 +253,7 @@ def _device(config: RunConfig) -> str | None:
 
 
 def _check_exact(config: RunConfig, checkpoint: Any, device: str, layout: Layout | None = None) -> Layout:
-    """The layout of a checkpoint, its own where none is given, if it is exact with the checkpoint's attention."""
+    """`layout`, or by default the checkpoint's own. Raises ConfigError unless it is exact with its attention."""
     try:
         attention = attention_of(config.model, checkpoint, device)
         windows = windows_in_masks(checkpoint, model_class(checkpoint))
@@ -269,8 +267,8 @@ def _check_exact(config: RunConfig, checkpoint: Any, device: str, layout: Layout
 
 
 def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | None = None) -> None:
-    """Raise ConfigError unless the checkpoint at `path`, the value of `key`, can read what the policy writes; in
-    `layout`, or one of its own."""
+    """Raise ConfigError unless the checkpoint at `path`, the value of `key`, can read what the policy writes, in
+    `layout` or by default its own layout."""
     check_checkpoint(path, key)
     checkpoint = _check_trainable(config.model, path, key)
     if (device := _device(config)) is not None:
@@ -281,7 +279,7 @@ def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | 
     tokenizer = load_tokenizer(config.model)
     try:
         own = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError):  # it brings none
+    except (OSError, ValueError):  # it has none
         own = tokenizer
     meanings = {index: token for token, index in own.get_vocab().items()}
     for token, index in tokenizer.get_vocab().items():
@@ -299,8 +297,8 @@ def _check_companion(config: TrainConfig, path: str, key: str, layout: Layout | 
 
 
 def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Any:
-    """The transformers configuration of the policy, or of the checkpoint at `path`, the value of `key`, if the learner
-    can train it."""
+    """The transformers configuration of the policy, or of the checkpoint at `path`, the value of `key`. Raises
+    ConfigError unless the learner can train it."""
     try:
         checkpoint = load_config(model, path, key)
         refuse_untrainable(checkpoint, path or model.path)
@@ -310,9 +308,9 @@ def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "mo
 
 
 def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
-    """Raise ConfigError where rollout.engine_options sets what the checkpoint needs otherwise (to be `trained`, or for
-    its head), or names something that vLLM does not take. Where there are any, vLLM is asked in a process of its own
-    (5 s): importing it changes the environment, which Ray's workers would inherit."""
+    """Raise ConfigError if rollout.engine_options sets what the checkpoint needs to be set otherwise (because it is
+    `trained`, or for its head), or names something that vLLM does not take. A process of its own asks vLLM, if there
+    are options (5 s): importing vLLM changes the environment, which Ray's workers would inherit."""
     if not config.rollout.engine_options:
         return
     needed = checkpoint_options(config.model, load_config(config.model), trained=trained)
@@ -340,7 +338,7 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
 
 
 def check_logging(config: RunConfig) -> None:
-    """Raise ConfigError where W&B is asked for and would only say when every engine has started that it has no key."""
+    """Raise ConfigError if W&B is asked for without a key, which it would report only once every engine has started."""
     project = config.logging.wandb_project
     if project is not None and (wrong := set(project) & set("/\\#?%:")):
         raise ConfigError(

@@ -3,8 +3,8 @@
     python -m launch.quickstart OUT_DIR
 
 The examples are of mixed quality, as collected ones are: not quite half work the sum out one term at a time before they
-answer, the others guess at once, and one guess in seven is right. So the warm start leaves a model that can reason but
-often does not, and reinforcement learning has something to find out: that reasoning pays. Left out: training.
+answer; the others guess at once, and one guess in seven is right. So the warm start leaves a model that can reason but
+often does not, and reinforcement learning has something to discover: that reasoning pays. Left out: training.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TASK_OPTIONS = {
     "allow_negation": False,
 }
 REASONING_SHARE = 0.45
-GUESSES_MISS_BY = 3  # at most, to either side
-# Problem i of a generated task comes of its seed + i: the ranges of two seeds, and those of training and held-out
-# problems in configs/quickstart.yaml, must be further apart than their sizes.
+GUESSES_MISS_BY = 3  # at most, in either direction
+# Problem i of a generated task is made from its seed + i: the seeds of two runs, and those of training and held-out
+# problems in configs/quickstart.yaml, must be further apart than there are problems.
 SEED_STRIDE = 1_000_000
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 MODEL_SIZE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def worked_example(expression: str) -> str:
 
 
 def held_out_questions() -> set[str]:
-    """What configs/quickstart.yaml evaluates on; small sums repeat, so no choice of seeds alone keeps it apart."""
+    """What configs/quickstart.yaml evaluates on. Small sums repeat, so seeds alone do not keep it out of training."""
     config = load_config(CONFIG, [], TrainConfig)
     return {
         problem["question"]
@@ -72,7 +72,7 @@ def held_out_questions() -> set[str]:
 
 
 def write_examples(path: Path, count: int, *, seed: int) -> None:
-    """Write `count` worked examples, none of a held-out problem, as JSONL rows with `prompt` and `response`."""
+    """Write `count` worked examples, none of them a held-out problem, as JSONL rows with `prompt` and `response`."""
     rng = np.random.default_rng(seed)
     held_out = held_out_questions()
     problems = reasoning_gym.create_dataset(TASK, size=2 * count, seed=(1 + seed) * SEED_STRIDE, **TASK_OPTIONS)

@@ -107,11 +107,11 @@ def _draw(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
 
 def _last_samples(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
     files = sorted((run_dir / "samples").glob("step_[0-9]*.jsonl"))
-    # Later ones are of a life that was killed, and its resumption has not come to them.
+    # Later files are from before the run was killed; since it resumed, it has not reached their steps again.
     files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]
     if not files:
         return []
-    with files[-1].open() as lines:  # not `splitlines`, which also splits at U+2028 and its like within a response
+    with files[-1].open() as lines:  # not `splitlines`, which also splits a response at U+2028 and the like
         try:
             return [json.loads(line) for line in itertools.islice(lines, _MOST_SAMPLES)]
         except ValueError as error:

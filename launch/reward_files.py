@@ -18,7 +18,7 @@ from rollout.chat import think_answer
 
 Row = dict[str, Any]
 _FINAL_CHANNEL = "<|channel|>final<|message|>"
-_WRITTEN_FIELDS = ("reward", "breakdown", "error")  # of a file that was scored before
+_WRITTEN_FIELDS = ("reward", "breakdown", "error")  # in a file that was scored before
 _KNOWN_FIELDS = {
     # field -> (types it may have, what they are called)
     "prompt": ((str, list), "a string or a list of messages"),

@@ -101,7 +101,7 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    # Thinking tags are ordinary text to a reader, so, as in Qwen3's own tokenizer, they survive decoding.
+    # As in Qwen3's own tokenizer, thinking tags are not special, so they survive decoding.
     core.add_tokens([AddedToken(token, special=token not in ("<think>", "</think>")) for token in special])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

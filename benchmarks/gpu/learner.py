@@ -126,7 +126,7 @@ def exact() -> None:
 
 
 def build_shape(shape: str, folder: Path) -> int:
-    """A random checkpoint of a Qwen3 shape; gives its number of parameters."""
+    """A random checkpoint of a Qwen3 shape; returns its number of parameters."""
     hidden, intermediate, layers, heads, tied = SHAPES[shape]
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -146,7 +146,7 @@ def build_shape(shape: str, folder: Path) -> int:
 
 
 def report(title: str, seconds: float, options: argparse.Namespace, parameters: int) -> None:
-    """Model FLOPs a token: 6 a parameter, and causal attention's 6 x layers x heads x 128 x tokens (PaLM, app. B)."""
+    """Model FLOPs per token: 6 per parameter, and causal attention's 6 x layers x heads x 128 x tokens (PaLM, B)."""
     _, _, layers, heads, _ = SHAPES[options.shape]
     tokens = options.sequences * options.tokens
     flops = (6 * parameters + 6 * layers * heads * 128 * options.tokens) * tokens / seconds

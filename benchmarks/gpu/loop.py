@@ -32,7 +32,7 @@ METRICS = (
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
-    """The share of lower-case letters: something that differs between samples."""
+    """The share of lower-case letters, which differs between samples."""
     return [sum(ch.islower() for ch in text) / max(len(text), 1) for text in completions]
 
 

@@ -1,4 +1,4 @@
-"""What the tests on the real stack share: one local Ray cluster a session."""
+"""What the tests on the real stack share: one local Ray cluster per session."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def engine_for_cpus() -> None:
 
 @pytest.fixture(autouse=True)
 def no_command_left() -> Iterator[None]:
-    """A `fledge` that a failed test has left running would take the cores from all that follow."""
+    """End any `fledge` that a failed test has left running: it would take the cores from the tests that follow."""
     yield
     from training_rig import Command
 

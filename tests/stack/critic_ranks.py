@@ -42,7 +42,7 @@ PER_TOKEN = (
 
 
 def value_samples() -> list[TrainSample]:
-    """The learner's samples with made-up values and returns; some values are further from the critic's than CLIP."""
+    """The learner's samples with made-up values and returns; some values differ from the critic's by more than CLIP."""
     generator = np.random.default_rng(11)
     result = []
     for sample in samples():
@@ -95,7 +95,7 @@ class Scenarios:
             critic.close()
 
     def values(self, critic: Critic) -> None:
-        """Values dealt to the ranks and put back together; one response is empty. And an update without values."""
+        """Values computed on both ranks and put back together; one response is empty. And an update without values."""
         batch = value_samples()
         batch[1] = dataclasses.replace(batch[1], **{name: getattr(batch[1], name)[:0] for name in PER_TOKEN})
         parts: list[Any] = [None, None]
@@ -129,7 +129,7 @@ class Scenarios:
         )
 
     def resume(self) -> None:
-        """A warm-up update, then one of both, straight and from a checkpoint in between."""
+        """A warm-up update, then one of critic and policy, without a break and from a checkpoint in between."""
         learner = self.learner()
 
         def both(learner: LearnerWithCritic) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""vLLM's NCCL and CUDA IPC weight transfer where there is no GPU: host memory in the place of CUDA's.
+"""vLLM's NCCL and CUDA IPC weight transfer without a GPU: host memory takes the place of CUDA's.
 
-Replaced are the CUDA calls alone. Trainer and worker engines, packing, handshakes and messages are vLLM's, and all of
-ours is real. What this cannot show is CUDA's own: the order of streams, mapped device memory, NCCL; `tests/gpu` is
-for that.
+Only the CUDA calls are replaced. Trainer and worker engines, packing, handshakes and messages are vLLM's own, and all
+of our code is real. What this cannot show is CUDA's part: the order of streams, mapped device memory, NCCL; `tests/gpu`
+covers that.
 
-Engine processes install it as a plugin of vLLM (`make_plugin`), a test with `install(monkeypatch.setattr)`.
+Engine processes install it as a vLLM plugin (`make_plugin`), a test with `install(monkeypatch.setattr)`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stream:
 
 
 class TorchWithCudaMemory(types.ModuleType):
-    """`torch`, but what is made on "cuda" lies in a file that other processes can map."""
+    """`torch`, except that tensors made on "cuda" lie in a file that other processes can map."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -46,20 +46,20 @@ class TorchWithCudaMemory(types.ModuleType):
 
 
 def export_memory(tensor: Tensor) -> tuple[None, tuple[Any, ...]]:
-    """As `torch.multiprocessing.reductions.reduce_tensor`: what rebuilds, and its arguments."""
+    """Like `torch.multiprocessing.reductions.reduce_tensor`: the function that rebuilds, and its arguments."""
     arguments: list[Any] = [*_exported[tensor.data_ptr()], *[None] * 5]
     arguments[_DEVICE_FIELD] = _FROM_ANOTHER_DEVICE
     return None, tuple(arguments)
 
 
 def import_memory(path: str, size: int, *rest: Any) -> Tensor:
-    """As `torch.multiprocessing.reductions.rebuild_cuda_tensor`."""
+    """Like `torch.multiprocessing.reductions.rebuild_cuda_tensor`."""
     assert rest[_DEVICE_FIELD - 2] != _FROM_ANOTHER_DEVICE, "the importer must name its own device"
     return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
 
 class Communicator:
-    """As vLLM's `PyNcclCommunicator`, through the store in which its members have met."""
+    """Like vLLM's `PyNcclCommunicator`, but through the store at which its members have met."""
 
     def __init__(self, group: Any, device: Any) -> None:
         self._group: Any = group
@@ -100,7 +100,7 @@ def install(replace: Callable[[object, str, Any], None] = setattr) -> None:
 
 
 def make_plugin(directory: Path) -> None:
-    """What vLLM's processes need in a directory of `sys.path`, which they inherit, to install this at their start."""
+    """Write what makes vLLM's processes install this at their start, into a directory of the inherited `sys.path`."""
     metadata = directory / "cuda_on_host-0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-on-host\nVersion: 0\n")

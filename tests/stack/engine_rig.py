@@ -27,7 +27,7 @@ PROMPT, TOKENS = 8, 48
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
-ENDS = ("embed_tokens", "lm_head")  # one and the same in the tied model
+ENDS = ("embed_tokens", "lm_head")  # the same matrix in the tied model
 GROUPS = {  # family -> parts of parameter names, which together name every parameter
     "qwen3": ("embed_tokens", *NORMS, *ATTENTION, "q_norm", "k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "qwen3_moe": (*ENDS, *NORMS, *ATTENTION, "q_norm", "k_norm", "mlp.gate.weight", "gate_up_proj", "down_proj"),
@@ -52,7 +52,7 @@ class EngineRig:
         tensor_parallel_size: int = 1,
         engine_checkpoint: Callable[[Path], Path] | None = None,
     ) -> None:
-        """`engine_checkpoint` makes another checkpoint of the model's, for the engine to start from."""
+        """`engine_checkpoint` makes another checkpoint from the model's, for the engine to start from."""
         self.family = family
         self.transport = transport
         # Qwen3's small models share one matrix between embedding and head, the others do not.
@@ -129,7 +129,7 @@ class EngineRig:
 
     def check_following(self, close: float, visible: float, parts: Sequence[str] = ()) -> float:
         """Perturb and sync one part after another, by default all of the family's: the engine must differ by more than
-        `visible` before each sync and by less than `close` after it. Returns the most that it then differed."""
+        `visible` before each sync and by less than `close` after it. Returns the largest difference after a sync."""
         assert self.difference() < close
         worst = 0.0
         for part in parts or GROUPS[self.family]:
@@ -144,7 +144,7 @@ class EngineRig:
         self.run(self.engine._engine().collective_rpc("fledge_set_mends", args=(sorted(names),)))
 
     def difference_without(self, mends: set[str] | frozenset[str], part: str) -> float:
-        """What an update of `part` without these mends leaves different; then everything is sent again with all."""
+        """The difference after an update of `part` without these mends; then all is sent again with every mend."""
         self.use_mends(ALL_MENDS - mends)
         self.perturb(part)
         self.sync()

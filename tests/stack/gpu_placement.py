@@ -1,4 +1,5 @@
-"""Writes, as JSON, which GPUs of a Ray cluster the workers of each run get. Ray also counts GPUs that do not exist.
+"""Writes, as JSON, which GPUs of a Ray cluster the workers of each run get. The GPUs need not exist for Ray to
+count them.
 
 Arguments: GPUs of the cluster; then, as JSON, [configuration file, overrides ...] of each run.
 A process of its own, because a process has one cluster.

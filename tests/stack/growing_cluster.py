@@ -1,5 +1,5 @@
-"""Writes, as JSON, how a run is placed on a cluster whose GPU nodes join while it waits for them. Ray also counts GPUs
-that do not exist.
+"""Writes, as JSON, how a run is placed on a cluster whose GPU nodes join while it waits for them. The GPUs need not
+exist for Ray to count them.
 
 A process of its own, because a process has one cluster.
 """
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     os.environ.update({"RAY_ADDRESS": cluster.address, VARIABLE: "of the shell"})
     config = run()
     with ray_cluster(config.ray), ThreadPoolExecutor() as threads:
-        del os.environ[VARIABLE]  # the nodes that are yet to start do not have it
+        del os.environ[VARIABLE]  # the nodes that have yet to start must not have it
         waits = threads.submit(place, config)
         time.sleep(3)
         for _ in range(2):

@@ -50,7 +50,7 @@ ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine
 def samples(count: int = 7, *, layers: int | None = None) -> list[TrainSample]:
     """Ragged samples with every field that a loss reads; the old and reference log-probabilities are made up.
 
-    From the fourth on, every second one has the prompt of the third before it.
+    From the fourth on, every second sample has the prompt of the sample three before it.
     """
     generator = np.random.default_rng(5)
 
@@ -166,7 +166,7 @@ class Scenarios:
         self.step("clipped", layout="bucketed", optimizer=PLAIN_STEP.model_copy(update={"max_grad_norm": 0.01}))
 
     def epochs(self) -> None:
-        """Two epochs over a batch in one update, and the same as two updates."""
+        """Two epochs over a batch in one update, and the same work as two updates."""
         for name, updates, epochs in (("epochs", 1, 2), ("updates", 2, 1)):
             learner = self.learner(optimizer=ADAM, epochs=epochs)
             for _ in range(updates):
@@ -175,8 +175,8 @@ class Scenarios:
             learner.close()
 
     def other_reference(self) -> None:
-        """Log-probabilities of a reference that is a checkpoint of its own, held where the policy is. Packed, it needs
-        masks that the policy does without."""
+        """Log-probabilities of a reference that is another checkpoint, beside the policy. In the packed layout it needs
+        masks, which the policy does not."""
         other = self.out_dir.parent / OTHER_REFERENCE / "model"
         kl = KLConfig(placement="loss", coefficient=0.1, reference=str(other))
         algorithm = ALGORITHM.model_copy(update={"kl": kl})
@@ -186,7 +186,7 @@ class Scenarios:
         learner.close()
 
     def annotate(self) -> None:
-        """Old and reference log-probabilities, dealt to the ranks and put back together; and the probe's."""
+        """Old and reference log-probabilities, computed on both ranks and put back together; and the probe's."""
         learner = self.learner(mini_batches=2)
         batch = samples()
         part = learner.annotate([s.tokens for s in batch[learner.rank :: 2]], old_logprobs=True)
@@ -202,7 +202,7 @@ class Scenarios:
         learner.close()
 
     def resume(self) -> None:
-        """Twice the same run, and once interrupted, with Adam, a schedule and two steps an update."""
+        """The same run twice, and once interrupted, with Adam, a schedule and two steps per update."""
         for name in ("run", "again"):
             learner = self.learner(optimizer=ADAM, mini_batches=2)
             self.update(learner, samples(), steps=2)
@@ -232,7 +232,7 @@ class Scenarios:
         rl.zero3.SUB_GROUP_ELEMENTS //= 2
 
     def refusal(self, learner: Learner) -> str:
-        """What is said of the checkpoint when it is loaded."""
+        """The error message when the checkpoint is loaded."""
         try:
             learner.load_checkpoint(self.out_dir / "checkpoint")
         except CheckpointError as error:
@@ -240,7 +240,7 @@ class Scenarios:
         return ""
 
     def non_finite(self) -> None:
-        """A poisoned sample on one rank: steps are left out on both, until there were too many in a row."""
+        """A poisoned sample on one rank: both ranks skip the step, until too many were skipped in a row."""
         learner = self.learner(optimizer=ADAM, max_skipped_steps=1)
         good = samples()
         bad = [dataclasses.replace(good[0], advantages=np.full_like(good[0].advantages, np.inf)), *good[1:]]

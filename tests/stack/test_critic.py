@@ -61,7 +61,7 @@ def plain_model(path: Path) -> Any:
 
 
 def plain_values(model: Any, sample: TrainSample) -> Tensor:
-    """[R]: the value of a token, from the position before it; one sequence, read whole."""
+    """[R] the value of each token, from the position before it; the sequence is read alone and whole."""
     tokens = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
     values: Tensor = model(input_ids=tokens[None]).logits[0, len(sample.prompt_ids) - 1 : -1, 0]
     return values
@@ -139,7 +139,7 @@ def test_values_come_back_in_order_from_the_position_before_each_token(found: di
     for index, sample in enumerate(value_samples()):
         with torch.no_grad():
             expected = plain_values(model, sample).numpy()
-        if index == 1:  # was given without a response
+        if index == 1:  # this sample has no response
             expected = expected[:0]
         np.testing.assert_allclose(found["values"][index], expected, rtol=0, atol=1e-5)
     assert "samples have no values and returns" in found["no_values"]
@@ -160,7 +160,7 @@ def test_the_warm_up_trains_the_critic_alone_and_the_version_counts_on(found: di
     assert not any(name.startswith("learner/") for name in warmup["metrics"])
     assert different(warmup["policy"], straight["policy"])
     assert {"learner/loss", "critic/loss"} <= straight["metrics"].keys()
-    # The policy's schedule starts after the warm-up: the first of its two rates is half of what it warms up to.
+    # The policy's schedule starts after the critic's warm-up: the first of its two rates is half of the full rate.
     assert straight["metrics"]["learner/lr"] == pytest.approx(warmup["metrics"]["critic/lr"])
 
 

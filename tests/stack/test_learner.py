@@ -281,7 +281,7 @@ def test_a_resumed_run_writes_the_same_weights_bit_for_bit(family: Family) -> No
 
 
 def test_the_learning_rate_follows_its_schedule(family: Family) -> None:
-    """The mean over the last two of four steps, of six that there could be, the first of which warms up."""
+    """The mean over the last two of four steps, in a schedule of six steps whose first warms up."""
     decay = [0.5 * (1 + math.cos(math.pi * progress)) for progress in (1 / 5, 2 / 5)]
     assert family.results["run"]["metrics"]["learner/lr"] == pytest.approx(ADAM.lr * sum(decay) / 2)
 

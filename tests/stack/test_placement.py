@@ -33,7 +33,7 @@ def placed() -> dict[str, Any]:
 
 
 def output_of(script: str, *arguments: str) -> Any:
-    """What a script of this folder writes as JSON, on a cluster of its own."""
+    """What a script in this folder writes as JSON; it has a cluster of its own."""
     ended = subprocess.run(
         [sys.executable, HERE / script, *arguments],
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

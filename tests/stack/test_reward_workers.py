@@ -80,7 +80,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(ray_cluster: None, plugin: Path) -> Iterator[RewardPool]:
-    """One pool for the module; a relative path, which the workers cannot resolve themselves."""
+    """One pool for the module. Its plugin has a relative path, which the workers cannot resolve themselves."""
     relative = os.path.relpath(plugin, Path.cwd())
     functions = (RewardFunctionConfig(name=f"{relative}:reward"), RewardFunctionConfig(name="exact", weight=0.5))
     pool = RewardPool(RewardConfig(functions=functions, num_workers=2, timeout_s=1.0, batch_size=4))
@@ -195,7 +195,7 @@ def test_workers_hold_no_framework(pool: RewardPool) -> None:
 def test_a_batch_function_that_hangs_is_rescored_one_by_one(
     ray_cluster: None, plugin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(plugin.parent)  # where the workers are not: the module is found all the same
+    monkeypatch.chdir(plugin.parent)  # the workers are elsewhere, but find the module all the same
     functions = (RewardFunctionConfig(name="my_reward:completions_reward"),)
     pool = RewardPool(RewardConfig(functions=functions, num_workers=1, timeout_s=1.0))
     try:

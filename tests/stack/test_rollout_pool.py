@@ -1,4 +1,4 @@
-"""The pool over real Ray actors whose engine is a plain object: routing, deadlines, what becomes of lost workers."""
+"""The pool over real Ray actors whose engine is a plain object: routing, deadlines, what happens to lost workers."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ PROMPTS = tuple(Prompt(f"p{i}", tuple(range(i + 1)), text=str(i)) for i in range
 
 
 def builder(index, faults):
-    """What makes worker `index`; `faults` says what is wrong with which worker, and where they note their "lives"."""
+    """What makes worker `index`. `faults` says what is wrong with which worker, and where these note their "lives"."""
     fault, lives = faults.get(index), faults.get("lives")
 
     def build():  # a function in a function travels as it is; the workers cannot import this file

@@ -42,8 +42,8 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory, ray_cluster):
-    """Twelve deterministic steps of Qwen3 without a break: its weights and metrics. Evaluation every five steps draws
-    nothing that another run would not."""
+    """Twelve deterministic steps of Qwen3 without a break: its weights and metrics. The evaluation every five steps
+    does not change what training draws."""
     directory = tmp_path_factory.mktemp("straight")
     config = config_dict(
         directory,
@@ -140,7 +140,7 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
         loop.learners = SkipsOneSync(loop.learners)
         with pytest.raises(WeightSyncError, match=r"told to serve policy version 3, but .* finished is '2'"):
             loop.step(2)
-        # A worker that even says it was sent the new version.
+        # A worker that even claims to have been sent the new version.
         ray.get([worker.__ray_call__.remote(claim("3")) for worker in loop.rollout_pool.workers])
         loop.rollout_pool.load_weights(WeightVersion(3, 0))
         loop.policy_version = run.next_step = 3
@@ -151,7 +151,7 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
 def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, ray_cluster):
     config = config_dict(tmp_path, "gpt_oss", total_steps=4)
     config["model"]["dtype"] = "bfloat16"
-    config["sync"]["logprob_tolerance"] = 0.1  # the default makes room for large models, whose experts flip
+    config["sync"]["logprob_tolerance"] = 0.1  # the default leaves room for large models, whose experts flip
     with run_here(config) as run:
         run.controller.sync_weights()
         for _ in range(2):
@@ -165,7 +165,7 @@ def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, 
 
 
 def forget(scale):
-    """Moves the learner's weights behind the back of the engine."""
+    """Moves the learner's weights behind the engine's back."""
 
     def in_worker(worker):
         import deepspeed
@@ -195,7 +195,7 @@ def unrecorded(step, metrics):
 
 
 class SkipsOneSync:
-    """The real learners, but for one weight transfer that is claimed and never made."""
+    """The real learners, except for one weight transfer that is claimed but never made."""
 
     def __init__(self, learners):
         self._learners = learners
@@ -404,7 +404,7 @@ def head_node():
     env["PATH"] = f"{binaries}:{env['PATH']}"  # as in an environment that is activated
     before = {p.pid for p in psutil.process_iter()}
     ray_command = str(binaries / "ray")
-    # Jobs come through the node's agent, whose usual port another cluster on this machine may hold.
+    # Jobs arrive through the node's agent, whose usual port another cluster on this machine may hold.
     dashboard, agent = free_ports(2)
     started = subprocess.run(
         [ray_command, "start", "--head", "--port=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -461,7 +461,7 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
 
 
 def our_workers():
-    """The processes of our actors, and of those that they start, on whatever cluster."""
+    """The processes of our actors, and those that they have started, on any cluster."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or ())

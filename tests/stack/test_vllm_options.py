@@ -1,4 +1,4 @@
-"""How engines are configured on a CPU, and that what works around vLLM is still needed. Starts no engine."""
+"""How engines are configured on a CPU, and that the workarounds for vLLM are still needed. Starts no engine."""
 
 import inspect
 import os
@@ -32,7 +32,7 @@ def test_prompts_are_never_prefilled_in_pieces_on_a_cpu(model):
 
 
 def test_a_seeded_request_still_cannot_take_back_a_draw_on_a_cpu():
-    """The reason for whole prompts. When this fails, upstream has mended it: drop the option in `engine_args`."""
+    """The reason for whole prompts. When this fails, upstream has fixed it: drop the option in `engine_args`."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     assert "gen.set_offset(gen.get_offset()" in inspect.getsource(GPUModelRunner._bookkeeping_sync)

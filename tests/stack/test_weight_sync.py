@@ -1,6 +1,6 @@
 """Weight sync into real engines: exact for every parameter group, proven by digests, and loud when it goes wrong.
 
-One engine start a family. The order within the file matters where it says so: the last tests end their engines.
+One engine start per family. The order within the file matters where it says so: the last tests end their engines.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.stack
 EXACT = 1e-4  # float32, two implementations
 VISIBLE = 1e-3  # what a skipped update must exceed, so that the tests can fail
 
-# family -> mend -> (what is switched off to see its fault, the parameters that then stay stale). Without the mend of
-# GPT-OSS's experts nothing packs them again, so the mend that takes their packed form away must not run either.
+# family -> mend -> (what is switched off to see its fault, the parameters that then stay stale). Without the mend for
+# GPT-OSS's experts nothing packs them again, so the mend that removes their packed form must not run either.
 MENDS = {
     "qwen3": {CPU_TIED_HEAD: ({CPU_TIED_HEAD}, "embed_tokens")},
     "qwen3_moe": {CPU_EXPERTS: ({CPU_EXPERTS}, "experts")},
@@ -201,7 +201,7 @@ def stop_core(rig: EngineRig) -> None:
 
 
 def watches(process: psutil.Process, owner: int) -> bool:
-    """Whether the process holds a pidfd of its owner (tests/unit/rollout/test_engine_process.py: what that does)."""
+    """Whether the process holds a pidfd of its owner (tests/unit/rollout/test_engine_process.py shows its effect)."""
     infos = Path(f"/proc/{process.pid}/fdinfo").iterdir()
     return any(f"Pid:\t{owner}\n" in info.read_text() for info in infos)
 

@@ -1,6 +1,6 @@
 """Every transport, and tensor parallelism: the engine must follow the model as in `test_weight_sync`.
 
-The GPU transports run over host memory (`cuda_on_host`). One engine start a case.
+The GPU transports run over host memory (`cuda_on_host`). One engine start per case.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.stack
 
 EXACT, VISIBLE = 1e-4, 1e-3  # as in test_weight_sync
 
-# Each slices something else among its tensor-parallel workers: experts and sinks, fused experts, a tied head.
+# Each covers something else: sliced experts and sinks, sliced fused experts, a tied head.
 CASES = {"shm-tp2": ("gpt_oss", "shm", 2), "nccl-tp2": ("qwen3_moe", "nccl", 2), "ipc": ("qwen3", "ipc", 1)}
 
 

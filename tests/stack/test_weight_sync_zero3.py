@@ -47,7 +47,7 @@ class Engine:
 
 
 def send(rank: int, environment: dict[str, str], path: str, out: str) -> None:
-    """One rank: shard the model, send it once well and once in vain, save what came of it."""
+    """One rank: shard the model, send it successfully and then in vain, save the outcome."""
     torch.set_num_threads(1)
     os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": "2"}
     init_distributed("cpu", 300)

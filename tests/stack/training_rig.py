@@ -23,7 +23,7 @@ from rl.config import TrainConfig
 from rl.run import TrainingRun
 
 REWARD_FILES = Path(__file__).parent / "reward_files"
-# As verl's and TRL's users have them. Dense, so that every step of an untrained model has something to learn.
+# As users of verl and TRL write them. Dense, so that every step of an untrained model has something to learn.
 REWARDS = [
     {"name": f"{REWARD_FILES / 'verl_reward.py'}:compute_score"},
     {"name": f"{REWARD_FILES / 'trl_reward.py'}:reward_short_words"},
@@ -91,7 +91,7 @@ def finish(run: TrainingRun, run_dir: Path) -> dict[str, Any]:
 
 
 class Command:
-    """`fledge ...` in a process group of its own, which `end_all` ends when its test has failed to."""
+    """`fledge ...` in a process group of its own, which `end_all` ends if its test has failed to."""
 
     _started: ClassVar[list[Command]] = []
 
@@ -112,7 +112,7 @@ class Command:
 
     @classmethod
     def end_all(cls, grace_s: float = 60.0) -> None:
-        """In order first, and by violence what is then still there."""
+        """End all commands in an orderly way, then kill what is still there."""
         while cls._started:
             process = cls._started.pop().process
             if process.poll() is None:
@@ -138,8 +138,8 @@ class Command:
             time.sleep(0.05)
 
     def descendants(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """All processes under it, but for Ray's agents of the node; and those, which take a minute to notice that
-        their node has died by violence."""
+        """(all processes under it except Ray's node agents, those agents): agents take a minute to notice that their
+        node was killed."""
         processes = psutil.Process(self.process.pid).children(recursive=True)
         agents = [p for p in processes if p.cmdline()[0] in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
         return [p for p in processes if p not in agents], agents
@@ -158,7 +158,7 @@ class Command:
         self.process.kill()
 
     def files_left(self) -> list[str]:
-        """In the temporary directory, but for Ray's logs and torch's cache. (Weight buckets have no name to leave.)"""
+        """Files in the temporary directory, but for Ray's logs and torch's cache. (Weight buckets have no names.)"""
         temporary = [p.name for p in Path(self._temporary.name).iterdir()]
         return [name for name in temporary if not re.match(r"ray$|torchinductor_", name)]
 

@@ -17,7 +17,7 @@ _TIMEOUT_S = 560  # a minute at most on two idle cores
 
 @contextmanager
 def meeting() -> Iterator[dict[str, str]]:
-    """The environment of ranks that meet at a store that is served here, so that no other program can take its port."""
+    """The environment of ranks that meet at a store in this process, so that no other program can take its port."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
@@ -49,11 +49,11 @@ def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:
 
 
 def end_rank() -> NoReturn:
-    """End this process, well, without taking Python down in order.
+    """End this process successfully, without an orderly shutdown of Python.
 
     A thread of torch's gloo group may be dropping the tensors of a collective that has just ended, for which it needs
-    the interpreter. Where that is going down, the thread is told to exit, and aborts the process instead: in 6 of 15
-    tries of an all_gather_object before the end (torch 2.13, `ProcessGroupGloo::runLoop`).
+    the interpreter. If that is shutting down, the thread is told to exit and aborts the process instead: in 6 of 15
+    tries with an all_gather_object before the end (torch 2.13, `ProcessGroupGloo::runLoop`).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -71,7 +71,7 @@ OVERRIDES = (
 
 
 class PlatformCPU(PlatformCUDA):
-    """verl knows the platforms of accelerators only; this is the one of a machine without."""
+    """verl only knows the platforms of accelerators; this is the platform of a machine without one."""
 
     device_name = "cpu"
     device_module = SimpleNamespace(  # what verl's worker reports of a device
@@ -265,7 +265,7 @@ class Scenarios:
         engine.engine.destroy()
 
     def run_reference(self) -> None:
-        """A frozen engine that only runs forward."""
+        """A frozen engine that only runs forward passes."""
         worker = self.verl_worker("ref")
         data = ppo_data(self.mine, compute_loss=False)
         self.results["reference"] = self.log_probs(worker.compute_ref_log_prob(data), data)
