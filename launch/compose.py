@@ -221,7 +221,6 @@ def evaluator_of(checked: CheckedRun, report: Report) -> Iterator[Evaluator]:
 
 
 def learner_spec(config: TrainConfig, device: str, transport: Transport) -> LearnerSpec:
-    steps = config.total_steps * config.learner.epochs * config.learner.mini_batches
     return LearnerSpec(
         config.learner,
         config.model,
@@ -229,7 +228,7 @@ def learner_spec(config: TrainConfig, device: str, transport: Transport) -> Lear
         seed=config.seed,
         deterministic=config.deterministic,
         device=device,
-        total_optimizer_steps=steps,
+        total_optimizer_steps=config.optimizer_steps,
         temperature=config.rollout.temperature,
         fixed_length=config.rollout.max_response_tokens,
         critic=config.critic,

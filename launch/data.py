@@ -67,10 +67,9 @@ def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
         display.message(
             "note: every reward in reward.functions has weight 0, so only rows that name their own reward get one"
         )
-    updates = config.total_steps * config.learner.epochs * config.learner.mini_batches
-    _tell_of_long_warmup(config.learner.optimizer, updates, "learner", display)
+    _tell_of_long_warmup(config.learner.optimizer, config.policy_optimizer_steps, "learner", display)
     if config.critic is not None:
-        _tell_of_long_warmup(config.critic.optimizer, updates, "critic", display)
+        _tell_of_long_warmup(config.critic.optimizer, config.optimizer_steps, "critic", display)
     return CheckedRun(config, prompts, tuple(eval_sets))
 
 

@@ -71,7 +71,7 @@ def _training(config: TrainConfig) -> Iterator[str]:
         f"each step: {rollout.prompts_per_step} prompts x {rollout.group_size} responses = {samples:,} samples of at "
         f"most {longest:,} tokens, used in {updates} optimizer steps of {samples // learner.mini_batches:,} samples"
     )
-    yield _optimizer(learner.optimizer, config.total_steps * updates)
+    yield _optimizer(learner.optimizer, config.policy_optimizer_steps)
     aggregation = algorithm.aggregation or policy_loss_spec(algorithm.loss).default_aggregation
     kl = algorithm.kl
     yield (
@@ -81,7 +81,7 @@ def _training(config: TrainConfig) -> Iterator[str]:
     )
     if config.critic is not None:
         start = config.critic.path or config.model.path
-        yield f"critic {start}: {_optimizer(config.critic.optimizer, config.total_steps * updates)}"
+        yield f"critic {start}: {_optimizer(config.critic.optimizer, config.optimizer_steps)}"
     if algorithm.dynamic_sampling is not None or config.data.curriculum is not None:
         yield "a step may draw more prompts than that (algorithm.dynamic_sampling, data.curriculum)"
     yield _rewards(config)

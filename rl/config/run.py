@@ -25,7 +25,9 @@ class SyncConfig(Section):
     bucket_mib: PositiveInt = Field(
         256, description="maximum size of one message in MiB; a larger tensor is sent in a message of its own"
     )
-    timeout_s: PositiveFloat = Field(300.0, description="seconds allowed for one message; with nccl, for a whole sync")
+    timeout_s: PositiveFloat = Field(
+        300.0, description="seconds allowed for one message; over nccl and ipc, for a whole sync"
+    )
     probe_every: NonNegativeInt = Field(
         20, description="steps between log-probability probes, in addition to one at the first step; 0 disables probes"
     )
@@ -150,6 +152,16 @@ class TrainConfig(RunConfig):
     evaluation: EvaluationConfig = Field(
         EvaluationConfig(), description="how data.eval is evaluated, during training and by `fledge eval`"
     )
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of the whole run; the policy makes fewer while only its critic learns."""
+        return self.total_steps * self.learner.epochs * self.learner.mini_batches
+
+    @property
+    def policy_optimizer_steps(self) -> int:
+        frozen = self.critic.warmup_steps if self.critic is not None else 0
+        return (self.total_steps - frozen) * self.learner.epochs * self.learner.mini_batches
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 
+from rl.actors import end_actors
 from rl.batch import FinishReason, Prompt, WeightVersion
 from rl.config import RolloutConfig
 from rl.errors import RolloutError, WeightSyncError
@@ -226,7 +227,7 @@ def test_a_worker_that_fails_while_it_starts_again_is_another_loss(pools):
     assert len(pool.generate(PROMPTS, group_size=1, step=0).rollouts) == 6
 
     pools.faults[1] = "slow start"
-    ray.kill(pool.workers[1])
+    end_actors([pool.workers[1]])
     with pytest.raises(RolloutError, match=r"rollout workers \[1\] did not start again within 10 s \(rollout.start_t"):
         pool.replace_lost_workers()
 
@@ -236,12 +237,11 @@ def test_losses_count_once_however_many_workers_they_take_and_are_forgotten_afte
     for _ in range(2):
         with pytest.raises(RolloutError, match="was lost"):
             pool.generate(PROMPTS, group_size=1, step=0)
-            for worker in pool.workers[:2]:  # the second time: as if their node were gone
-                ray.kill(worker)
+            end_actors(pool.workers[:2])  # the second time: as if their node were gone
             pool.generate(PROMPTS, group_size=1, step=0)
         assert pool.replace_lost_workers() == 2
     assert pool.metrics()["rollout/worker_restarts"] == 4
     assert all("rollout workers [0, 1] are lost; others are started" in text for text in pools.told)
-    ray.kill(pool.workers[0])
+    end_actors([pool.workers[0]])
     with pytest.raises(RolloutError, match=r"workers \[0\] are lost, and rollout.max_restarts 1 is used up"):
         pool.replace_lost_workers()

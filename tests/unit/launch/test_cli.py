@@ -212,7 +212,10 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     assert "1 + 1 =<|im_end|>\n<|im_start|>assistant" in said and "its ground truth: 2" in said
     assert fledge("train", path, "--dry-run", "model.path=no/such/model")[0] == 2
     assert "leave --resume out" in fledge("train", path, "--dry-run", "--resume")[1]
-    said = fledge("train", path, "--dry-run", "algorithm={advantage: gae, dynamic_sampling: {}}", "critic={}")[1]
+    said = fledge(
+        "train", path, "--dry-run", "algorithm={advantage: gae, dynamic_sampling: {}}", "critic={warmup_steps: 1}"
+    )[1]
+    assert "\n1 optimizer steps: adamw, learning rate 1e-06" in said, "the policy waits for its critic"
     assert "2 optimizer steps: adamw, learning rate 1e-05" in said and "may draw more prompts than that" in said
     assert "no evaluation\n" in said
     held_out = f"data.eval=[{{path: {tmp_path / 'rows.jsonl'}, name: held}}]"
