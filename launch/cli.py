@@ -6,6 +6,7 @@ import errno
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -213,7 +214,8 @@ def _terminate(*_: Any) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    with suppress(OSError):  # a terminal that was closed
+        sys.stderr.write(text + "\n")
 
 
 def _print_metrics(metrics: dict[str, float], prefixes: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -219,7 +219,8 @@ def _claimed_run_dir(config: TrainConfig | SftConfig, *, resume: bool) -> Iterat
         except KeyboardInterrupt:
             newest = store.latest()
             where = f"continues from {newest}" if newest else "starts at the beginning: there is no checkpoint yet"
-            typer.echo(f"--resume {where}", err=True)
+            with suppress(OSError):  # the terminal may be gone
+                typer.echo(f"--resume {where}", err=True)
             raise
 
 

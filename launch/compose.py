@@ -103,6 +103,7 @@ def start_learners(
     *,
     actor_options: Sequence[dict[str, Any]],
     receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> LearnerGroup:
     """Start the learner ranks and wait until the model is loaded."""
     worker_class: Any = ray.remote(LearnerWorker)
@@ -110,7 +111,7 @@ def start_learners(
     def start_worker(rank: int) -> ActorHandle:
         return worker_class.options(max_restarts=0, **actor_options[rank]).remote(rank, spec.learner.num_workers)
 
-    return LearnerGroup.start(start_worker, spec, receivers=receivers)
+    return LearnerGroup.start(start_worker, spec, receivers=receivers, meanwhile=meanwhile)
 
 
 def make_batch(config: AlgorithmConfig, learners: LearnerGroup) -> Callable[[ScoredBatch, Annotations], TrainBatch]:
@@ -170,6 +171,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             learner_spec(config, device, transport),
             actor_options=placement.learners,
             receivers=lambda: rollouts.workers,
+            meanwhile=rollouts.raise_if_failed,
         )
         stack.callback(learners.shutdown)
         learners.check_run_dir(run_dir)

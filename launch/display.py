@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -20,6 +21,10 @@ _SHOWN = (  # metric, label, format
     ("rollout/logprob_diff_max", "diff", "{:.1e}"),
     ("time/step_s", "s/step", "{:.1f}"),
 )
+
+
+# A closed terminal or pipe (Ctrl-C ends `tee`, too) must not keep a run from saving. rich ends the process for it.
+_NOBODY_READS = suppress(OSError, SystemExit)
 
 
 class _BarOverMetrics(Progress):
@@ -60,7 +65,8 @@ class ProgressDisplay:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with _NOBODY_READS:
+                self._bar.stop()
 
     def expect(self, total_steps: int) -> None:
         """How many steps there will be."""
@@ -70,7 +76,8 @@ class ProgressDisplay:
 
     def message(self, text: str) -> None:
         """One line, whatever the terminal."""
-        self._console.print(text, highlight=False, markup=False, emoji=False)
+        with _NOBODY_READS:
+            self._console.print(text, highlight=False, markup=False, emoji=False)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step (counted from 1)."""
@@ -79,7 +86,8 @@ class ProgressDisplay:
             self._started = time.monotonic() - metrics.get("time/step_s", 0.0)  # what came before was the start
         shown = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, metrics=shown)
+            with _NOBODY_READS:
+                self._bar.update(self._task, completed=step, metrics=shown)
         else:
             assert self._total is not None
             left = self._time_left(step, self._total - step)

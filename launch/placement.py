@@ -6,6 +6,7 @@ what both need. Left out: the cluster (`launch.cluster`), and what the workers d
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,8 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where each worker goes: arguments for `ActorClass.options`, per worker. Ranks on one node are consecutive."""
+    """Where each worker goes: arguments for `ActorClass.options`, per worker. Ranks on one node are
+    consecutive; with ray.colocate those beside an engine come first."""
 
     learners: tuple[dict[str, Any], ...]
     rollouts: tuple[dict[str, Any], ...]
@@ -161,11 +163,13 @@ def _reserve(bundles: Sequence[dict[str, float]], config: RayConfig, report: Rep
         if waited or (lack and not joined):
             remove_placement_group(group)
             raise ConfigError(
-                f"the cluster has no room for the run: {lack or _in_use()}"
+                f"the cluster has no room for the run: {lack or _in_use(bundles)}"
                 + (f" (after ray.placement_timeout_s {config.placement_timeout_s:g} s)" if waited else "")
             )
         if not told:
-            report(f"waiting up to {config.placement_timeout_s:g} s for room on the cluster: {lack or _in_use()}")
+            report(
+                f"waiting up to {config.placement_timeout_s:g} s for room on the cluster: {lack or _in_use(bundles)}"
+            )
         told = True
     return group
 
@@ -185,20 +189,22 @@ def lacking(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str,
                 f"one worker needs a node with {wanted} (engines: rollout.tensor_parallel_size GPUs), which none of "
                 f"{len(nodes)} nodes has; the most GPUs on one node are {most:g}"
             )
-    needed, there = (sum(one.get("GPU", 0.0) for one in those) for those in (bundles, nodes))
-    if needed > there:
-        return (
-            f"the run needs {needed:g} GPUs (learner.num_workers for learners, and rollout.num_workers x "
-            f"rollout.tensor_parallel_size for engines that do not share them), but the cluster has {there:g}"
-        )
+    for key in dict.fromkeys(itertools.chain.from_iterable(bundles)):
+        needed, there = (sum(one.get(key, 0.0) for one in those) for those in (bundles, nodes))
+        if needed > there:
+            return (
+                f"the run needs {needed:g} {key}{'s' * (key in ('CPU', 'GPU'))} in all (GPUs: learner.num_workers for "
+                "learners, and rollout.num_workers x rollout.tensor_parallel_size for engines that do not share them), "
+                f"but the cluster has {there:g}"
+            )
     return ""
 
 
-def _in_use() -> str:
+def _in_use(bundles: Sequence[Mapping[str, float]]) -> str:
     free = ray.available_resources()
-    return (
-        f"the resources that it needs are in use; {free.get('GPU', 0.0):g} GPUs and {free.get('CPU', 0.0):g} CPUs are "
-        "free"
+    keys = dict.fromkeys(itertools.chain.from_iterable(bundles))
+    return "what it needs is in use, or free on nodes that cannot hold a whole worker each; free in all: " + ", ".join(
+        f"{free.get(key, 0.0):g} {key}" for key in keys
     )
 
 

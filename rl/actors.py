@@ -1,13 +1,16 @@
 """Wait for Ray actors, and end them for good.
 
-Left out: starting actors (`launch.cluster` places them), and what they do.
+Left out: starting actors (`launch.placement` places them), and what they do.
 """
 
 from __future__ import annotations
 
 import re
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rl.errors import FledgeError
 
 _DEATH_TIMEOUT_S = 30.0
+_LOOK_UP_S = 5.0  # between two looks at what else happens, in a wait
 _ASK_AGAIN_S = 0.02  # between checks whether a killed actor is dead
 _NEWS_OF_A_LOSS_S = 5.0  # that Ray may take to report a dead actor
 # Parts of the text of ray.exceptions.OutOfMemoryError, which has 4,000 more characters about Ray's settings.
@@ -46,6 +50,8 @@ class Crew:
         timeout_s: float,
         setting: str,
         members: Sequence[int] | None = None,
+        since: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Any]:
         """Wait for one call to each member; the results, in the order of the calls.
 
@@ -54,6 +60,8 @@ class Crew:
             what: what the members were asked to do, for errors.
             setting: the configuration key that the timeout comes from.
             members: the number of each call's member; None: 0, 1, ...
+            since: when the wait began (`time.monotonic`); None: with this call.
+            meanwhile: called every few seconds; may raise what else has failed.
 
         Raises:
             FledgeError: a call failed (raised at once, because the others may only be waiting for that member), or
@@ -61,10 +69,14 @@ class Crew:
         """
         names = list(members if members is not None else range(len(calls)))
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout_s
+        deadline = (time.monotonic() if since is None else since) + timeout_s
         waiting = list(calls)
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            left = max(deadline - time.monotonic(), 0.0)
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=min(left, _LOOK_UP_S))
+            if not ready and left > _LOOK_UP_S:
+                meanwhile()
+                continue
             if not ready:
                 late = [names[calls.index(call)] for call in waiting]
                 raise self.error(f"{self.member}s {late} did not {what} within {timeout_s:g} s ({setting})")
@@ -95,6 +107,30 @@ class Crew:
             raise self.error(
                 f"{self.member} {index} was lost before it could {what}: {_why(error)}{self.remedy}"
             ) from error
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold interrupts back until the end of the block, in which calls are sent out to all members.
+
+    Members that wait for one another must all get a call, or none: half of it would leave them in different
+    collectives. And Ray may have sent a call whose reference an interrupt has lost.
+    """
+    held: list[tuple[int, Any]] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other one gets signals
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *what: held.append(what))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            number, frame = held[0]
+            handlers[number](number, frame)
 
 
 def _lost(calls: Sequence[Any]) -> Any:

@@ -38,6 +38,16 @@ class Resumable(NamedTuple):
         return f"resumed from {self.path} ({self.state['step']} steps done){changes}"
 
 
+def of_step(step: int, save_checkpoint: Callable[[Path], int]) -> Callable[[Path], None]:
+    """`save_checkpoint`, which returns a policy version, with a check that the weights are those of `step`."""
+
+    def write(directory: Path) -> None:
+        if (version := save_checkpoint(directory)) != step:
+            raise CheckpointError(f"the learners saved policy version {version} as that of step {step}")
+
+    return write
+
+
 class CheckpointStore:
     """A run's folder `checkpoints/`.
 
@@ -53,6 +63,7 @@ class CheckpointStore:
     ) -> None:
         self.directory = directory
         self.keep = keep
+        self.is_writing = False  # whether the learners may still be writing, after an interrupt
         self._settings = settings or {}
         self._fixed = fixed
 
@@ -65,8 +76,10 @@ class CheckpointStore:
         temporary = self.directory / f".writing_{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / LEARNER).mkdir(parents=True)
+        self.is_writing = True
         try:
             write_learner(temporary / LEARNER)
+            self.is_writing = False
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk would stay full
             raise
@@ -89,6 +102,13 @@ class CheckpointStore:
         for leftover in self.directory.glob(f"{_DISCARDED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return final
+
+    def given_up(self) -> str:
+        """What an interrupt that came while `is_writing` costs, for people. Another save would collide with this one,
+        which the learners are still writing."""
+        newest = self.latest()
+        kept = f"--resume continues from {newest}" if newest else "there is no earlier one"
+        return f"interrupted while a checkpoint was being written, which is given up; {kept}"
 
     def _discard(self, path: Path) -> None:
         """Set a checkpoint aside, to be deleted at the end of this `save` or a later one: NFS keeps files that another

@@ -1,6 +1,6 @@
 """The learner workers combined into one learner, which the controller drives.
 
-Left out: what a rank does (`rl.workers`), and where it runs (`launch.cluster`).
+Left out: what a rank does (`rl.workers`), and where it runs (`launch.placement`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from rl.actors import Crew, end_actors
+from rl.actors import Crew, end_actors, uninterrupted
 from rl.batch import (
     Annotations,
     FloatArray,
@@ -69,8 +69,12 @@ class LearnerGroup:
         spec: LearnerSpec,
         *,
         receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> LearnerGroup:
-        """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank."""
+        """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank.
+
+        `meanwhile` is called every few seconds, and may raise what else has failed.
+        """
         group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], receivers)
         try:
             meetings: list[tuple[str, int]] = group._all("meet", setting="start_timeout_s")
@@ -80,7 +84,7 @@ class LearnerGroup:
                 worker.start.remote(spec, meetings[0], ranks_here=ranks_on[node])
                 for worker, node in zip(group.workers, group.nodes, strict=True)
             ]
-            layouts = group._wait(starts, "start", "start_timeout_s")
+            layouts = group._wait(starts, "start", "start_timeout_s", meanwhile)
         except BaseException:
             group.shutdown()
             raise
@@ -91,7 +95,7 @@ class LearnerGroup:
         """Raise ConfigError if the driver and a rank do not see each other's files in the run directory; otherwise the
         first checkpoint would fail, hours later."""
         ranks = range(len(self.workers))
-        with TemporaryDirectory(prefix=".shared_", dir=run_dir) as made:
+        with TemporaryDirectory(prefix=".shared_", dir=run_dir, ignore_cleanup_errors=True) as made:
             directory = Path(made).absolute()
             sees = self._all("leave_mark", str(directory), setting="start_timeout_s")
             deadline = time.monotonic() + _SHARED_FILES_TIMEOUT_S
@@ -136,13 +140,12 @@ class LearnerGroup:
             for i in valid
         ]
         shares = balance(sequences, len(self.workers), share_prefixes=self.share_prefixes)
-        parts = self._wait(
-            [
+        with uninterrupted():
+            calls = [
                 w.annotate.remote([sequences[i] for i in share], old_logprobs=self.needs_old_logprobs)
                 for w, share in zip(self.workers, shares, strict=True)
-            ],
-            "annotate",
-        )
+            ]
+        parts = self._wait(calls, "annotate")
         places, lengths = [[valid[i] for i in share] for share in shares], [r.length for r in rollouts]
         return Annotations(
             old_logprobs=collect([p.old_logprobs for p in parts], places, lengths),
@@ -165,8 +168,8 @@ class LearnerGroup:
             seed=self.spec.seed + self.policy_version,
             share_prefixes=self.share_prefixes,
         )
-        for worker, shares in zip(self.workers, plan, strict=True):
-            self.updating.append(worker.update.remote(shares))
+        with uninterrupted():
+            self.updating = [w.update.remote(shares) for w, shares in zip(self.workers, plan, strict=True)]
         return self._updated(started)
 
     @property
@@ -176,10 +179,6 @@ class LearnerGroup:
 
     def finish_update(self) -> UpdateResult | None:
         """See `rl.controller.Learners`."""
-        if 0 < len(self.updating) < len(self.workers):
-            raise LearnerError(
-                "the update was interrupted before every learner rank had received it, so it cannot be finished"
-            )
         return self._updated(time.perf_counter()) if self.updating else self.last_update
 
     def _updated(self, started: float) -> UpdateResult:
@@ -209,8 +208,10 @@ class LearnerGroup:
         collective."""
         return self._all("score_logprobs", list(pairs))[0]
 
-    def save_checkpoint(self, directory: Path) -> None:
-        self._all("save_checkpoint", str(directory.absolute()))
+    def save_checkpoint(self, directory: Path) -> int:
+        """Returns the policy version that was saved."""
+        versions: list[int] = self._all("save_checkpoint", str(directory.absolute()))
+        return versions[0]
 
     def load_checkpoint(self, directory: Path) -> None:
         """Load parameters, optimizer, schedule, random state and the policy version."""
@@ -233,9 +234,17 @@ class LearnerGroup:
         self.workers = []
 
     def _all(self, method: str, *arguments: Any, setting: str = "timeout_s") -> list[Any]:
-        return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], method, setting)
+        with uninterrupted():
+            calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
+        return self._wait(calls, method, setting)
 
-    def _wait(self, calls: Sequence[Any], what: str, setting: str = "timeout_s") -> list[Any]:
+    def _wait(
+        self,
+        calls: Sequence[Any],
+        what: str,
+        setting: str = "timeout_s",
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
         """Results by rank, within a time limit from the learner's section."""
         timeout_s = getattr(self.spec.learner, setting)
-        return _LEARNERS.wait(calls, what, timeout_s=timeout_s, setting=f"learner.{setting}")
+        return _LEARNERS.wait(calls, what, timeout_s=timeout_s, setting=f"learner.{setting}", meanwhile=meanwhile)

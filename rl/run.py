@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rl.batch import RewardStatus
-from rl.checkpoint import LEARNER, CheckpointStore
+from rl.checkpoint import LEARNER, CheckpointStore, of_step
 from rl.controller import Controller, StepResult
 from rl.errors import FledgeError, RewardError, RolloutError, WeightSyncError
 from rl.evaluation import Evaluator
@@ -84,7 +84,6 @@ class TrainingRun:
         self._owed: dict[str, float] | None = None  # metrics of the last restored step, if its row is not whole
         self._state: dict[str, Any] = {}  # what a checkpoint of `next_step` holds besides the learners' part
         self._saved_step = 0
-        self._is_saving = False
         self._told_of: set[RewardStatus] = set()
 
     def restore(self) -> bool:
@@ -132,8 +131,8 @@ class TrainingRun:
         done = self.next_step + 1
         try:
             self._check_agreement(metrics)
+            self._state = self._run_state(metrics)  # before the step counts as done: an interrupt may come in between
             self.next_step = done
-            self._state = self._run_state(metrics)
             if self.probe.due():
                 metrics |= self.controller.surviving_losses(lambda: self._probe(result))
                 self._state["metrics"] = dict(metrics)
@@ -221,9 +220,8 @@ class TrainingRun:
         return {"metrics": dict(metrics), "prompt_source": self.controller.prompt_source.state_dict()}
 
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
-        self._is_saving = True
-        path = self.checkpoints.save(step, state, self.controller.learners.save_checkpoint)
-        self._saved_step, self._is_saving = step, False
+        path = self.checkpoints.save(step, state, of_step(step, self.controller.learners.save_checkpoint))
+        self._saved_step = step
         self.display.message(f"checkpoint {path}")
 
     def _save_what_was_learned(self, *, interrupted: bool) -> None:
@@ -232,7 +230,8 @@ class TrainingRun:
         controller = self.controller
         if controller.steps_learned == self._saved_step and not controller.learners.is_updating:
             return
-        if self._is_saving:  # the learners are still writing the interrupted checkpoint, and another save would collide
+        if self.checkpoints.is_writing:
+            self.display.message(self.checkpoints.given_up())
             return
         if interrupted:
             self.display.message("saving what was learned before stopping; interrupt again to stop at once")

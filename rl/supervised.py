@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from rl.batch import TrainBatch, TrainSample, UpdateResult
-from rl.checkpoint import LEARNER, CheckpointStore
+from rl.checkpoint import LEARNER, CheckpointStore, of_step
 from rl.errors import CheckpointError, FledgeError
 from rl.metrics import Record
 from rl.prompts import SftExample
@@ -25,7 +25,7 @@ class SupervisedLearners(Protocol):
     @property
     def is_updating(self) -> bool: ...
     def finish_update(self) -> UpdateResult | None: ...
-    def save_checkpoint(self, directory: Path) -> None: ...
+    def save_checkpoint(self, directory: Path) -> int: ...
     def load_checkpoint(self, directory: Path) -> None: ...
 
 
@@ -62,7 +62,6 @@ class SupervisedRun:
         self.total_steps = epochs * self.steps_per_epoch
         self.next_step = 0
         self._saved_step = 0
-        self._is_saving = False
 
     def restore(self) -> bool:
         """Load the newest complete checkpoint; False when there is none.
@@ -112,7 +111,8 @@ class SupervisedRun:
         """Save after an interrupt, which may have left an update unfinished."""
         if self.next_step == self._saved_step and not self._learners.is_updating:
             return
-        if self._is_saving:  # the learners are still writing the interrupted checkpoint, and another save would collide
+        if self._checkpoints.is_writing:
+            self._display.message(self._checkpoints.given_up())
             return
         self._display.message("saving what was learned before stopping; interrupt again to stop at once")
         try:
@@ -130,9 +130,9 @@ class SupervisedRun:
         return TrainBatch.from_samples(tuple(_train_sample(self._examples[i]) for i in chosen))
 
     def _save(self) -> None:
-        self._is_saving = True
-        path = self._checkpoints.save(self.next_step, {"examples": self._digest}, self._learners.save_checkpoint)
-        self._saved_step, self._is_saving = self.next_step, False
+        write_learner = of_step(self.next_step, self._learners.save_checkpoint)
+        path = self._checkpoints.save(self.next_step, {"examples": self._digest}, write_learner)
+        self._saved_step = self.next_step
         self._display.message(f"checkpoint {path}")
 
 

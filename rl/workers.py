@@ -216,8 +216,10 @@ class LearnerWorker:
             address=ray.util.get_node_ip_address(),
         )
 
-    def save_checkpoint(self, directory: str) -> None:
+    def save_checkpoint(self, directory: str) -> int:
+        """Returns the policy version that was saved."""
         self._learner.save_checkpoint(Path(directory))
+        return self._learner.policy_version
 
     def load_checkpoint(self, directory: str) -> int:
         """Returns the saved policy version."""

@@ -24,6 +24,7 @@ from rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, S
 
 _CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
 _HEALTH_TIMEOUT_S = 90.0  # more than the engine's own limit (`VLLMEngine`, 60 s), which a long step may use up
+_MORE_FAILURES_S = 5.0
 _SHUTDOWN_TIMEOUT_S = 30.0  # for an orderly end of an engine
 
 DecodeResponse = Callable[[Sequence[int], Sequence[int]], tuple[str, str]]  # (prompt_ids, token_ids) -> (text, answer)
@@ -162,6 +163,7 @@ class RolloutPool:
         self._policy_version: int | None = None  # of the weights that `_finished` comes from
         self.workers: list[ActorHandle] = [start_worker(index) for index in range(config.num_workers)]
         self._starts: list[Any] = [worker.start.remote() for worker in self.workers]
+        self._starting_since = time.monotonic()
 
     def wait_until_ready(self) -> None:
         """Wait for the engines, which begin to start when the pool is made.
@@ -169,7 +171,13 @@ class RolloutPool:
         Raises:
             RolloutError: an engine did not start; the first failure is raised.
         """
-        self._wait(self._starts, "start its engine", "start_timeout_s")
+        self._wait(self._starts, "start its engine", "start_timeout_s", since=self._starting_since)
+
+    def raise_if_failed(self) -> None:
+        """Raise RolloutError if an engine has already failed to start."""
+        for index, call in enumerate(self._starts):
+            if has_failed(call):
+                _CREW.get(call, index, "start its engine")
 
     # Generation
 
@@ -339,6 +347,8 @@ class RolloutPool:
                 self._wait([starts[index] for index in lost], "start again", "start_timeout_s", members=lost)
                 return
             except RolloutError as error:
+                # A node or an image that is broken fails all of them, within moments: that is one loss.
+                ray.wait(list(starts.values()), num_returns=len(starts), timeout=_MORE_FAILURES_S)
                 failed = [index for index in lost if has_failed(starts[index])]
                 if not failed:  # none failed, they are late, and another try would be late, too
                     raise
@@ -361,10 +371,11 @@ class RolloutPool:
         *,
         waves: int = 1,
         members: Sequence[int] | None = None,
+        since: float | None = None,
     ) -> list[Any]:
         name = f"rollout.{setting}" if waves == 1 else f"{waves} x rollout.{setting}"
         timeout_s = getattr(self._config, setting) * waves
-        return _CREW.wait(calls, what, timeout_s=timeout_s, setting=name, members=members)
+        return _CREW.wait(calls, what, timeout_s=timeout_s, setting=name, members=members, since=since)
 
     def shutdown(self) -> None:
         """End the engines, then the actors. Never raises: it may run while another error propagates."""

@@ -165,3 +165,5 @@ def test_what_a_cluster_lacks_is_told_with_the_numbers():
     assert "none of 4 nodes has; the most GPUs on one node are 8" in text
     assert "1 fast" in lacking([{**LEARNER, "fast": 1.0}], [large])
     assert "none of 0 nodes" in lacking([LEARNER], [])
+    assert "the run needs 8 CPUs in all" in lacking([LEARNER] * 8, [{"CPU": 4.0, "GPU": 8.0}])
+    assert "the run needs 3 fast in all" in lacking([{**LEARNER, "fast": 1.0}] * 3, [{**large, "fast": 2.0}])

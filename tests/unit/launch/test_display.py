@@ -1,5 +1,6 @@
 """The live display is whole at the width of an ordinary terminal, and plain lines go elsewhere."""
 
+import errno
 import io
 
 import pytest
@@ -44,3 +45,24 @@ def test_without_a_terminal_every_step_is_one_line():
     assert first.startswith("run step 5/30  reward 0.938")
     assert all(shown in second for shown in ("step 6/30", *SHOWN))
     assert "left 0:" in second
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(errno.EIO, "the terminal was closed")])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(terminal, error):
+    """Ctrl-C ends the `tee` behind a run, too, and what was learned is still to be saved."""
+
+    class Reader(io.StringIO):
+        gone = False
+
+        def write(self, text):
+            if self.gone:
+                raise error
+            return super().write(text)
+
+    reader = Reader()
+    with ProgressDisplay("run", Console(file=reader, force_terminal=terminal)) as display:
+        display.expect(3)
+        reader.gone = True
+        display.message("saving what was learned before stopping")
+        display.step(1, METRICS)

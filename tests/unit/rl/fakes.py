@@ -165,8 +165,9 @@ class FakeLearners:
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[np.ndarray]:
         return [np.full(len(response), -0.5 - 0.01 * self.version, dtype=np.float32) for _, response in pairs]
 
-    def save_checkpoint(self, directory: Path) -> None:
+    def save_checkpoint(self, directory: Path) -> int:
         (directory / "weights").write_text(str(self.version))
+        return self.version
 
     def load_checkpoint(self, directory: Path) -> None:
         self.version = int((directory / "weights").read_text())

@@ -1,6 +1,8 @@
 """What a group of learners decides before it asks any of them; and how their failures are told."""
 
 import dataclasses
+import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,7 +49,7 @@ def spec(algorithm=None, **learner):
 
 @pytest.fixture
 def calls_are_results(monkeypatch):
-    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, what, setting="timeout_s": calls)
+    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, *_: calls)
 
 
 def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
@@ -59,18 +61,18 @@ def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
 
 
 class Updates:
-    """Returns the version that its update made; one of them is not asked, because an interrupt came first."""
+    """Returns the version that its update made; an interrupt may come while it is asked."""
 
     def __init__(self, interrupt=False):
         self.update, self.interrupt = self, interrupt
 
     def remote(self, shares):
         if self.interrupt:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return UpdateResult(7, {"loss": 0.5})
 
 
-def test_an_update_that_was_interrupted_can_be_waited_for_unless_a_rank_never_got_it(calls_are_results, monkeypatch):
+def test_an_update_that_was_interrupted_can_be_waited_for_and_every_rank_has_it(calls_are_results, monkeypatch):
     group = LearnerGroup(spec(num_workers=2), [Updates(), Updates()])
     assert group.finish_update() is None
     wait = LearnerGroup._wait
@@ -82,11 +84,26 @@ def test_an_update_that_was_interrupted_can_be_waited_for_unless_a_rank_never_go
     assert group.finish_update().policy_version == group.policy_version == 7
     assert not group.is_updating
     assert group.finish_update() is group.last_update
-    cut = LearnerGroup(spec(num_workers=2), [Updates(), Updates(interrupt=True)])
+    cut = LearnerGroup(spec(num_workers=2), [Updates(interrupt=True), Updates()])
     with pytest.raises(KeyboardInterrupt):
         cut.update(batch(masked=False))
-    with pytest.raises(LearnerError, match="interrupted before every learner rank had received it"):
-        cut.finish_update()
+    assert len(cut.updating) == 2, "both ranks have it, and wait for each other in it"
+    assert cut.finish_update().policy_version == 7
+
+
+def test_a_wait_looks_up_now_and_then(monkeypatch):
+    monkeypatch.setattr(actors, "_LOOK_UP_S", 0.0)
+    monkeypatch.setattr(actors.ray, "wait", lambda calls, **_: ([], calls))
+
+    def failed():
+        raise RolloutError("an engine did not start")
+
+    with pytest.raises(RolloutError, match="an engine did not start"):
+        Crew("learner rank", LearnerError).wait([object()], "start", timeout_s=60, setting="x", meanwhile=failed)
+    with pytest.raises(LearnerError, match=r"learner ranks \[0\] did not start within 60 s \(x\)"):
+        Crew("learner rank", LearnerError).wait(
+            [object()], "start", timeout_s=60, setting="x", since=time.monotonic() - 61, meanwhile=failed
+        )
 
 
 class Rank:

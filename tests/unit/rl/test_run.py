@@ -239,13 +239,45 @@ def test_an_interrupt_costs_no_step_that_was_learned(tmp_path, where):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_an_interrupted_save_is_not_met_by_another_and_what_is_on_disk_is_not_saved_again(tmp_path):
-    run = make_run(tmp_path, total_steps=3)
-    saves = []
-    run.checkpoints.save = lambda step, *_: saves.append(step) or raise_(KeyboardInterrupt())
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupt_between_a_steps_end_and_its_state_loses_neither(tmp_path, step):
+    source = FakePromptSource()
+    state_dict = source.state_dict
+    source.state_dict = lambda: raise_(KeyboardInterrupt()) if source.drawn == 2 * step else state_dict()
+    run = make_run(tmp_path, source=source, checkpoint_every=0)
     with pytest.raises(KeyboardInterrupt):
         run.execute()
-    assert saves == [2]
+    assert not (tmp_path / "checkpoints").exists(), "the second one stops it at once"
+    source.drawn, calls = 0, iter([KeyboardInterrupt()])
+    source.state_dict = lambda: (
+        raise_(error) if source.drawn == 2 * step and (error := next(calls, None)) else state_dict()
+    )
+    run = make_run(tmp_path, source=source, checkpoint_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    learners, source = FakeLearners(), FakePromptSource()
+    resumed = make_run(tmp_path, learners=learners, source=source)
+    assert resumed.restore()
+    assert (resumed.next_step, learners.version, source.drawn) == (step, step, 2 * step)
+
+
+def test_weights_of_another_step_are_not_saved_as_this_ones(tmp_path):
+    learners = FakeLearners()
+    learners.save_checkpoint = lambda directory: (directory / "weights").touch() or 7
+    with pytest.raises(CheckpointError, match="the learners saved policy version 7 as that of step 2"):
+        make_run(tmp_path, learners=learners).execute()
+    assert CheckpointStore(tmp_path / "checkpoints", keep=2).latest() is None
+
+
+def test_an_interrupted_save_is_not_met_by_another_and_what_is_on_disk_is_not_saved_again(tmp_path):
+    learners, saves = FakeLearners(), []
+    learners.save_checkpoint = lambda directory: saves.append(directory) or raise_(KeyboardInterrupt())
+    run = make_run(tmp_path, total_steps=3, learners=learners)
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    assert len(saves) == 1
+    given_up = "interrupted while a checkpoint was being written, which is given up; there is no earlier one"
+    assert run.display.messages[-1] == given_up
     run = make_run(tmp_path, shaping={"rewards": FailingRewards(2, KeyboardInterrupt())})
     with pytest.raises(KeyboardInterrupt):
         run.execute()

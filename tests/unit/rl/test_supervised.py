@@ -45,6 +45,7 @@ class Learners:
 
     def save_checkpoint(self, directory):
         (directory / "seen").write_text(str(len(self.seen)))
+        return len(self.seen)
 
     def load_checkpoint(self, directory):
         self.seen = [None] * int((directory / "seen").read_text())
