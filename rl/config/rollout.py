@@ -37,6 +37,19 @@ def _sampled_as_asked(temperature: float) -> float:
 
 
 Temperature = Annotated[NonNegativeFloat, AfterValidator(_sampled_as_asked)]
+TopP = Annotated[
+    Float,
+    Field(
+        gt=0,
+        le=1,
+        description="sample only from the most likely tokens whose probabilities add up to this value; 1 means all "
+        "tokens",
+    ),
+]
+TopK = Annotated[NonNegativeInt, Field(description="sample only from this many most likely tokens; 0 means all tokens")]
+MinP = Annotated[
+    Fraction, Field(description="minimum probability of a token, relative to the most likely one; 0 means all tokens")
+]
 
 
 class RejectDegenerateConfig(Section):
@@ -67,15 +80,9 @@ class RolloutConfig(Section):
     temperature: Temperature = Field(
         1.0, description="sampling temperature of training rollouts; 0 means greedy decoding"
     )
-    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
-        1.0,
-        description="sample only from the most likely tokens whose probabilities add up to this value; 1 means all "
-        "tokens",
-    )
-    top_k: NonNegativeInt = Field(0, description="sample only from this many most likely tokens; 0 means all tokens")
-    min_p: Fraction = Field(
-        0.0, description="minimum probability of a token, relative to the most likely one; 0 means all tokens"
-    )
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="strings that end a response, in addition to the end of the turn; they stay in the response"
     )
@@ -144,15 +151,9 @@ class EvaluationConfig(Section):
         (1,), description="values of k for which pass@k is reported; at most samples_per_prompt"
     )
     temperature: Temperature = Field(0.0, description="sampling temperature of evaluation; 0 means greedy decoding")
-    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
-        1.0,
-        description="sample only from the most likely tokens whose probabilities add up to this value; 1 means all "
-        "tokens",
-    )
-    top_k: NonNegativeInt = Field(0, description="sample only from this many most likely tokens; 0 means all tokens")
-    min_p: Fraction = Field(
-        0.0, description="minimum probability of a token, relative to the most likely one; 0 means all tokens"
-    )
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
     max_response_tokens: PositiveInt | None = Field(
         None, description="maximum length of a response in tokens; null uses rollout.max_response_tokens"
     )
