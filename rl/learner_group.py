@@ -95,6 +95,7 @@ class LearnerGroup:
         """Raise ConfigError if the driver and a rank do not see each other's files in the run directory; otherwise the
         first checkpoint would fail, hours later."""
         ranks = range(len(self.workers))
+        run_dir.mkdir(parents=True, exist_ok=True)  # programs that call no command have not made it
         with TemporaryDirectory(prefix=".shared_", dir=run_dir, ignore_cleanup_errors=True) as made:
             directory = Path(made).absolute()
             sees = self._all("leave_mark", str(directory), setting="start_timeout_s")

@@ -122,7 +122,9 @@ def test_a_run_dir_that_learners_do_not_share_is_found_before_the_first_step(cal
     monkeypatch.setattr("rl.learner_group._SHARED_FILES_TIMEOUT_S", 0.0)
     monkeypatch.setattr("rl.workers._SHARED_FILES_TIMEOUT_S", 0.0)
     well = LearnerGroup(spec(), [Rank(0), Rank(1)], nodes=["a", "a"])
-    well.check_run_dir(tmp_path)
+    well.check_run_dir(tmp_path / "made" / "here")
+    (tmp_path / "made" / "here").rmdir()
+    (tmp_path / "made").rmdir()
     ranks = [Rank(0), Rank(1, sees=False), Rank(2, is_seen=False), Rank(3)]
     group = LearnerGroup(spec(), ranks, nodes=["a", "b", "c", "d"])
     with pytest.raises(ConfigError, match=rf"learner ranks \[1, 2\] on b, c do not share run_dir {tmp_path} with"):
