@@ -34,8 +34,9 @@ from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import Transport, resolve_transport
 from rl.workers import LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
+from rollout.pool import RolloutPool, evaluation_parameters, sampling_parameters
 from rollout.vllm_options import EngineSpec
-from rollout.workers import DecodeResponse, RolloutPool, RolloutWorker, evaluation_parameters, sampling_parameters
+from rollout.workers import DecodeResponse, RolloutWorker
 
 # What a resumed run must share with its checkpoint. How long, how often and where it runs may change.
 _LEARNER_FIXED = (

@@ -30,11 +30,9 @@ from rl.batch import (
 )
 from rl.batching import balance, collect, plan_update
 from rl.errors import ConfigError, FledgeError, LearnerError
-from rl.workers import LearnerSpec
+from rl.workers import LearnerSpec, not_seen
 
 _EXIT_TIMEOUT_S = 20.0
-_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show another node's files
-_LOOK_AGAIN_S = 0.1
 _LEARNERS = Crew(
     "learner rank",
     LearnerError,
@@ -99,11 +97,8 @@ class LearnerGroup:
         with TemporaryDirectory(prefix=".shared_", dir=run_dir, ignore_cleanup_errors=True) as made:
             directory = Path(made).absolute()
             sees = self._all("leave_mark", str(directory), setting="start_timeout_s")
-            deadline = time.monotonic() + _SHARED_FILES_TIMEOUT_S
-            while blind := [rank for rank in ranks if not sees[rank] or not (directory / str(rank)).exists()]:
-                if not all(sees) or time.monotonic() > deadline:
-                    break
-                time.sleep(_LOOK_AGAIN_S)
+            unseen = not_seen([directory / str(rank) for rank in ranks if sees[rank]])
+        blind = [rank for rank in ranks if not sees[rank] or directory / str(rank) in unseen]
         if blind:
             nodes = ", ".join(sorted({self.nodes[rank] for rank in blind}))
             raise ConfigError(

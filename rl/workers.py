@@ -42,6 +42,14 @@ _LOOK_AGAIN_S = 0.1
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 
+def not_seen(paths: Sequence[Path]) -> list[Path]:
+    """Those that do not exist, even after the time that a network file system may take to show them."""
+    deadline = time.monotonic() + _SHARED_FILES_TIMEOUT_S
+    while (absent := [path for path in paths if not path.exists()]) and time.monotonic() < deadline:
+        time.sleep(_LOOK_AGAIN_S)
+    return absent
+
+
 @dataclass(frozen=True, slots=True)
 class SyncSpec:
     """How weights reach the rollout workers."""
@@ -140,11 +148,9 @@ class LearnerWorker:
     def leave_mark(self, directory: str) -> bool:
         """Create a file named after this rank in a directory that the driver has made; False if that does not
         appear."""
-        path, deadline = Path(directory), time.monotonic() + _SHARED_FILES_TIMEOUT_S
-        while not path.is_dir():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_LOOK_AGAIN_S)
+        path = Path(directory)
+        if not_seen([path]):
+            return False
         (path / str(self._rank)).touch()
         return True
 

@@ -386,10 +386,7 @@ def _memory_file(content: bytes) -> int:
 def _read_file(descriptor: int, limit: int) -> bytes:
     """The first `limit` bytes."""
     parts, offset = [], 0
-    while offset < limit:
-        part = os.pread(descriptor, min(limit - offset, 1 << 20), offset)
-        if not part:
-            break
+    while part := os.pread(descriptor, min(limit - offset, 1 << 20), offset):
         parts.append(part)
         offset += len(part)
     return b"".join(parts)

@@ -14,7 +14,8 @@ from rl.batch import FinishReason, Prompt, WeightVersion
 from rl.config import RolloutConfig
 from rl.errors import RolloutError, WeightSyncError
 from rollout.engine import GenerationResult, SamplingParameters
-from rollout.workers import RolloutPool, RolloutWorker
+from rollout.pool import RolloutPool
+from rollout.workers import RolloutWorker
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("ray_cluster")]
 PROMPTS = tuple(Prompt(f"p{i}", tuple(range(i + 1)), text=str(i)) for i in range(6))

@@ -433,7 +433,8 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     job = tmp_path / "job"
     job.mkdir()
     save_config(job, config)
-    submit = [ray_command, "job", "submit", "--working-dir", ".", "--", "fledge", "train", "config.yaml"]
+    submit = [ray_command, "job", "submit", "--working-dir", ".", "--entrypoint-num-cpus", "1"]
+    submit += ["--", "fledge", "train", "config.yaml"]
     submitted = subprocess.run(submit, cwd=job, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
     assert "succeeded" in submitted.stdout

@@ -119,7 +119,6 @@ class Rank:
 
 
 def test_a_run_dir_that_learners_do_not_share_is_found_before_the_first_step(calls_are_results, monkeypatch, tmp_path):
-    monkeypatch.setattr("rl.learner_group._SHARED_FILES_TIMEOUT_S", 0.0)
     monkeypatch.setattr("rl.workers._SHARED_FILES_TIMEOUT_S", 0.0)
     well = LearnerGroup(spec(), [Rank(0), Rank(1)], nodes=["a", "a"])
     well.check_run_dir(tmp_path / "made" / "here")

@@ -4,7 +4,7 @@ import pytest
 
 from rl.config import EvaluationConfig, RolloutConfig
 from rl.learner_checkpoint import with_end_of_turn
-from rollout.workers import evaluation_parameters, sampling_parameters
+from rollout.pool import evaluation_parameters, sampling_parameters
 
 END_OF_TEXT, END_OF_TURN = 7, 9
 

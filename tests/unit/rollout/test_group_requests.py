@@ -8,8 +8,8 @@ import pytest
 from rl.batch import Prompt
 from rl.config import RolloutConfig
 from rl.errors import RolloutError
-from rollout import workers
-from rollout.workers import GroupRequest, RolloutPool, group_requests
+from rollout.pool import RolloutPool, group_requests
+from rollout.workers import GroupRequest
 
 PROMPTS = tuple(Prompt(f"p{i}", (i,), f"question {i}") for i in range(6))
 
@@ -48,8 +48,10 @@ class FakeRay:
 
     def __init__(self, monkeypatch, *, stuck=False, most=4):
         self.stuck, self.submitted, self.cancelled, self.in_flight = stuck, [], [], [0, 0]
-        monkeypatch.setattr(workers, "ray", SimpleNamespace(wait=self.wait, cancel=self.cancelled.append))
-        monkeypatch.setattr(workers, "_CREW", SimpleNamespace(get=lambda call, index, what: [[call[1].prompt_index]]))
+        monkeypatch.setattr("rollout.pool.ray", SimpleNamespace(wait=self.wait, cancel=self.cancelled.append))
+        monkeypatch.setattr(
+            "rollout.pool._CREW", SimpleNamespace(get=lambda call, index, what: [[call[1].prompt_index]])
+        )
         self.pool = object.__new__(RolloutPool)  # without Ray's actors
         self.pool._config = RolloutConfig(max_concurrent_sequences=most, timeout_s=9)
         self.pool._finished = {}
