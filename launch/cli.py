@@ -19,6 +19,7 @@ from rl.config.loading import load_config
 from rl.errors import ConfigError, FledgeError
 
 # What a file system says, and no fault of ours: rights, kinds of files, room.
+_WAYS_OUT = ("_sitebuiltins.py", "_sitebuiltins>", "exit_hooks.py")  # files of exit() and of W&B's sys.exit
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
@@ -169,7 +170,8 @@ def main() -> None:
     except SystemExit as error:  # nothing of ours raises it within the app
         if isinstance(error.__context__, BrokenPipeError):  # rich, where a pager has gone
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(frame for frame in reversed(frames) if not frame.filename.endswith(_WAYS_OUT))
         _say(
             f"error: {frame.filename}, line {frame.lineno}, ended the process with {error.code!r}; rewards and "
             "plugins must not call exit, and code that only a script should run belongs under `if __name__ == "

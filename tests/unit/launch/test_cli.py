@@ -148,18 +148,19 @@ def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tm
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
 
 
-@pytest.mark.parametrize("where", ["import", "call"])
+@pytest.mark.parametrize("where", ["import", "call", "exit()"])
 def test_code_of_a_user_cannot_end_the_command_in_silence(fledge, tmp_path, config, where):
     """A script without an `if __name__` guard: its exit(0) looked like a finished run."""
     plugin = tmp_path / "mine.py"
     code = "import sys\ndef score(sample):\n    return 1.0\n"
-    code += "sys.exit(0)\n" if where == "import" else "class S:\n    def __init__(self):\n        sys.exit(0)\n"
+    ends = "exit(0)" if where == "exit()" else "sys.exit(0)"
+    code += f"class S:\n    def __init__(self):\n        {ends}\n" if where == "call" else f"{ends}\n"
     plugin.write_text(code)
-    name = f"{plugin}:{'score' if where == 'import' else 'S'}"
+    name = f"{plugin}:{'S' if where == 'call' else 'score'}"
     config["reward"] = {"functions": [{"name": name}]}
     exit_code, said = fledge("train", save(tmp_path, config))
     assert exit_code == 2
-    assert f"{plugin}, line {4 if where == 'import' else 6}, ended the process with 0" in said
+    assert f"{plugin}, line {6 if where == 'call' else 4}, ended the process with 0" in said
     assert not (tmp_path / "run").exists(), "nothing is left of a run that was refused"
 
 
