@@ -35,6 +35,7 @@ from rl.weight_sync.api import Transport, resolve_transport
 from rl.workers import LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
 from rollout.pool import RolloutPool, evaluation_parameters, sampling_parameters
+from rollout.roster import Roster
 from rollout.vllm_options import EngineSpec
 from rollout.workers import DecodeResponse, RolloutWorker
 
@@ -87,15 +88,17 @@ def start_rollout_pool(
     evaluation = config.evaluation
     template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template_options)
     training = sampling_parameters(config.rollout, template.end_of_turn_id)
+    # Fixed routing needs all workers. And an engine that starts on the GPU of a learner that is updating would find
+    # another amount of free memory at every moment.
+    all_needed = config.deterministic or config.ray.colocate
     return RolloutPool(
-        start_worker,
+        Roster(start_worker, config.rollout, all_needed=all_needed, report=report),
         config.rollout,
         training=training,
         evaluation=evaluation_parameters(training, evaluation),
         evaluation_samples=evaluation.samples_per_prompt,
         seed=config.seed,
         deterministic=config.deterministic,
-        report=report,
     )
 
 
@@ -103,7 +106,7 @@ def start_learners(
     spec: LearnerSpec,
     *,
     actor_options: Sequence[dict[str, Any]],
-    receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+    receivers: Callable[[], Mapping[int, ActorHandle]] = dict,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> LearnerGroup:
     """Start the learner ranks and wait until the model is loaded."""
@@ -165,18 +168,18 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             trained=True,
             report=display.message,
         )
-        stack.callback(rollouts.shutdown)
+        stack.callback(rollouts.roster.shutdown)
         if config.ray.colocate:  # before the learner starts: an engine measures how much memory its GPU has left
-            rollouts.wait_until_ready()
+            rollouts.roster.wait_until_ready()
         learners = start_learners(
             learner_spec(config, device, transport),
             actor_options=placement.learners,
             receivers=lambda: rollouts.workers,
-            meanwhile=rollouts.raise_if_failed,
+            meanwhile=rollouts.roster.raise_if_failed,
         )
         stack.callback(learners.shutdown)
         learners.check_run_dir(run_dir)
-        rollouts.wait_until_ready()
+        rollouts.roster.wait_until_ready()
         source, new_groups = shape_data(config, checked.prompts)
         controller = Controller(
             source,
@@ -186,8 +189,11 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             make_batch(config.algorithm, learners),
             new_groups=new_groups,
             group_size=config.rollout.group_size,
-            report=display.message,
         )
+        evaluator = None
+        if eval_sets:
+            pass_at, surviving = config.evaluation.pass_at, controller.surviving_losses
+            evaluator = Evaluator(eval_sets, rollouts, rewards, pass_at=pass_at, surviving=surviving)
         yield TrainingRun(
             run_plan(config, run_dir),
             controller,
@@ -196,7 +202,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             bounds=_step_bounds(config, display),
             open_sinks=lambda done_steps: open_sinks(config, run_dir, done_steps),
             display=display,
-            evaluator=Evaluator(eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at) if eval_sets else None,
+            evaluator=evaluator,
         )
 
 
@@ -218,9 +224,10 @@ def evaluator_of(checked: CheckedRun, report: Report) -> Iterator[Evaluator]:
             trained=False,
             report=report,
         )
-        stack.callback(rollouts.shutdown)
-        rollouts.wait_until_ready()
-        yield Evaluator(checked.eval_sets, rollouts, rewards, pass_at=config.evaluation.pass_at)
+        stack.callback(rollouts.roster.shutdown)
+        rollouts.roster.wait_until_ready()
+        pass_at, surviving = config.evaluation.pass_at, rollouts.surviving_losses
+        yield Evaluator(checked.eval_sets, rollouts, rewards, pass_at=pass_at, surviving=surviving)
 
 
 def learner_spec(config: TrainConfig, device: str, transport: Transport) -> LearnerSpec:

@@ -142,6 +142,12 @@ def _lost(calls: Sequence[Any]) -> Any:
     return next((call for call in ended if _is_lost(call)), None)
 
 
+def has_ended(call: Any) -> bool:
+    """Whether a call has a result or an error."""
+    ended, _ = ray.wait([call], timeout=0)
+    return bool(ended)
+
+
 def has_failed(call: Any) -> bool:
     """Whether a call has ended with an error; False while it is running."""
     try:

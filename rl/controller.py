@@ -60,12 +60,14 @@ class RolloutPool(Protocol):
         """Serve the weights that were just sent. Raises WeightSyncError if a worker does not hold this version."""
         ...
 
-    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[FloatArray]]:
-        """[worker][pair] -> [R] log-probabilities at temperature 1, for the probe."""
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> Mapping[int, list[FloatArray]]:
+        """{worker: [pair] -> [R]} log-probabilities at temperature 1, for the probe."""
         ...
 
-    def replace_lost_workers(self) -> int:
-        """Replace every lost worker; returns how many were lost. Raises RolloutError if replacing cannot help."""
+    def replace_lost_workers(self, cause: str) -> int:
+        """Replace every lost worker, now or later; returns how many were lost, for which `cause` is the reason. Sync
+        before generating, because new workers serve the initial weights. Raises RolloutError if replacing cannot
+        help."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
@@ -150,9 +152,7 @@ class Controller:
         *,
         new_groups: Callable[[], StepGroups],
         group_size: int,
-        report: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`report` receives a message, with the reason, whenever lost rollout workers have been replaced."""
         self.prompt_source = prompt_source
         self.rollout_pool = rollout_pool
         self.reward_pool = reward_pool
@@ -160,7 +160,6 @@ class Controller:
         self.build_train_batch = build_train_batch
         self.new_groups = new_groups
         self.group_size = group_size
-        self.report = report
         self.policy_version: int | None = None  # version of the weights that the rollout workers serve
         self.steps_learned = 0  # steps in the learners' weights, even if the rest of the last step fails
         self.last_update: UpdateResult | None = None
@@ -170,8 +169,8 @@ class Controller:
         return self.surviving_losses(self._sync, syncs=True)
 
     def _sync(self) -> WeightVersion:
-        if lost := self.rollout_pool.replace_lost_workers():  # before a learner waits for them in a collective
-            self.report(f"{lost} rollout worker(s) lost and replaced: they did not answer before a sync")
+        # Before a learner waits for them in a collective.
+        self.rollout_pool.replace_lost_workers("they did not answer before a sync")
         version = self.learners.publish_weights()
         self.rollout_pool.load_weights(version)
         self.policy_version = version.policy_version
@@ -181,8 +180,7 @@ class Controller:
         """What `call` returns, repeating it after rollout workers were lost.
 
         If `call` fails and workers are lost, they are replaced and given the weights (unless `call` itself `syncs`)
-        before it runs again. A failure with no worker lost is re-raised. If workers cannot be replaced, the error names
-        the original failure too.
+        before it runs again. A failure with no worker lost is re-raised.
         """
         needs_sync = False
         while True:
@@ -194,13 +192,8 @@ class Controller:
             except BrokenSyncError:
                 raise
             except (RolloutError, WeightSyncError) as error:
-                try:
-                    replaced = self.rollout_pool.replace_lost_workers()
-                except RolloutError as last:
-                    raise RolloutError(f"{last} (first: {error})") from error
-                if not replaced:
+                if not self.rollout_pool.replace_lost_workers(str(error)):
                     raise  # every worker answers, so trying again would fail again
-                self.report(f"{replaced} rollout worker(s) lost and replaced: {error}")
                 needs_sync = not syncs
 
     def step(self, step: int) -> StepResult:

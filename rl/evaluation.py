@@ -101,27 +101,32 @@ def _majority_reward(group: Sequence[Score]) -> float:
 
 
 class Evaluator:
-    """Generates, scores and summarises every evaluation set, and writes the samples to disk."""
+    """Generates, scores and summarises every evaluation set, and writes the samples to disk.
+
+    `surviving` runs the generation, repeating it after a rollout worker was lost (`Controller.surviving_losses`).
+    """
 
     def __init__(
-        self, sets: Sequence[EvalSet], rollout_pool: EvaluationPool, reward_pool: RewardPool, *, pass_at: Sequence[int]
+        self,
+        sets: Sequence[EvalSet],
+        rollout_pool: EvaluationPool,
+        reward_pool: RewardPool,
+        *,
+        pass_at: Sequence[int],
+        surviving: Surviving = lambda generate: generate(),
     ) -> None:
         self.sets = tuple(sets)
         self._rollouts = rollout_pool
         self._rewards = reward_pool
         self._pass_at = tuple(pass_at)
+        self._surviving = surviving
 
-    def evaluate(
-        self, samples_dir: Path, label: str, *, surviving: Surviving = lambda generate: generate()
-    ) -> dict[str, float]:
-        """Metrics of all sets; samples are written to `samples_dir/eval_NAME_LABEL.jsonl`.
-
-        `surviving` runs the generation, repeating it after a rollout worker was lost (`Controller.surviving_losses`).
-        """
+    def evaluate(self, samples_dir: Path, label: str) -> dict[str, float]:
+        """Metrics of all sets; samples are written to `samples_dir/eval_NAME_LABEL.jsonl`."""
         metrics: dict[str, float] = {}
         for eval_set in self.sets:
             generate = partial(self._rollouts.generate_eval, eval_set.prompts, on_group=self._rewards.begin)
-            scored = self._rewards.score(surviving(generate))
+            scored = self._rewards.score(self._surviving(generate))
             write_samples(samples_dir / f"eval_{eval_set.name}_{label}.jsonl", scored)
             metrics |= eval_metrics(eval_set.name, scored, self._pass_at)
         return metrics

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,13 +46,13 @@ _LEARNERS = Crew(
 class LearnerGroup:
     """N learner workers combined; implements `rl.controller.Learners`.
 
-    Build it with `LearnerGroup.start`. `receivers` returns the current rollout workers, because lost ones are replaced
-    during a run.
+    Build it with `LearnerGroup.start`. `receivers` returns the rollout workers that serve at the moment, by
+    index, because lost ones are replaced during a run.
     """
 
     spec: LearnerSpec
     workers: list[ActorHandle]
-    receivers: Callable[[], Sequence[ActorHandle]] = field(default=lambda: ())
+    receivers: Callable[[], Mapping[int, ActorHandle]] = dict
     policy_version: int = 0
     empty_in_a_row: int = 0  # consecutive updates without a token to learn from
     nodes: list[str] = field(default_factory=list)  # [rank] -> address of its node
@@ -66,7 +66,7 @@ class LearnerGroup:
         start_worker: Callable[[int], ActorHandle],
         spec: LearnerSpec,
         *,
-        receivers: Callable[[], Sequence[ActorHandle]] = lambda: (),
+        receivers: Callable[[], Mapping[int, ActorHandle]] = dict,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank.
@@ -196,7 +196,7 @@ class LearnerGroup:
 
     def publish_weights(self) -> WeightVersion:
         """Send the weights to the rollout workers. Raises WeightSyncError if one did not receive what was sent."""
-        versions: list[WeightVersion] = self._all("publish_weights", list(self.receivers()))
+        versions: list[WeightVersion] = self._all("publish_weights", dict(self.receivers()))
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:

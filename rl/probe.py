@@ -87,7 +87,7 @@ class WeightProbe:
         self._owed = False
         reference = np.concatenate(learners.score_logprobs(pairs))
         worst_mean = worst_max = 0.0
-        for worker, logprobs in enumerate(rollout_pool.score_logprobs(pairs)):
+        for worker, logprobs in rollout_pool.score_logprobs(pairs).items():
             difference = np.abs(np.concatenate(logprobs) - reference)
             mean, maximum = float(difference.mean()), float(difference.max())
             if not (mean <= self.bounds.mean and maximum <= self.bounds.maximum):

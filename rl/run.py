@@ -206,7 +206,7 @@ class TrainingRun:
         if evaluator is None:
             return {}
         samples = self.plan.run_dir / "samples"
-        metrics = evaluator.evaluate(samples, label, surviving=self.controller.surviving_losses)
+        metrics = evaluator.evaluate(samples, label)
         self.display.message(
             f"evaluation {label}: "
             # Only the sets as a whole: there may be dozens of data sources.

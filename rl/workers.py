@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from rl.batch import (
 from rl.batching import Layout, MiniBatchShare
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import WeightSyncError
-from rl.weight_sync.api import Transport
+from rl.weight_sync.api import Transport, init_info_at
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -86,7 +86,7 @@ class LearnerWorker:
         self._store: TCPStore  # where all ranks meet; served by rank 0
         self._learner: Learner
         self._sender: WeightSender | None = None
-        self._receivers: list[ActorHandle] = []
+        self._receivers: dict[int, ActorHandle] = {}
 
     def meet(self) -> tuple[str, int]:
         """The address of this rank's node and, for rank 0, the port of the store at which the process group meets (else
@@ -169,10 +169,10 @@ class LearnerWorker:
         self._leave_room()
         return result
 
-    def publish_weights(self, receivers: Sequence[ActorHandle]) -> WeightVersion:
-        """Send the weights to every rollout worker. A collective over the ranks."""
-        if self._sender is None or list(receivers) != self._receivers:
-            self._sender, self._receivers = self._connect(receivers), list(receivers)
+    def publish_weights(self, receivers: Mapping[int, ActorHandle]) -> WeightVersion:
+        """Send the weights to every rollout worker, given by its index. A collective over the ranks."""
+        if self._sender is None or receivers != self._receivers:
+            self._sender, self._receivers = self._connect(receivers), dict(receivers)
         self._leave_room()
         version = self._sender.send(self._learner.policy_version)
         self._leave_room()
@@ -188,7 +188,7 @@ class LearnerWorker:
 
             torch.cuda.empty_cache()
 
-    def _connect(self, receivers: Sequence[ActorHandle]) -> WeightSender:
+    def _connect(self, receivers: Mapping[int, ActorHandle]) -> WeightSender:
         import torch
 
         from rl.weight_sync.sender import WeightSender
@@ -246,13 +246,15 @@ class RayWeightSyncClient:
     """A `rl.weight_sync.api.WeightSyncClient` for rollout actors. Every call waits for all of them, up to a
     deadline."""
 
-    def __init__(self, receivers: Sequence[ActorHandle], timeout_s: float) -> None:
-        self._receivers = list(receivers)
+    def __init__(self, receivers: Mapping[int, ActorHandle], timeout_s: float) -> None:
+        """`receivers`: the actors by index, which errors name."""
+        self._receivers = dict(receivers)
         self._timeout_s = timeout_s
-        self._calls: list[Any] = []  # Ray references of the current call, or the last one
+        self._calls: list[Any] = []  # Ray references of the current call, or the last one, in the receivers' order
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer", init_info)
+        infos = [init_info_at(place, init_info) for place in range(len(self._receivers))]
+        self._wait("init_weight_transfer", [(info,) for info in infos])
 
     def start_weight_update(self) -> None:
         self._call("start_weight_update")
@@ -260,15 +262,28 @@ class RayWeightSyncClient:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._call("update_weights", update_info)
 
-    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
-        return self._call("finish_weight_update", policy_version)
+    def finish_weight_update(self, policy_version: int) -> dict[int, dict[str, int]]:
+        return dict(zip(self._receivers, self._call("finish_weight_update", policy_version), strict=True))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        self._calls = [getattr(receiver, method).remote(*arguments) for receiver in self._receivers]
-        return _RECEIVERS.wait(self._calls, f"answer {method}", timeout_s=self._timeout_s, setting="sync.timeout_s")
+        return self._wait(method, [arguments] * len(self._receivers))
+
+    def _wait(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call every receiver with its own arguments."""
+        self._calls = [
+            getattr(receiver, method).remote(*own)
+            for receiver, own in zip(self._receivers.values(), arguments, strict=True)
+        ]
+        return _RECEIVERS.wait(
+            self._calls,
+            f"answer {method}",
+            timeout_s=self._timeout_s,
+            setting="sync.timeout_s",
+            members=list(self._receivers),
+        )
 
     def late(self) -> str:
         calls = self._calls
         _, waiting = ray.wait(calls, num_returns=len(calls), timeout=0) if calls else ([], [])
-        members = [index for index, call in enumerate(calls) if call in waiting]
+        members = [index for index, call in zip(self._receivers, calls, strict=False) if call in waiting]
         return f"{_RECEIVERS.member}s {members} have not answered" if members else ""

@@ -35,7 +35,7 @@ class VLLMEngine:
     """Implements `rollout.engine.RolloutEngine`. Call `start` once before anything else, and `shutdown` at the end."""
 
     def __init__(self, spec: EngineSpec, *, index: int = 0) -> None:
-        """`index`: this engine's number among all, for messages and for its place in the NCCL group."""
+        """`index`: this engine's number among all, for messages."""
         self._spec = spec
         self._index = index
         self._policy_version = 0  # the checkpoint's
@@ -181,14 +181,11 @@ class VLLMEngine:
     # ---- weight sync ----
 
     async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Connect to the sender. `rank_offsets`, if given, holds each engine's first rank in the NCCL group."""
+        """Connect to the sender."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info = dict(init_info)
-        if (offsets := info.pop("rank_offsets", None)) is not None:
-            info["rank_offset"] = offsets[self._index]
         with self._engine_errors():
-            await self._engine().init_weight_transfer_engine(WeightTransferInitRequest(info))
+            await self._engine().init_weight_transfer_engine(WeightTransferInitRequest(dict(init_info)))
 
     async def start_weight_update(self) -> None:
         """Pause generation where it stands, empty the prefix cache, and get ready to receive."""

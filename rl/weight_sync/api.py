@@ -69,11 +69,14 @@ class WeightSyncClient(Protocol):
     or does not answer in time.
     """
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Every engine gets its own part (`init_info_at`)."""
+        ...
+
     def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
-    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
-        """One dict per engine: checkpoint name -> digest of the tensor as it arrived."""
+    def finish_weight_update(self, policy_version: int) -> dict[int, dict[str, int]]:
+        """By engine: checkpoint name -> digest of the tensor as it arrived."""
         ...
 
     def late(self) -> str:
@@ -84,11 +87,20 @@ class WeightSyncClient(Protocol):
         ...
 
 
-def check_digests(policy_version: int, sent: Mapping[str, int], received: Sequence[Mapping[str, int]]) -> None:
+def init_info_at(place: int, init_info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the engine at this place among those that receive needs to know to connect. `rank_offsets`, if given, holds
+    each engine's first rank in the NCCL group, by place."""
+    info = dict(init_info)
+    if (offsets := info.pop("rank_offsets", None)) is not None:
+        info["rank_offset"] = offsets[place]
+    return info
+
+
+def check_digests(policy_version: int, sent: Mapping[str, int], received: Mapping[int, Mapping[str, int]]) -> None:
     """Raise WeightSyncError, naming engine, version and parameters, unless every engine received exactly what was
     sent."""
     problems = []
-    for index, digests in enumerate(received):
+    for index, digests in received.items():
         faults = (
             ("missing", [name for name in sent if name not in digests]),
             ("different", [name for name in sent if name in digests and digests[name] != sent[name]]),

@@ -53,7 +53,7 @@ class DigestingSource:
                 tensor.record_stream(torch.cuda.current_stream())
             yield name, tensor
 
-    def report(self, received: list[dict[str, int]]) -> SendReport:
+    def report(self, received: dict[int, dict[str, int]]) -> SendReport:
         return SendReport(digest_values(self._digests), received, self._num_bytes)
 
 
@@ -68,7 +68,7 @@ class TrainerClient:
         self._client = client
         self._extra_init_info = extra_init_info
         self.policy_version = -1
-        self.received: list[dict[str, int]] = []
+        self.received: dict[int, dict[str, int]] = {}
         self.failure: Future[Any] = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -186,7 +186,6 @@ class NcclTransport(GpuTransport):
         rank_offsets: list[int],
         address: str,
     ) -> None:
-        # Each engine picks its own entry from the offsets.
         super().__init__(source, client, rank, bucket_bytes, timeout_s, rank_offsets=rank_offsets)
         self._group_size = group_size
         self._address = address

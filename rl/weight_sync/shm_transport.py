@@ -28,7 +28,7 @@ class SendReport:
     """What rank 0 knows after a transfer; empty on the other ranks."""
 
     sent: dict[str, int] = field(default_factory=dict)  # checkpoint name -> digest
-    received: list[dict[str, int]] = field(default_factory=list)  # the same, one dict per engine
+    received: dict[int, dict[str, int]] = field(default_factory=dict)  # engine -> the same
     num_bytes: int = 0
 
 

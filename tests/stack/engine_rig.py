@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from launch.tiny_models import Family, build_tiny_model
 from rl.config import ModelConfig, RolloutConfig
 from rl.errors import WeightSyncError
-from rl.weight_sync.api import Transport
+from rl.weight_sync.api import Transport, init_info_at
 from rl.weight_sync.sender import WeightSender
 from rl.weight_sync.source import Zero3WeightSource
 from rollout.reload_mends import ALL_MENDS
@@ -171,9 +171,12 @@ class LoopClient:
         self.intercept: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda info: info
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return self._each(method, [arguments] * len(self.rigs))
+
+    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         results = []
-        for index, rig in enumerate(self.rigs):
-            call: Awaitable[Any] = getattr(rig.engine, method)(*arguments)
+        for index, (rig, own) in enumerate(zip(self.rigs, arguments, strict=True)):
+            call: Awaitable[Any] = getattr(rig.engine, method)(*own)
             try:
                 results.append(rig.run(call, self.timeout_s))  # type: ignore[arg-type]
             except TimeoutError as error:
@@ -181,7 +184,7 @@ class LoopClient:
         return results
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._all("init_weight_transfer", init_info)
+        self._each("init_weight_transfer", [(init_info_at(place, init_info),) for place in range(len(self.rigs))])
 
     def start_weight_update(self) -> None:
         self._all("start_weight_update")
@@ -190,8 +193,8 @@ class LoopClient:
         if (info := self.intercept(update_info)) is not None:
             self._all("update_weights", info)
 
-    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
-        return self._all("finish_weight_update", policy_version)
+    def finish_weight_update(self, policy_version: int) -> dict[int, dict[str, int]]:
+        return dict(enumerate(self._all("finish_weight_update", policy_version)))
 
     def late(self) -> str:
         return ""

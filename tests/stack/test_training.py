@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_rig import (
     REWARDS,
     Command,
+    Quiet,
     config_dict,
     finish,
     gone,
@@ -327,29 +328,42 @@ def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
         tmp_path, rollout={"num_workers": 2}, evaluation={"at_start": True, "samples_per_prompt": 2, "temperature": 1.0}
     )
     config["data"]["eval"] = [{"path": str(held_out(tmp_path)), "name": "sums"}]
-    said = []
-    with run_here(config) as run:
+    display = Quiet()
+    with run_here(config, display) as run:
         loop = run.controller
-        loop.report = said.append
+        pool = loop.rollout_pool
         loop.sync_weights()
-        first, second = loop.rollout_pool.workers
 
-        ray.kill(first)
+        ray.kill(pool.workers[0])  # the other one goes on
         result = loop.step(0)
         assert len(result.scored.scores) == 16
         assert result.update.metrics["rollout/logprob_diff_max"] < 1e-3
-        assert result.workers["rollout/worker_restarts"] == 1
+        assert (result.workers["rollout/worker_restarts"], result.workers["rollout/workers_serving"]) == (1, 1)
         assert 0.1 < result.workers["rollout/memory_peak_gib"] < 20
 
-        core, sockets = engine_of(second)
+        while len(pool.workers) < 2:
+            time.sleep(1)
+            assert loop.sync_weights().policy_version == 1
+        core, sockets = engine_of(pool.workers[1])
         core.kill()  # and its worker lives
         assert run._evaluate("after_a_loss")["eval/sums/prompts"] == 4
+        assert list(pool.workers) == [0]
         assert not sockets.exists()
 
-        ray.kill(loop.rollout_pool.workers[0])
+        ray.kill(pool.workers[0])  # none is left, so one is waited for
         assert loop.sync_weights().policy_version == 1
         assert loop.step(1).update.metrics["rollout/logprob_diff_max"] < 1e-3
-    assert [text.partition(":")[0] for text in said] == ["1 rollout worker(s) lost and replaced"] * 3
+    losses = [text for text in display.told if "lost" in text]
+    for text, expected in zip(
+        losses,
+        (
+            r"rollout workers \[0\] are lost: .* while the other 1 go on",
+            r"rollout workers \[1\] are lost: .* is dead .* while the other 1 go on",
+            r"rollout workers \[0\] are lost: they did not answer before a sync\. .* which may take up to",
+        ),
+        strict=True,
+    ):
+        assert re.search(expected, text), text
 
 
 @pytest.mark.processes

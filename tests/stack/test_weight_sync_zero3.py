@@ -39,8 +39,8 @@ class Engine:
             raise ConnectionError("engine 0 is gone")
         self.received |= {name: digest(tensor) for name, tensor in open_bucket(update_info)}
 
-    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
-        return [self.received]
+    def finish_weight_update(self, policy_version: int) -> dict[int, dict[str, int]]:
+        return {0: self.received}
 
     def late(self) -> str:
         return ""

@@ -69,18 +69,24 @@ def config_dict(directory: Path, family: Family = "qwen3", **sections: dict[str,
 
 
 class Quiet:
+    """A display that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
     def message(self, text: str) -> None:
-        pass
+        self.told.append(text)
 
     def step(self, step: int, metrics: Any) -> None:
         pass
 
 
-def run_here(config: dict[str, Any]) -> Any:
+def run_here(config: dict[str, Any], display: Quiet | None = None) -> Any:
     """A context manager with the running parts, in this process and its Ray cluster."""
+    display = display or Quiet()
     validated = TrainConfig.model_validate(config)
     Path(validated.run_dir).mkdir(parents=True, exist_ok=True)
-    return training_run(checked_training(validated, Quiet()), Quiet())
+    return training_run(checked_training(validated, display), display)
 
 
 def finish(run: TrainingRun, run_dir: Path) -> dict[str, Any]:

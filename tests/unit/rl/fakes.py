@@ -71,6 +71,7 @@ class FakeRolloutPool:
     replaced: int = 0
     deaf: bool = False  # ignores load_weights, as a worker that missed a sync
     calls: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)  # of losses
 
     def generate(
         self,
@@ -94,12 +95,14 @@ class FakeRolloutPool:
         if not self.deaf:
             self.served = version.policy_version
 
-    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[list[np.ndarray]]:
-        return [[np.full(len(response), -0.5 - 0.01 * self.served, dtype=np.float32) for _, response in pairs]]
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> dict[int, list[np.ndarray]]:
+        return {0: [np.full(len(response), -0.5 - 0.01 * self.served, dtype=np.float32) for _, response in pairs]}
 
-    def replace_lost_workers(self) -> int:
+    def replace_lost_workers(self, cause: str) -> int:
         replaced, self.lost = self.lost, 0
         self.replaced += replaced
+        if replaced:
+            self.causes.append(cause)
         return replaced
 
     def metrics(self) -> dict[str, float]:

@@ -305,7 +305,7 @@ class Receiver:
 
 
 def test_a_sync_knows_which_engines_it_waits_for(monkeypatch):
-    client = RayWeightSyncClient([Receiver("a"), Receiver("b"), Receiver("c")], timeout_s=0.1)
+    client = RayWeightSyncClient({0: Receiver("a"), 2: Receiver("b"), 3: Receiver("c")}, timeout_s=0.1)
     assert client.late() == ""
     monkeypatch.setattr(actors.ray, "get", lambda call: call)
     waiting = ["b"]
@@ -315,9 +315,9 @@ def test_a_sync_knows_which_engines_it_waits_for(monkeypatch):
         return ended, [call for call in calls if call not in ended]
 
     monkeypatch.setattr(actors.ray, "wait", wait)
-    with pytest.raises(WeightSyncError, match=r"rollout workers \[1\] did not answer update_weights within 0.1 s"):
+    with pytest.raises(WeightSyncError, match=r"rollout workers \[2\] did not answer update_weights within 0.1 s"):
         client.update_weights({})
-    assert client.late() == "rollout workers [1] have not answered"
+    assert client.late() == "rollout workers [2] have not answered"
     waiting.clear()
     client.update_weights({})
     assert client.late() == ""

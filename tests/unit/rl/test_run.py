@@ -482,7 +482,8 @@ def test_a_worker_lost_in_an_evaluation_costs_the_set_that_it_was_in_and_no_othe
     pool = Loses()
     run = make_run(tmp_path, total_steps=1, evaluate_every=1, pool=pool)
     sets = [EvalSet("first", loop_prompts()), EvalSet("second", loop_prompts()[:1])]
-    run.evaluator = Evaluator(sets, pool, FakeRewardPool(), pass_at=(1,))
+    surviving = run.controller.surviving_losses
+    run.evaluator = Evaluator(sets, pool, FakeRewardPool(), pass_at=(1,), surviving=surviving)
     metrics = run.execute()
     assert asked == [2, 1, 1]
     assert {"eval/first/avg@2", "eval/second/avg@2"} < metrics.keys()
@@ -503,7 +504,7 @@ def test_each_bound_of_the_agreement_stops_the_run_by_itself(tmp_path):
 def test_the_probe_finds_an_engine_that_loaded_other_weights(tmp_path):
     class Wrong(EvalPool):
         def score_logprobs(self, pairs):
-            return [[np.full(len(response), -0.9, dtype=np.float32) for _, response in pairs]]
+            return {0: [np.full(len(response), -0.9, dtype=np.float32) for _, response in pairs]}
 
     with pytest.raises(WeightSyncError, match="rollout worker 0 does not serve policy version 1"):
         make_run(tmp_path, pool=Wrong()).execute()

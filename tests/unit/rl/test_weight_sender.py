@@ -82,11 +82,11 @@ def test_digest_sees_order_shape_and_dtype() -> None:
 
 
 def test_verdict_names_engine_version_and_parameters() -> None:
-    check_digests(3, {"a": 1}, [{"a": 1}, {"a": 1}])
+    check_digests(3, {"a": 1}, {0: {"a": 1}, 1: {"a": 1}})
     with pytest.raises(
-        WeightSyncError, match=r"version 3 .* 1 of 2 engines: engine 1 \(missing: c; different: b; extra: z"
+        WeightSyncError, match=r"version 3 .* 1 of 2 engines: engine 3 \(missing: c; different: b; extra: z"
     ):
-        check_digests(3, {"a": 1, "b": 2, "c": 3}, [{"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 7, "z": 3}])
+        check_digests(3, {"a": 1, "b": 2, "c": 3}, {0: {"a": 1, "b": 2, "c": 3}, 3: {"a": 1, "b": 7, "z": 3}})
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,9 @@ class FakeEngines:
         self.most_alive = max(self.most_alive, len(set(open_bucket_files())))  # mmap holds a second descriptor
         self.received |= {name: digest(tensor) for name, tensor in open_bucket(update_info)}
 
-    def finish_weight_update(self, policy_version: int) -> list[dict[str, int]]:
+    def finish_weight_update(self, policy_version: int) -> dict[int, dict[str, int]]:
         self.calls.append("finish")
-        return [self.received]
+        return {0: self.received}
 
     def late(self) -> str:
         return "rollout workers [1] have not answered"
@@ -272,7 +272,7 @@ def test_sender_proves_what_arrived_and_leaves_no_bucket() -> None:
 def test_weights_that_arrive_otherwise_than_sent_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = FakeEngines()
     sender = WeightSender(ListSource(some_tensors()), "shm", engines, bucket_bytes=512)
-    monkeypatch.setattr(engines, "finish_weight_update", lambda _: [{**engines.received, "layers.7": 1}])
+    monkeypatch.setattr(engines, "finish_weight_update", lambda _: {0: {**engines.received, "layers.7": 1}})
     with pytest.raises(WeightSyncError, match=r"version 6 .*engine 0 \(different: layers\.7\)"):
         sender.send(6)
 

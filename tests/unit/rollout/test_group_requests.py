@@ -50,15 +50,16 @@ class FakeRay:
         self.stuck, self.submitted, self.cancelled, self.in_flight = stuck, [], [], [0, 0]
         monkeypatch.setattr("rollout.pool.ray", SimpleNamespace(wait=self.wait, cancel=self.cancelled.append))
         monkeypatch.setattr(
-            "rollout.pool._CREW", SimpleNamespace(get=lambda call, index, what: [[call[1].prompt_index]])
+            "rollout.pool.CREW", SimpleNamespace(get=lambda call, index, what: [[call[1].prompt_index]])
         )
         self.pool = object.__new__(RolloutPool)  # without Ray's actors
         self.pool._config = RolloutConfig(max_concurrent_sequences=most, timeout_s=9)
         self.pool._finished = {}
-        self.pool.workers = [
-            SimpleNamespace(generate=SimpleNamespace(remote=lambda groups, _, i=i: self.submit(i, *groups)))
+        workers = {
+            i: SimpleNamespace(generate=SimpleNamespace(remote=lambda groups, _, i=i: self.submit(i, *groups)))
             for i in range(2)
-        ]
+        }
+        self.pool.roster = SimpleNamespace(workers=workers, find_lost=list)
 
     def submit(self, index, group):
         self.in_flight[index] += len(group.seeds)
