@@ -108,15 +108,15 @@ class Roster:
                 f"rollout workers {list(lost)} are lost, and rollout.max_restarts {self._config.max_restarts} is used "
                 f"up: only that many losses in a row, without a finished batch in between, are tolerated; {cause}"
             )
-        left = len(self.workers) - len(lost)
+        left, number = len(self.workers) - len(lost), self._config.num_workers
         meanwhile = (
-            f"while the other {left} go on"
+            f"while those that are left ({left} of {number}) go on"
             if self.can_spare(lost)
             else f"which may take up to rollout.start_timeout_s {self._config.start_timeout_s:g} s"
         )
         self._report(
-            f"rollout workers {list(lost)} are lost: {cause}. Others start in their place, {meanwhile} (`ray status` "
-            "shows whether there is room)"
+            f"rollout workers {list(lost)} are lost: {cause.rstrip('.')}. Others start in their place, {meanwhile} "
+            "(`ray status` shows whether there is room)"
         )
         self._begin_again({index: self.workers.pop(index) for index in lost})
 

@@ -357,8 +357,8 @@ def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
     for text, expected in zip(
         losses,
         (
-            r"rollout workers \[0\] are lost: .* while the other 1 go on",
-            r"rollout workers \[1\] are lost: .* is dead .* while the other 1 go on",
+            r"rollout workers \[0\] are lost: .* while those that are left \(1 of 2\) go on",
+            r"rollout workers \[1\] are lost: .* is dead .* while those that are left \(1 of 2\) go on",
             r"rollout workers \[0\] are lost: they did not answer before a sync\. .* which may take up to",
         ),
         strict=True,
