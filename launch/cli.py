@@ -18,8 +18,8 @@ from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config.loading import load_config
 from rl.errors import ConfigError, FledgeError
 
-# What a file system says, and no fault of ours: rights, kinds of files, room.
 _WAYS_OUT = ("_sitebuiltins.py", "_sitebuiltins>", "exit_hooks.py")  # files of exit() and of W&B's sys.exit
+# What a file system says, and no fault of ours: rights, kinds of files, room.
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),

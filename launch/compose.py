@@ -90,7 +90,7 @@ def start_rollout_pool(
     training = sampling_parameters(config.rollout, template.end_of_turn_id)
     # Fixed routing needs all workers. And an engine that starts on the GPU of a learner that is updating would find
     # another amount of free memory at every moment.
-    all_needed = config.deterministic or config.ray.colocate
+    all_needed = config.deterministic or (trained and config.ray.colocate)
     return RolloutPool(
         Roster(start_worker, config.rollout, all_needed=all_needed, report=report),
         config.rollout,
@@ -99,6 +99,7 @@ def start_rollout_pool(
         evaluation_samples=evaluation.samples_per_prompt,
         seed=config.seed,
         deterministic=config.deterministic,
+        trained=trained,
     )
 
 

@@ -33,7 +33,7 @@ from rl.batch import (
     WeightVersion,
 )
 from rl.data_shaping import StepGroups
-from rl.errors import BrokenSyncError, RolloutError, WeightSyncError
+from rl.errors import BrokenSyncError, EnginesLostError, RolloutError, WeightSyncError
 
 T = TypeVar("T")
 
@@ -66,8 +66,8 @@ class RolloutPool(Protocol):
 
     def replace_lost_workers(self, cause: str) -> int:
         """Replace every lost worker, now or later; returns how many were lost, for which `cause` is the reason. Sync
-        before generating, because new workers serve the initial weights. Raises RolloutError if replacing cannot
-        help."""
+        before generating, because new workers serve the initial weights. Raises EnginesLostError if replacing
+        cannot help."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
@@ -189,7 +189,7 @@ class Controller:
                     self._sync()
                     needs_sync = False
                 return call()
-            except BrokenSyncError:
+            except (BrokenSyncError, EnginesLostError):
                 raise
             except (RolloutError, WeightSyncError) as error:
                 if not self.rollout_pool.replace_lost_workers(str(error)):

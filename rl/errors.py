@@ -29,6 +29,10 @@ class RolloutError(FledgeError, RuntimeError):
     exit_code = 3
 
 
+class EnginesLostError(RolloutError):
+    """Rollout engines are lost and cannot be replaced, so that trying again would not help."""
+
+
 class RewardError(FledgeError, RuntimeError):
     """A reward function is unusable: not found, of the wrong shape, or failing on too many samples."""
 

@@ -29,7 +29,7 @@ from rl.batch import (
     WeightVersion,
 )
 from rl.batching import balance, collect, plan_update
-from rl.errors import ConfigError, FledgeError, LearnerError
+from rl.errors import ConfigError, FledgeError, LearnerError, WeightSyncError
 from rl.workers import LearnerSpec, not_seen
 
 _EXIT_TIMEOUT_S = 20.0
@@ -195,8 +195,12 @@ class LearnerGroup:
             )
 
     def publish_weights(self) -> WeightVersion:
-        """Send the weights to the rollout workers. Raises WeightSyncError if one did not receive what was sent."""
-        versions: list[WeightVersion] = self._all("publish_weights", dict(self.receivers()))
+        """Send the weights to the rollout workers. Raises WeightSyncError if one did not receive what was sent, or if
+        there is none."""
+        receivers = dict(self.receivers())
+        if not receivers:
+            raise WeightSyncError("there is no rollout worker to send weights to")
+        versions: list[WeightVersion] = self._all("publish_weights", receivers)
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:

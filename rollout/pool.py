@@ -16,12 +16,13 @@ from ray.actor import ActorHandle
 
 from rl.batch import FloatArray, OnGroup, Prompt, Rollout, RolloutBatch, TokenPair, WeightVersion
 from rl.config import EvaluationConfig, RolloutConfig
-from rl.errors import RolloutError
+from rl.errors import EnginesLostError, RolloutError
 from rollout.engine import SamplingParameters
 from rollout.roster import CREW, Roster
 from rollout.workers import GroupRequest
 
 T = TypeVar("T")
+_MORE_LOSSES_S = 3.0  # within which the engines of a node that fails are all seen to be lost
 
 
 def group_requests(
@@ -51,6 +52,7 @@ class RolloutPool:
         evaluation_samples: responses per prompt in evaluation.
         seed: the run's; every sample's own seed is derived from it.
         deterministic: fixed routing, one call per worker; the roster must need all its workers.
+        trained: a learner sends weights, so that a new worker must not generate before the next sync.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class RolloutPool:
         evaluation_samples: int = 1,
         seed: int = 0,
         deterministic: bool = False,
+        trained: bool = True,
     ) -> None:
         self.roster = roster
+        self._trained = trained
         self._config = config
         self._training = training
         self._evaluation = evaluation
@@ -157,6 +161,8 @@ class RolloutPool:
         calls: dict[Any, tuple[int, GroupRequest]] = {}
         try:
             while waiting or calls:
+                if not self._trained:
+                    self.roster.admit()
                 self._submit(waiting, calls, parameters)
                 try:
                     self._take_finished(calls, on_group)
@@ -208,8 +214,11 @@ class RolloutPool:
 
     def _goes_on_after(self, error: RolloutError) -> bool:
         """Whether workers are lost and the others can draw their groups. All serve the same weights."""
+        if not self.roster.can_spare():
+            return False
+        time.sleep(_MORE_LOSSES_S)  # the survivors have enough to do meanwhile
         lost = self.roster.find_lost()
-        if not lost or not self.roster.can_spare(lost):
+        if not lost or not self.roster.can_spare(len(lost)):
             return False
         self.roster.replace(lost, str(error))
         return True
@@ -246,13 +255,18 @@ class RolloutPool:
         Sync before generating: a new worker serves the initial weights. `cause` is told to the user.
 
         Raises:
-            RolloutError: more than rollout.max_restarts losses in a row, or no worker is left and none could be
+            EnginesLostError: more than rollout.max_restarts losses in a row, or no worker is left and none could be
                 started.
         """
         lost = self.roster.find_lost()
         if lost:
             self.roster.replace(lost, cause)
-        self.roster.admit()
+        try:
+            self.roster.admit()
+        except EnginesLostError as error:
+            if not lost:
+                raise
+            raise EnginesLostError(f"{error}; they were lost because: {cause}") from error
         return len(lost)
 
     def surviving_losses(self, call: Callable[[], T]) -> T:
@@ -261,6 +275,8 @@ class RolloutPool:
         while True:
             try:
                 return call()
+            except EnginesLostError:
+                raise
             except RolloutError as error:
                 if not self.replace_lost_workers(str(error)):
                     raise

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
 from rl.actors import Crew, end_actors, has_ended, has_failed
 from rl.config import RolloutConfig
-from rl.errors import FledgeError, RolloutError, WeightSyncError
+from rl.errors import EnginesLostError, FledgeError, RolloutError, WeightSyncError
 
 CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
 _HEALTH_TIMEOUT_S = 90.0  # more than the engine's own limit (`VLLMEngine`, 60 s), which a long step may use up
@@ -61,18 +60,22 @@ class Roster:
         self.restarts = 0
         self._losses_in_a_row = 0  # without a batch in between; many workers lost at once, as with a node, are one loss
         self._failures: Counter[int] = Counter()  # starts in a row that failed, by index
+        self._ending: dict[int, ActorHandle] = {}
         self._begun = time.monotonic()
         self._starting = {index: self._begin(index) for index in range(config.num_workers)}
 
     def wait_until_ready(self) -> None:
         """Wait for the engines that start when the roster is made. Raises RolloutError for the first that fails."""
-        timeout_s, setting = self._config.start_timeout_s, "rollout.start_timeout_s"
         starts = dict(self._starting)
-        calls = [start.call for start in starts.values()]
         CREW.wait(
-            calls, "start its engine", timeout_s=timeout_s, setting=setting, members=list(starts), since=self._begun
+            [start.call for start in starts.values()],
+            "start its engine",
+            timeout_s=self._config.start_timeout_s,
+            setting="rollout.start_timeout_s",
+            members=list(starts),
+            since=self._begun,
         )
-        self.workers = {index: start.worker for index, start in starts.items()}
+        self.workers |= {index: start.worker for index, start in starts.items()}
         self._starting = {}
 
     def raise_if_failed(self) -> None:
@@ -87,110 +90,111 @@ class Roster:
 
     def find_lost(self) -> list[int]:
         """The workers that do not answer, or whose engine does not."""
-        checks: dict[int, Any] = {index: worker.check_health.remote() for index, worker in self.workers.items()}
-        if checks:
-            ray.wait(list(checks.values()), num_returns=len(checks), timeout=_HEALTH_TIMEOUT_S)
-        return [index for index, check in checks.items() if not _is_well(check)]
+        return _ill(self.workers)
 
-    def can_spare(self, lost: Sequence[int]) -> bool:
-        """Whether a batch can go on without these."""
-        return not self._all_needed and len(lost) < len(self.workers)
+    def can_spare(self, count: int = 1) -> bool:
+        """Whether a batch can go on without so many of the workers."""
+        return not self._all_needed and count < len(self.workers)
 
     def replace(self, lost: Sequence[int], cause: str) -> None:
         """Begin to start others in place of these, which no longer serve; `admit` lets them serve.
 
         Raises:
-            RolloutError: more than rollout.max_restarts losses in a row.
+            EnginesLostError: more than rollout.max_restarts losses in a row.
         """
         self._losses_in_a_row += 1
         if self._losses_in_a_row > self._config.max_restarts:
-            raise RolloutError(
+            raise EnginesLostError(
                 f"rollout workers {list(lost)} are lost, and rollout.max_restarts {self._config.max_restarts} is used "
                 f"up: only that many losses in a row, without a finished batch in between, are tolerated; {cause}"
             )
         left, number = len(self.workers) - len(lost), self._config.num_workers
         meanwhile = (
             f"while those that are left ({left} of {number}) go on"
-            if self.can_spare(lost)
+            if self.can_spare(len(lost))
             else f"which may take up to rollout.start_timeout_s {self._config.start_timeout_s:g} s"
         )
         self._report(
             f"rollout workers {list(lost)} are lost: {cause.rstrip('.')}. Others start in their place, {meanwhile} "
             "(`ray status` shows whether there is room)"
         )
-        self._begin_again({index: self.workers.pop(index) for index in lost})
+        self._begin_again({index: self.workers[index] for index in lost})
 
     def admit(self) -> None:
-        """Let those serve that have started by now, and start those again that failed. Sync before generating: a new
-        worker serves the initial weights.
+        """Let those serve that have started by now, and start those again that failed. A new worker serves the initial
+        weights, so sync before generating.
 
         Waits for all of them if all are needed, and for one if none is left to serve.
 
         Raises:
-            RolloutError: in that wait, they failed to start more than rollout.max_restarts times in a row, or are late.
+            EnginesLostError: in that wait, they failed to start more than rollout.max_restarts times in a row, or are
+                late.
         """
-        deadline = time.monotonic() + self._config.start_timeout_s
+        limit = self._config.start_timeout_s
+        deadline = time.monotonic() + limit
         self._look_at_starts()
         while self._is_waiting:
             calls = [start.call for start in self._starting.values()]
             ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
-                raise RolloutError(
-                    f"rollout workers {sorted(self._starting)} did not start again within "
-                    f"{self._config.start_timeout_s:g} s (rollout.start_timeout_s)"
+                raise EnginesLostError(
+                    f"rollout workers {sorted(self._starting)} did not start again within {limit:g} s "
+                    "(rollout.start_timeout_s)"
                 )
             if self._look_at_starts():
-                deadline = time.monotonic() + self._config.start_timeout_s
+                deadline = time.monotonic() + limit
 
     @property
     def _is_waiting(self) -> bool:
         return bool(self._starting) and (self._all_needed or not self.workers)
 
     def _look_at_starts(self) -> bool:
-        """Take in those that have started, and start those again that failed; whether any had failed."""
-        failures: dict[int, str] = {}
-        back: list[int] = []
-        for index, start in list(self._starting.items()):
-            if failure := self._failure(index, start):
-                failures[index] = failure
-            elif has_ended(start.call):
-                self.workers[index] = self._starting.pop(index).worker
-                back.append(index)
+        """Take in those that have started, and start those again that failed; whether one of these may still be
+        hoped for."""
+        failures = self._failed_starts()
+        back = [index for index, start in self._starting.items() if index not in failures and has_ended(start.call)]
+        for index in _ill({index: self._starting[index].worker for index in back}):  # it started, but a while ago
+            failures[index] = f"rollout worker {index} was lost after it had started again"
+            back.remove(index)
+        self.workers |= {index: self._starting.pop(index).worker for index in back}
         self.workers = dict(sorted(self.workers.items()))
-        for index in back:
-            del self._failures[index]
         if back:
             self._report(f"rollout workers {back} serve again ({len(self.workers)} of {self._config.num_workers})")
+        for index in back:
+            del self._failures[index]
         for index, failure in failures.items():
             self._failures[index] += 1
             if self._failures[index] == 1:  # later ones are only counted: a broken node may fail in every step
                 self._report(f"{failure}; it is tried again")
         if failures:
             self._raise_if_hopeless(next(iter(failures.values())))
-        self._begin_again({index: self._starting.pop(index).worker for index in failures})
-        return bool(failures)
+        self._begin_again({index: self._starting[index].worker for index in failures})
+        return any(self._failures[index] <= self._config.max_restarts for index in failures)
 
-    def _failure(self, index: int, start: _Start) -> str | None:
-        """Why this start has failed; None if it has not. Until there is room for it on the cluster, it is not late."""
-        if has_ended(start.call):
-            try:
-                CREW.get(start.call, index, "start again")
-            except FledgeError as error:
-                return str(error)
-            return None
-        if start.since is None and has_ended(start.placed):
-            start.since = time.monotonic()
+    def _failed_starts(self) -> dict[int, str]:
+        """Why starts have failed, by index. Until there is room for it on the cluster, a start is not late."""
+        failures: dict[int, str] = {}
         limit = self._config.start_timeout_s
-        if start.since is not None and time.monotonic() > start.since + limit:
-            return f"rollout worker {index} did not start again within {limit:g} s (rollout.start_timeout_s)"
-        return None
+        for index, start in self._starting.items():
+            if start.since is None and has_ended(start.placed):
+                start.since = time.monotonic()
+            if has_failed(start.call):
+                try:
+                    CREW.get(start.call, index, "start again")
+                except FledgeError as error:
+                    failures[index] = str(error)
+            elif start.since is not None and time.monotonic() > start.since + limit and not has_ended(start.call):
+                failures[index] = (
+                    f"rollout worker {index} did not start again within {limit:g} s (rollout.start_timeout_s)"
+                )
+        return failures
 
     def _raise_if_hopeless(self, failure: str) -> None:
-        """If the run waits for replacements, and those that it needs have failed too often, raise RolloutError."""
+        """If the run waits for replacements, and those that it needs have failed too often, raise EnginesLostError."""
         enough = any if self._all_needed else all
         limit = self._config.max_restarts
         if self._is_waiting and enough(self._failures[index] > limit for index in self._starting):
-            raise RolloutError(f"{failure}; so did every try before it (rollout.max_restarts {limit})")
+            raise EnginesLostError(f"{failure}; so did every try before it (rollout.max_restarts {limit})")
 
     def _begin(self, index: int) -> _Start:
         worker: Any = self._start_worker(index)
@@ -198,16 +202,23 @@ class Roster:
 
     def _begin_again(self, ended: dict[int, ActorHandle]) -> None:
         """An orderly end, if still possible, frees an engine's memory and files before its successor starts."""
-        self.restarts += len(ended)
+        self._ending |= ended  # where an interrupt finds them
+        for index in ended:
+            self.workers.pop(index, None)
+            self._starting.pop(index, None)
         _end_workers(list(ended.values()))
-        self._starting |= {index: self._begin(index) for index in ended}
+        for index in ended:
+            self._starting[index] = self._begin(index)
+            del self._ending[index]
+            self.restarts += 1
 
     def shutdown(self) -> None:
         """End the engines, then the actors. Never raises: it may run while another error propagates."""
         starting = self._starting.values()
         end_actors([start.worker for start in starting if not has_ended(start.placed)])  # these would not answer
-        _end_workers([*self.workers.values(), *(start.worker for start in starting if has_ended(start.placed))])
-        self.workers, self._starting = {}, {}
+        placed = [start.worker for start in starting if has_ended(start.placed)]
+        _end_workers([*self.workers.values(), *self._ending.values(), *placed])
+        self.workers, self._starting, self._ending = {}, {}, {}
 
 
 def _end_workers(workers: Sequence[ActorHandle]) -> None:
@@ -217,9 +228,9 @@ def _end_workers(workers: Sequence[ActorHandle]) -> None:
     end_actors(workers)
 
 
-def _is_well(check: Any) -> bool:
-    try:
-        ray.get(check, timeout=0)
-    except (RayError, FledgeError):  # GetTimeoutError is a RayError
-        return False
-    return True
+def _ill(workers: Mapping[int, ActorHandle]) -> list[int]:
+    """Those that do not answer in time, or whose engine does not."""
+    checks: dict[int, Any] = {index: worker.check_health.remote() for index, worker in workers.items()}
+    if checks:
+        ray.wait(list(checks.values()), num_returns=len(checks), timeout=_HEALTH_TIMEOUT_S)
+    return [index for index, check in checks.items() if not has_ended(check) or has_failed(check)]

@@ -13,7 +13,7 @@ import ray
 from rl.actors import end_actors
 from rl.batch import FinishReason, Prompt, WeightVersion
 from rl.config import RolloutConfig
-from rl.errors import RolloutError, WeightSyncError
+from rl.errors import EnginesLostError, RolloutError, WeightSyncError
 from rollout.engine import GenerationResult, SamplingParameters
 from rollout.pool import RolloutPool
 from rollout.roster import Roster
@@ -91,7 +91,7 @@ class Pools:
     def make(self, workers, faults=None, **settings):
         faults = self.faults = dict(faults or {})
         deterministic = settings.pop("deterministic", False)
-        all_needed = settings.pop("all_needed", deterministic)
+        all_needed, trained = settings.pop("all_needed", deterministic), settings.pop("trained", True)
         config = RolloutConfig(num_workers=workers, **({"timeout_s": 20, "start_timeout_s": 60} | settings))
         parameters = SamplingParameters(max_tokens=2)
 
@@ -109,9 +109,8 @@ class Pools:
         roster = Roster(start, config, all_needed=all_needed, report=self.told.append)
         self.rosters.append(roster)
         roster.wait_until_ready()
-        return RolloutPool(
-            roster, config, training=parameters, evaluation=parameters, deterministic=deterministic, seed=1
-        )
+        settings = {"training": parameters, "evaluation": parameters, "deterministic": deterministic, "seed": 1}
+        return RolloutPool(roster, config, trained=trained, **settings)
 
 
 @pytest.fixture
@@ -181,6 +180,11 @@ def test_a_worker_that_fails_where_all_are_needed_is_named_and_replaced(pools, f
         ]
 
 
+def allow(pool, **settings):
+    """Change settings after the start, which takes its time on a busy machine."""
+    pool.roster._config = pool.roster._config.model_copy(update=settings)
+
+
 def wait_for(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -230,7 +234,8 @@ def test_a_start_that_fails_beside_others_that_serve_is_tried_again_and_told_of_
 
 
 def test_a_late_start_is_a_failure_only_once_there_is_room_for_it(pools):
-    pool = pools.make(3, {0: "dies", 1: "dies"}, start_timeout_s=3)
+    pool = pools.make(3, {0: "dies", 1: "dies"})
+    allow(pool, start_timeout_s=3)
     pools.faults |= {0: "no room", 1: "slow start"}
     assert len(pool.generate(PROMPTS, group_size=1, step=0).rollouts) == 6
     wait_for(lambda: pool.replace_lost_workers("") == 0 and list(pool.workers) == [1, 2])
@@ -252,6 +257,47 @@ def test_if_none_is_left_the_first_that_has_started_again_is_waited_for(pools, t
     assert len(pool.generate(PROMPTS, group_size=1, step=0).rollouts) == 6
 
 
+def test_one_that_is_lost_again_before_it_serves_is_not_let_in(pools):
+    pool = pools.make(2, {0: "dies"})
+    pool.generate(PROMPTS, group_size=1, step=0)
+    start = pool.roster._starting[0]
+    ray.get(start.call, timeout=60)
+    end_actors([start.worker])
+    assert pool.replace_lost_workers("") == 0
+    assert list(pool.workers) == [1]
+    assert pools.told[-1] == "rollout worker 0 was lost after it had started again; it is tried again"
+    wait_for(lambda: pool.replace_lost_workers("") == 0 and list(pool.workers) == [0, 1])
+
+
+def test_nobody_waits_forever_for_one_without_room_beside_one_that_cannot_start(pools):
+    pool = pools.make(2, {"always": "no start"}, max_restarts=1)
+    allow(pool, start_timeout_s=5)
+    end_actors([pool.workers[1]])
+    pool.replace_lost_workers("")
+    pool.roster.batch_finished()
+    pools.faults[0] = "no room"
+    end_actors([pool.workers[0]])
+    with pytest.raises(
+        EnginesLostError, match=r"\[0, 1\] did not start again within 5 s .*; they were lost because: the power failed$"
+    ):
+        pool.replace_lost_workers("the power failed")
+
+
+def test_a_second_wait_for_the_start_changes_nothing(pools):
+    pool = pools.make(2)
+    before = dict(pool.workers)
+    pool.roster.wait_until_ready()
+    assert pool.workers == before and len(before) == 2
+
+
+def test_without_a_learner_a_new_worker_serves_at_once(pools):
+    pool = pools.make(2, {0: "dies", 1: "slow"}, trained=False, max_concurrent_sequences=2)
+    many = tuple(Prompt(f"p{i}", (i,), text=str(i)) for i in range(24))
+    batch = pool.generate_eval(many)
+    assert len(batch.rollouts) == 24
+    assert {worker for _, worker in places(batch)} == {0, 1}
+
+
 def test_an_evaluation_without_a_learner_survives_the_loss_of_its_only_engine(pools):
     pool = pools.make(1, {0: "dies"})
     batch = pool.surviving_losses(lambda: pool.generate_eval(PROMPTS))
@@ -263,7 +309,8 @@ def test_an_evaluation_without_a_learner_survives_the_loss_of_its_only_engine(po
 def test_a_prompt_that_kills_every_engine_ends_the_run(pools):
     pool = pools.make(3, {"poison": PROMPTS[3].token_ids}, max_restarts=1)
     with pytest.raises(
-        RolloutError, match=r"are lost, and rollout.max_restarts 1 is used up.*; rollout worker \d was lost before it"
+        EnginesLostError,
+        match=r"are lost, and rollout.max_restarts 1 is used up.*; rollout worker \d was lost before it",
     ):
         pool.generate(PROMPTS, group_size=1, step=0)
 
@@ -318,7 +365,7 @@ def test_a_lost_engine_ends_in_order_before_the_next_one_starts(pools, tmp_path)
 
 
 def test_starts_that_fail_again_and_again_end_a_run_that_waits_for_them(pools):
-    pool = pools.make(2, max_restarts=2, start_timeout_s=10, all_needed=True)
+    pool = pools.make(2, max_restarts=2, all_needed=True)
     pools.faults[0] = "no start"
     end_actors([pool.workers[0]])
     assert pool.replace_lost_workers("it died") == 1
@@ -329,7 +376,10 @@ def test_starts_that_fail_again_and_again_end_a_run_that_waits_for_them(pools):
 
     pools.faults[1] = "slow start"
     end_actors([pool.workers[1]])
-    with pytest.raises(RolloutError, match=r"rollout workers \[1\] did not start again within 10 s \(rollout.start_t"):
+    allow(pool, start_timeout_s=3)
+    with pytest.raises(
+        EnginesLostError, match=r"rollout workers \[1\] did not start again within 3 s \(rollout.start_t"
+    ):
         pool.replace_lost_workers("it died")
 
 

@@ -7,7 +7,7 @@ import pytest
 from fakes import PROMPTS, FakeLearners, FakePromptSource, FakeRewardPool, FakeRolloutPool, controller
 
 from rl.config import DynamicSamplingConfig
-from rl.errors import BrokenSyncError, RolloutError, WeightSyncError
+from rl.errors import BrokenSyncError, EnginesLostError, RolloutError, WeightSyncError
 from rl.metrics import step_metrics
 
 
@@ -118,6 +118,22 @@ def test_a_failure_that_replacing_does_not_mend_is_raised():
     loop.sync_weights()
     with pytest.raises(RolloutError, match="died"):
         loop.step(0)
+
+
+def test_if_the_lost_cannot_be_replaced_the_loop_does_not_try_again():
+    class UsedUp(FakeRolloutPool):
+        def replace_lost_workers(self, cause: str) -> int:
+            self.causes.append(cause)
+            raise EnginesLostError(f"rollout.max_restarts 0 is used up; {cause}")
+
+    pool = UsedUp()
+    loop = controller(pool)
+    with pytest.raises(EnginesLostError, match="used up; they did not answer before a sync"):
+        loop.sync_weights()
+    loop.policy_version, pool.served, pool.lost = 0, 0, 1
+    with pytest.raises(EnginesLostError, match=r"^rollout.max_restarts 0 is used up; rollout worker 0 died$"):
+        loop.step(0)
+    assert pool.causes == ["they did not answer before a sync", "rollout worker 0 died"]
 
 
 def test_dynamic_sampling_generates_again_with_the_same_weights_and_new_seeds():

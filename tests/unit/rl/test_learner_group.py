@@ -304,6 +304,25 @@ class Receiver:
         return SimpleNamespace(remote=lambda *arguments: self._name)
 
 
+def test_every_engine_gets_its_place_among_those_that_there_are(monkeypatch):
+    told = {}
+    receivers = {
+        index: SimpleNamespace(
+            init_weight_transfer=SimpleNamespace(remote=lambda info, i=index: told.update({i: info}))
+        )
+        for index in (0, 2)
+    }
+    monkeypatch.setattr("rl.workers._RECEIVERS", SimpleNamespace(wait=lambda calls, *what, **limits: calls))
+    RayWeightSyncClient(receivers, 1.0).init_weight_transfer_engine({"port": 7, "rank_offsets": [1, 3]})
+    assert told == {0: {"port": 7, "rank_offset": 1}, 2: {"port": 7, "rank_offset": 3}}
+
+
+def test_weights_for_nobody_are_not_called_sent():
+    group = LearnerGroup(SimpleNamespace(), [])
+    with pytest.raises(WeightSyncError, match="no rollout worker to send weights to"):
+        group.publish_weights()
+
+
 def test_a_sync_knows_which_engines_it_waits_for(monkeypatch):
     client = RayWeightSyncClient({0: Receiver("a"), 2: Receiver("b"), 3: Receiver("c")}, timeout_s=0.1)
     assert client.late() == ""

@@ -54,12 +54,12 @@ class FakeRay:
         )
         self.pool = object.__new__(RolloutPool)  # without Ray's actors
         self.pool._config = RolloutConfig(max_concurrent_sequences=most, timeout_s=9)
-        self.pool._finished = {}
+        self.pool._finished, self.pool._trained = {}, True
         workers = {
             i: SimpleNamespace(generate=SimpleNamespace(remote=lambda groups, _, i=i: self.submit(i, *groups)))
             for i in range(2)
         }
-        self.pool.roster = SimpleNamespace(workers=workers, find_lost=list)
+        self.pool.roster = SimpleNamespace(workers=workers, can_spare=lambda: False)
 
     def submit(self, index, group):
         self.in_flight[index] += len(group.seeds)
