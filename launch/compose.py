@@ -42,7 +42,7 @@ from rollout.workers import DecodeResponse, RolloutWorker
 # What a resumed run must share with its checkpoint. How long, how often and where it runs may change.
 _LEARNER_FIXED = (
     *("seed", "model.path", "model.revision", "model.dtype"),
-    *("learner.num_workers", "learner.optimizer.name", "learner.moe.freeze_router"),
+    *("learner.optimizer.name", "learner.moe.freeze_router"),
 )
 _SFT_FIXED = (*_LEARNER_FIXED, "data", "batch_size")
 _TRAIN_FIXED = (

@@ -21,6 +21,7 @@ from rl.config import ModelConfig
 from rl.errors import CheckpointError
 from rl.models import DTYPES, load_config
 from rl.prompts import ChatTemplate
+from rl.resharding import load_resharded
 from rl.weight_sync.source import Zero3WeightSource
 
 _TAG = "zero3"
@@ -59,24 +60,18 @@ def _flush(directory: Path, rank: int) -> None:
 
 
 def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
-    """Load what `save_checkpoint` wrote; returns its `state`. A collective."""
+    """Load what `save_checkpoint` wrote, on any number of ranks; returns its `state`. A collective."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     meta = _read_meta(directory)
-    if meta["world_size"] != world_size:
-        raise CheckpointError(
-            f"{directory} was written by {meta['world_size']} learner workers and cannot be read by {world_size}; "
-            f"set learner.num_workers to {meta['world_size']}"
-        )
-    if (divided := meta.get("sub_group_elements")) != engine.zero_sub_group_size():
-        raise CheckpointError(
-            f"{directory} divides the optimizer's state by {divided or 'an older rule'}, but this version of Fledge "
-            f"divides it by {engine.zero_sub_group_size()} elements; resume with the version that wrote it, or start "
-            "a new run from its export"
-        )
+    written_by = meta["world_size"]
+    divided_alike = (written_by, meta.get("sub_group_elements")) == (world_size, engine.zero_sub_group_size())
     configured = _hyperparameters(engine) if engine.lr_scheduler is not None else None
     try:
-        path, _ = engine.load_checkpoint(str(directory), tag=_TAG)
-        random_state = torch.load(directory / f"random_{rank}.pt", weights_only=True)
+        if divided_alike:
+            path, _ = engine.load_checkpoint(str(directory), tag=_TAG)
+        else:
+            path, _ = load_resharded(engine, directory, _TAG, written_by=written_by)
+        random_state = torch.load(directory / f"random_{rank % written_by}.pt", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and DeepSpeed's assertions, each in its own words
         if isinstance(error, torch.OutOfMemoryError | OSError) and not isinstance(error, FileNotFoundError):
             raise  # the machine's fault: nobody should delete an intact checkpoint for it

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from learner_ranks import ADAM, PLAIN_STEP, samples
-from two_ranks import end_rank
+from ranks import end_rank
 
 import rl.zero3
 from rl.batch import TrainBatch, TrainSample

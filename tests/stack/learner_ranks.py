@@ -3,20 +3,23 @@
     python learner_ranks.py OUT_DIR      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
 
 Starting a process costs more than a scenario, so one process runs all scenarios of all model families; the tests then
-look at the results one by one. OUT_DIR/FAMILY/model holds the checkpoints.
+look at the results one by one. OUT_DIR/FAMILY/model holds the checkpoints. Any other number of ranks only goes on from
+what the two have saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from two_ranks import end_rank
+from ranks import end_rank
 
 import rl.zero3
 from launch.tiny_models import FAMILIES
@@ -45,6 +48,8 @@ ALGORITHM = AlgorithmConfig(
 PLAIN_STEP = OptimizerConfig(name="sgd", lr=1.0, max_grad_norm=1e9)  # the step is minus the gradient
 OTHER_REFERENCE = "gpt_oss"  # of Qwen3
 ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=1)
+RESUMED = {"optimizer": ADAM, "mini_batches": 2}
+HALF = {"dtype": "bfloat16", "algorithm": None, "optimizer": OptimizerConfig(lr=3e-3), "offload_optimizer": True}
 
 
 def samples(count: int = 7, *, layers: int | None = None) -> list[TrainSample]:
@@ -85,7 +90,7 @@ def samples(count: int = 7, *, layers: int | None = None) -> list[TrainSample]:
 
 
 class Scenarios:
-    """Builds learners and records results; every method is a collective of both ranks."""
+    """Builds learners and records results; every method is a collective of all ranks."""
 
     def __init__(self, family: str, out_dir: Path) -> None:
         self.family, self.checkpoint, self.out_dir = family, out_dir / "model", out_dir
@@ -121,7 +126,7 @@ class Scenarios:
     def update(learner: Learner, batch: list[TrainSample], *, steps: int = 1, epochs: int = 1) -> UpdateResult:
         plan = plan_update(
             TrainBatch.from_samples(tuple(batch)),
-            num_ranks=2,
+            num_ranks=learner.world_size,
             mini_batches=steps,
             epochs=epochs,
             seed=3,
@@ -222,22 +227,43 @@ class Scenarios:
         learner = self.learner(optimizer=ADAM.model_copy(update={"lr": ADAM.lr / 4}), mini_batches=2)
         learner.load_checkpoint(self.out_dir / "checkpoint")
         self.results["slower"] = dict(self.update(learner, samples(), steps=2).metrics)
-        (self.out_dir / "checkpoint" / f"random_{learner.rank}.pt").write_bytes(b"cut")
-        self.results["damaged"] = self.refusal(learner)
-        learner.close()
-        rl.zero3.SUB_GROUP_ELEMENTS *= 2
-        learner = self.learner(optimizer=ADAM, mini_batches=2)
-        self.results["otherwise divided"] = self.refusal(learner)
-        learner.close()
-        rl.zero3.SUB_GROUP_ELEMENTS //= 2
-
-    def refusal(self, learner: Learner) -> str:
-        """The error message when the checkpoint is loaded."""
+        damaged = self.out_dir / "damaged"
+        if learner.rank == 0:
+            shutil.copytree(self.out_dir / "checkpoint", damaged)
+        torch.distributed.barrier()
+        (damaged / f"random_{learner.rank}.pt").write_bytes(b"cut")
         try:
-            learner.load_checkpoint(self.out_dir / "checkpoint")
+            learner.load_checkpoint(damaged)
         except CheckpointError as error:
-            return str(error)
-        return ""
+            self.results["damaged"] = str(error)
+        learner.close()
+
+    def resume_divided_anew(self) -> None:
+        """As if by another version, which divides the optimizer's state into other sub-groups."""
+        rl.zero3.SUB_GROUP_ELEMENTS *= 3
+        learner = self.learner(optimizer=ADAM, mini_batches=2)
+        learner.load_checkpoint(self.out_dir / "checkpoint")
+        self.results["other sub-groups"] = {"loaded": self.weights(learner)}
+        self.update(learner, samples(), steps=2)
+        self.results["other sub-groups"]["resumed"] = self.weights(learner)
+        learner.close()
+        rl.zero3.SUB_GROUP_ELEMENTS //= 3
+
+    def resume_on_other_ranks(self) -> None:
+        """Three ranks go on from what two have saved, and one from what the three save."""
+        ranks = int(os.environ["WORLD_SIZE"])
+        for name, settings in (("checkpoint", RESUMED), ("half_checkpoint", HALF)):
+            if not (self.out_dir / name).exists():
+                continue
+            learner = self.learner(**settings)
+            learner.load_checkpoint(self.out_dir / (name if ranks == 3 else f"{name}_of_3"))
+            self.results[name] = {"loaded": self.weights(learner)}
+            learner.save_checkpoint(self.out_dir / f"{name}_of_{ranks}")
+            if name == "checkpoint":
+                metrics = dict(self.update(learner, samples(), steps=2).metrics)
+                self.results[name] |= {"resumed": self.weights(learner), "metrics": metrics}
+            learner.close()
+        torch.save(self.results, self.out_dir / f"rank{torch.distributed.get_rank()}_of_{ranks}.pt")
 
     def non_finite(self) -> None:
         """A poisoned sample on one rank: both ranks skip the step, until too many were skipped in a row."""
@@ -268,12 +294,12 @@ class Scenarios:
 
     def sft(self) -> None:
         """Supervised steps of a bfloat16 policy with float32 master weights: the loss must fall."""
-        learner = self.learner(
-            dtype="bfloat16", algorithm=None, optimizer=OptimizerConfig(lr=3e-3), offload_optimizer=True
-        )
+        learner = self.learner(**HALF)
         plan = plan_update(TrainBatch.from_samples(tuple(samples())), num_ranks=2)
         losses = [learner.update(plan[learner.rank]).metrics["learner/loss"] for _ in range(6)]
         self.results["sft"] = {"losses": losses, "dtype": str(next(learner.module.parameters()).dtype)}
+        self.results["sft"]["weights"] = self.weights(learner)
+        learner.save_checkpoint(self.out_dir / "half_checkpoint")
         learner.close()
 
     def experts(self) -> None:
@@ -316,6 +342,7 @@ class Scenarios:
         else:
             self.experts()
         self.resume()
+        self.resume_divided_anew()
         if self.family == "qwen3":
             self.sft()
         if self.family == "qwen3_moe":
@@ -330,5 +357,9 @@ if __name__ == "__main__":
     rl.zero3.SUB_GROUP_ELEMENTS = 5_000  # several of them, as large models have
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each over all that was imported
     for name in FAMILIES:
-        Scenarios(name, Path(sys.argv[1]) / name).run()
+        scenarios = Scenarios(name, Path(sys.argv[1]) / name)
+        if os.environ["WORLD_SIZE"] == "2":
+            scenarios.run()
+        else:
+            scenarios.resume_on_other_ranks()
     end_rank()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from critic_ranks import CLIP, FAMILIES, SPLITS, value_samples
 from learner_ranks import samples
+from ranks import run_ranks
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification
 from transformers.core_model_loading import revert_weight_conversion
-from two_ranks import run_two_ranks
 
 from launch.tiny_models import build_tiny_model
 from rl.batch import TrainSample
@@ -41,7 +41,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for family in FAMILIES:
         build_tiny_model(family, out_dir / family / "model")
         build_value_model(out_dir / family / "model", out_dir / family / "value_model")
-    run_two_ranks("critic_ranks.py", out_dir)
+    run_ranks("critic_ranks.py", out_dir)
     yield out_dir
     torch.set_num_threads(threads)
 

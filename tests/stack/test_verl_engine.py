@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from learner_ranks import samples
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from two_ranks import run_two_ranks
 
 from launch.tiny_models import build_tiny_model
 
@@ -26,7 +26,7 @@ def out_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two ranks ran every scenario."""
     directory = tmp_path_factory.mktemp("verl")
     build_tiny_model("qwen3", directory / "model")
-    run_two_ranks("verl_ranks.py", directory)
+    run_ranks("verl_ranks.py", directory)
     return directory
 
 

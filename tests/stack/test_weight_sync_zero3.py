@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ranks import end_rank, meeting
 from transformers import AutoModelForCausalLM
-from two_ranks import end_rank, meeting
 
 from launch.tiny_models import build_tiny_model
 from rl.errors import WeightSyncError

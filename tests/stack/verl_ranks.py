@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from learner_ranks import samples
-from two_ranks import end_rank
+from ranks import end_rank
 from verl.plugin.platform import platform_manager
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 

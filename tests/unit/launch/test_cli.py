@@ -142,6 +142,7 @@ def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tm
     store.save(1, {}, lambda folder: (folder / "w").write_text("1"))
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
     changes = ("seed=7", "rollout.group_size=4", "learner.optimizer.lr=1e-3", "total_steps=9", "critic={}")
+    changes += ("learner.num_workers=3",)
     exit_code, said = fledge("train", save(tmp_path, config), *changes, "--resume")
     refused = "another configuration: seed 0 -> 7, rollout.group_size 8 -> 4, critic None -> a section; restore"
     assert (exit_code, refused in " ".join(said.split())) == (CheckpointError.exit_code, True), said

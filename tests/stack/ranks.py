@@ -1,4 +1,4 @@
-"""Starts a script as two ranks of one process group on this machine, waits for both; and how such a rank ends."""
+"""Starts a script as ranks of one process group on this machine, waits for all; and how such a rank ends."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def meeting() -> Iterator[dict[str, str]]:
     yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
-def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:
-    """Run `python SCRIPT OUT_DIR` (of this folder) twice; fails with the ends of their logs unless both exit with 0."""
-    common = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+def run_ranks(script: str, out_dir: Path, *, ranks: int = 2, **environment: str) -> None:
+    """Run `python SCRIPT OUT_DIR` (of this folder) on each rank; fails with the ends of their logs unless all exit with
+    0."""
+    common = {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     common["PYTHONFAULTHANDLER"] = "1"
-    logs = [out_dir / f"rank{rank}.log" for rank in range(2)]
+    logs = [out_dir / f"rank{rank}_of_{ranks}.log" for rank in range(ranks)]
     with meeting() as place:
         processes = [
             subprocess.Popen(
@@ -45,7 +46,7 @@ def run_two_ranks(script: str, out_dir: Path, **environment: str) -> None:
             for process in processes:
                 process.kill()
                 process.wait()
-    assert codes == [0, 0], "\n".join([f"exit codes {codes}", *(log.read_text()[-4000:] for log in logs)])
+    assert codes == [0] * ranks, "\n".join([f"exit codes {codes}", *(log.read_text()[-4000:] for log in logs)])
 
 
 def end_rank() -> NoReturn:
