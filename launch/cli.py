@@ -123,11 +123,14 @@ def export(
     step: Annotated[
         int | None, typer.Option(min=1, help="step of the checkpoint to export; default: the newest checkpoint")
     ] = None,
+    best: Annotated[bool, typer.Option("--best", help="export the best one by checkpoint.keep_best")] = False,
 ) -> None:
     """Turn a run's checkpoint into a Hugging Face checkpoint."""
     from launch.commands import export as run
 
-    checkpoint = run(run_dir, out_dir, step=step)
+    if best and step is not None:
+        raise ConfigError("--best and --step choose a checkpoint in two ways; leave one out")
+    checkpoint = run(run_dir, out_dir, step=step, best=best)
     typer.echo(f"{checkpoint} -> {out_dir}")
 
 

@@ -140,17 +140,25 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
     return metrics
 
 
-def export(run_dir: Path, out_dir: Path, *, step: int | None = None) -> Path:
-    """`fledge export`: write a step's checkpoint, or the newest, as a Hugging Face folder. Starts no worker."""
+def export(run_dir: Path, out_dir: Path, *, step: int | None = None, best: bool = False) -> Path:
+    """`fledge export`: write a step's checkpoint, the best or the newest, as a Hugging Face folder. Starts no
+    worker."""
     from rl.learner_checkpoint import export_checkpoint
 
     config_file = run_dir / _CONFIG
     if not config_file.is_file():
         raise CheckpointError(f"{run_dir} has no config.yaml, so it is not a run directory")
     config = load_config(config_file, (), TrainConfig if _is_train_config(config_file) else SftConfig)
-    checkpoints = checkpoint_store(config, run_dir).complete()
+    store = checkpoint_store(config, run_dir)
+    checkpoints = store.complete()
     if not checkpoints:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint; see checkpoint.every")
+    if best and (step := store.best_of(checkpoints)) is None:
+        metric, there = config.checkpoint.keep_best or "not set", ", ".join(map(str, checkpoints))
+        raise CheckpointError(
+            f"no checkpoint of {run_dir} is known to be the best: checkpoint.keep_best is {metric}, and steps {there} "
+            "are there; choose one with --step"
+        )
     step = step or max(checkpoints)
     if step not in checkpoints:
         there = ", ".join(map(str, checkpoints))

@@ -26,7 +26,7 @@ from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.evaluation import Evaluator
 from rl.learner_group import LearnerGroup
-from rl.metrics import JsonlSink, MetricSink, Record, TensorBoardSink, WandbSink
+from rl.metrics import JsonlSink, MetricSink, Record, TensorBoardSink, WandbSink, best_step
 from rl.models import has_experts, load_config
 from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, load_tokenizer
@@ -290,9 +290,11 @@ def open_sinks(config: RunConfig, run_dir: Path, done_steps: int) -> Iterator[Re
 
 def checkpoint_store(config: RunConfig, run_dir: Path) -> CheckpointStore:
     """The store of the run's checkpoints, which knows what a resumed run must share with them."""
+    metric = config.checkpoint.keep_best
     return CheckpointStore(
         run_dir / "checkpoints",
         keep=config.checkpoint.keep,
+        best_of=lambda steps: None if metric is None else best_step(run_dir, metric, steps),
         settings=config.model_dump(mode="json"),
         fixed=_TRAIN_FIXED if isinstance(config, TrainConfig) else _SFT_FIXED,
     )

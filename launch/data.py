@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ def checked_training(config: TrainConfig, display: Display) -> CheckedRun:
         f"{config.total_steps:,} steps of {config.rollout.prompts_per_step} prompts: {drawn / len(prompts):.3g} "
         "passes over the training data"
     )
+    _refuse_unknown_metric(config, eval_sets)
     if not any(function.weight for function in config.reward.functions):
         display.message(
             "note: every reward in reward.functions has weight 0, so only rows that name their own reward get one"
@@ -102,6 +104,14 @@ def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
     if not eval_sets:
         raise DataError("data.eval is empty; add at least one dataset to evaluate on")
     return CheckedRun(config, (), tuple(eval_sets))
+
+
+def _refuse_unknown_metric(config: TrainConfig, eval_sets: Sequence[EvalSet]) -> None:
+    evaluation, metric = config.evaluation, config.checkpoint.keep_best
+    quantities = [f"avg@{evaluation.samples_per_prompt}", *(f"pass@{k}" for k in evaluation.pass_at)]
+    known = [f"eval/{held_out.name}/{quantity}" for held_out in eval_sets for quantity in quantities]
+    if metric is not None and metric not in known:
+        raise ConfigError(f"checkpoint.keep_best is {metric!r}, but can only be one of {', '.join(known)}")
 
 
 def _tell_of_long_warmup(optimizer: OptimizerConfig, steps: int, section: str, display: Display) -> None:

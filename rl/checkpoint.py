@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,15 +54,23 @@ class CheckpointStore:
     Args:
         directory: created when the first checkpoint is saved.
         keep: how many of the newest checkpoints stay on disk; None: all.
+        best_of: the step of the best among these, which stays too; None if it is not known.
         settings: the run's configuration as plain nested dicts, which every checkpoint records.
         fixed: dotted keys of settings and sections that must be the same in a run and the checkpoint it resumes from.
     """
 
     def __init__(
-        self, directory: Path, *, keep: int | None, settings: Mapping[str, Any] | None = None, fixed: Sequence[str] = ()
+        self,
+        directory: Path,
+        *,
+        keep: int | None,
+        best_of: Callable[[Collection[int]], int | None] = lambda steps: None,
+        settings: Mapping[str, Any] | None = None,
+        fixed: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         self.keep = keep
+        self.best_of = best_of
         self.is_writing = False  # whether the learners may still be writing, after an interrupt
         self._settings = settings or {}
         self._fixed = fixed
@@ -96,9 +104,11 @@ class CheckpointStore:
             self._discard(final)
         temporary.rename(final)
         _fsync_directory(self.directory)
-        older = [path for path in self.complete().values() if path != final]
-        for old in older[: max(len(older) - self.keep + 1, 0)] if self.keep is not None else ():
-            self._discard(old)
+        if self.keep is not None:
+            older = [number for number in self.complete() if number != step]
+            kept = {*older[max(len(older) - self.keep + 1, 0) :], self.best_of(older)}
+            for number in set(older) - kept:
+                self._discard(self.complete()[number])
         for leftover in self.directory.glob(f"{_DISCARDED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return final

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import not_
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -127,6 +127,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             if number != len(lines):
                 raise CheckpointError(f"{path}, line {number}, is damaged: {error}; remove the line") from error
     return rows
+
+
+def best_step(run_dir: Path, metric: str, steps: Collection[int]) -> int | None:
+    """The one of these steps in whose row the metric is highest, the latest if several are; None if it is in none."""
+    values = [(row[metric], row["step"]) for row in read_metrics(run_dir) if row["step"] in steps and metric in row]
+    return max((pair for pair in values if pair[0] is not None), default=(None, None))[1]
 
 
 def _line(row: Mapping[str, Any]) -> str:

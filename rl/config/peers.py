@@ -116,6 +116,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("total_steps", "", "total_training_steps max_steps"),
     ("checkpoint.every", "", "save_freq save_steps save_interval"),
     ("checkpoint.keep", "", "max_actor_ckpt_to_keep save_total_limit max_ckpt_num"),
+    ("checkpoint.keep_best", "", "metric_for_best_model load_best_model_at_end best_metric_key"),
     ("evaluation.every", "", "test_freq eval_steps"),
     ("evaluation.at_start", "", "val_before_train eval_on_start"),
     ("run_dir", "", "default_local_dir output_dir ckpt_path save_path"),

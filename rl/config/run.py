@@ -45,6 +45,11 @@ class CheckpointConfig(Section):
     keep: PositiveInt | None = Field(
         2, description="number of checkpoints to keep on disk, the newest ones; null keeps all"
     )
+    keep_best: str | None = Field(
+        None,
+        description="metric of the evaluation, such as eval/NAME/pass@1; of the evaluated checkpoints, the one with "
+        "its highest value is kept as well. null keeps only the newest",
+    )
 
 
 class LoggingConfig(Section):
@@ -212,6 +217,20 @@ class TrainConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _best_can_be_found(self) -> TrainConfig:
+        checkpoint, evaluation = self.checkpoint, self.evaluation
+        if checkpoint.keep_best is None:
+            return self
+        if checkpoint.keep is None:
+            raise ValueError("checkpoint.keep_best has no effect where checkpoint.keep null keeps all; leave one out")
+        if not evaluation.every or not checkpoint.every or evaluation.every % checkpoint.every:
+            raise ValueError(
+                f"checkpoint.keep_best needs checkpoints of the steps that are evaluated, but evaluation.every is "
+                f"{evaluation.every} and checkpoint.every {checkpoint.every}; make the first a multiple of the second"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _devices_can_work(self) -> TrainConfig:
         rollout, learner = self.rollout, self.learner
         if self.device == "cpu" and self.sync.transport in ("nccl", "ipc"):
@@ -296,6 +315,7 @@ class SftConfig(RunConfig):
             ("learner", ("offload_reference",)),
             ("learner.moe", ("router_replay",)),
             ("logging", ("samples_every", "samples_per_step")),
+            ("checkpoint", ("keep_best",)),
             ("ray", ("colocate", "rollout_resources")),
         ):
             for key in filter(attrgetter(section)(self).sets, keys):

@@ -227,6 +227,11 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     said = fledge("train", path, "--dry-run", *evaluated, "learner.optimizer.warmup_steps=20")[1]
     assert "evaluation before the first step and every 2 steps: 1 responses per prompt of at most 1,024 tokens" in said
     assert "learner.optimizer.warmup_steps 20 is more than the run's 2 optimizer steps, so the learning" in said
+    exit_code, said = fledge(
+        "train", path, "--dry-run", *evaluated, "checkpoint={every: 1, keep_best: eval/held/maj@1}"
+    )
+    assert (exit_code, "can only be one of eval/held/avg@1, eval/held/pass@1" in " ".join(said.split())) == (2, True)
+    assert fledge("train", path, "--dry-run", *evaluated, "checkpoint={every: 1, keep_best: eval/held/avg@1}")[0] == 0
     said = fledge("train", path, "--dry-run", "reward.functions=[{name: exact, weight: 0}]")[1]
     assert "note: every reward in reward.functions has weight 0" in said
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ratio :x: 1\\t2", "ground_truth": "2"}\n')
@@ -249,6 +254,9 @@ def test_export_and_report_of_something_else(fledge, tmp_path, config):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"rollout": {}}))
     said = fledge("export", tmp_path, tmp_path / "out", "--step", "3")[1]
     assert "checkpoints holds no checkpoint of step 3; it has those of steps 2, 10" in said
+    said = " ".join(fledge("export", tmp_path, tmp_path / "out", "--best")[1].split())
+    assert "no checkpoint of" in said and "checkpoint.keep_best is not set, and steps 2, 10 are there" in said
+    assert "leave one out" in fledge("export", tmp_path, tmp_path / "out", "--best", "--step", "2")[1]
     assert not (tmp_path / "out").exists()
     assert "is it a run directory?" in fledge("report", tmp_path)[1]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')

@@ -18,7 +18,7 @@ from rl.config import CurriculumConfig, DynamicSamplingConfig
 from rl.data_shaping import PassRateCurriculum
 from rl.errors import CheckpointError, RewardError, RolloutError, WeightSyncError
 from rl.evaluation import EvalSet, Evaluator
-from rl.metrics import JsonlSink, read_metrics
+from rl.metrics import JsonlSink, best_step, read_metrics
 from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import CurriculumSource, PromptSource
 from rl.run import RunPlan, TrainingRun
@@ -533,6 +533,23 @@ def test_a_probe_that_could_compare_nothing_is_made_after_the_next_sync():
     assert probe.due() and not probed(probe, length=0)
     assert probe.due() and probed(probe, length=4)
     assert not probe.due()
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
+    """Evaluated after it was saved, so the next save knows its value; a metric that was not measured is null."""
+    values = {2: None, 4: 0.5, 6: 0.7, 8: 0.7, 10: 0.2, 12: 0.3, 14: 0.9}
+    best_of = partial(best_step, tmp_path, "eval/sums/pass@1")
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1, best_of=best_of)
+    kept = {}
+    with (tmp_path / "metrics.jsonl").open("w") as rows:
+        for step, value in values.items():
+            store.save(step, {}, lambda folder: (folder / "w").touch())
+            kept[step] = list(store.complete())
+            rows.write(f'{{"step": {step}, "eval/sums/pass@1": {json.dumps(value)}}}\n{{"step": {step + 1}}}\n')
+            rows.flush()
+    assert kept == {2: [2], 4: [4], 6: [4, 6], 8: [6, 8], 10: [8, 10], 12: [8, 12], 14: [8, 14]}
+    assert store.best_of(store.complete()) == 14
+    assert store.latest() == tmp_path / "checkpoints" / "step_000014"
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
