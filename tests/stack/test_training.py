@@ -142,7 +142,7 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
         with pytest.raises(WeightSyncError, match=r"told to serve policy version 3, but .* finished is '2'"):
             loop.step(2)
         # A worker that even claims to have been sent the new version.
-        ray.get([worker.__ray_call__.remote(claim("3")) for worker in loop.rollout_pool.workers])
+        ray.get([worker.__ray_call__.remote(claim("3")) for worker in loop.rollout_pool.workers.values()])
         loop.rollout_pool.load_weights(WeightVersion(3, 0))
         loop.policy_version = run.next_step = 3
         with pytest.raises(WeightSyncError, match="rollouts did not come from the learner's weights"):
@@ -150,7 +150,8 @@ def test_rollout_and_learner_agree_and_a_skipped_sync_stops_the_run(family, shap
 
 
 def test_bfloat16_trains_and_stops_where_the_engine_has_other_weights(tmp_path, ray_cluster):
-    config = config_dict(tmp_path, "gpt_oss", total_steps=4)
+    # Colocated, which on CPUs only means that the engine starts before the learner and is always waited for.
+    config = config_dict(tmp_path, "gpt_oss", total_steps=4, ray={"colocate": True})
     config["model"]["dtype"] = "bfloat16"
     config["sync"]["logprob_tolerance"] = 0.1  # the default leaves room for large models, whose experts flip
     with run_here(config) as run:
