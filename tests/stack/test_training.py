@@ -339,7 +339,7 @@ def test_a_lost_engine_is_replaced_wherever_it_is_lost(tmp_path, ray_cluster):
         result = loop.step(0)
         assert len(result.scored.scores) == 16
         assert result.update.metrics["rollout/logprob_diff_max"] < 1e-3
-        assert (result.workers["rollout/worker_restarts"], result.workers["rollout/workers_serving"]) == (1, 1)
+        assert result.workers["rollout/worker_restarts"] == 1
         assert 0.1 < result.workers["rollout/memory_peak_gib"] < 20
 
         while len(pool.workers) < 2:
