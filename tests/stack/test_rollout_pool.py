@@ -54,7 +54,7 @@ def builder(index, faults):
                 if fault == "hangs":
                     await asyncio.sleep(60)
                 if fault in ("slow", "dies late"):
-                    await asyncio.sleep(1 if fault == "slow" else 3)
+                    await asyncio.sleep(1 if fault == "slow" else 2)
                 if fault in ("dies", "dies late") or any(r.prompt_ids == faults.get("poison") for r in requests):
                     os._exit(1)
                 ids = [np.array([index, r.seed % 7, self.drawn + i], np.int32) for i, r in enumerate(requests)]
@@ -114,7 +114,8 @@ class Pools:
 
 
 @pytest.fixture
-def pools():
+def pools(monkeypatch):
+    monkeypatch.setattr("rollout.pool._MORE_LOSSES_S", 0.2)  # for the sake of the suite
     made = Pools()
     yield made
     for roster in made.rosters:
@@ -195,7 +196,7 @@ def wait_for(condition, seconds=30):
 @pytest.mark.parametrize("fault", ["dies late", "hangs"])
 def test_the_others_draw_what_a_lost_worker_has_not_while_another_starts_in_its_place(pools, tmp_path, fault):
     lives = tmp_path / "lives"
-    pool = pools.make(3, {1: fault, "lives": str(lives)}, timeout_s=5, max_concurrent_sequences=2)
+    pool = pools.make(3, {1: fault, "lives": str(lives)}, timeout_s=4, max_concurrent_sequences=2)
     pools.faults[1] = "waits to start"
     batch = pool.generate(PROMPTS, group_size=2, step=0)
     assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in range(6) for s in range(2)]
