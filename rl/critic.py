@@ -112,7 +112,7 @@ class Critic:
         save_checkpoint(self._engine.engine, directory, {"skipped_in_a_row": self._engine.skipped_in_a_row})
 
     def load_checkpoint(self, directory: Path) -> None:
-        """Raises CheckpointError if the checkpoint is missing or was written by another number of ranks."""
+        """Raises CheckpointError if the checkpoint is missing or damaged."""
         self._engine.skipped_in_a_row = load_checkpoint(self._engine.engine, directory)["skipped_in_a_row"]
 
     def export_hf(self, directory: Path) -> None:

@@ -141,7 +141,7 @@ class Learner:
         save_checkpoint(self._policy.engine, Path(directory), state)
 
     def load_checkpoint(self, directory: str | Path) -> None:
-        """Continue from a saved checkpoint. Raises CheckpointError if it is missing or from another number of ranks."""
+        """Continue from a saved checkpoint. Raises CheckpointError if it is missing or damaged."""
         state = load_checkpoint(self._policy.engine, Path(directory))
         self.policy_version = state["policy_version"]
         self._policy.skipped_in_a_row = state["skipped_in_a_row"]

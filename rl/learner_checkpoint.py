@@ -6,6 +6,7 @@ Left out: atomicity (`rl.checkpoint` writes into a temporary folder and renames 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -73,8 +74,8 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
             path, _ = load_resharded(engine, directory, _TAG, written_by=written_by)
         random_state = torch.load(directory / f"random_{rank % written_by}.pt", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and DeepSpeed's assertions, each in its own words
-        if isinstance(error, torch.OutOfMemoryError | OSError) and not isinstance(error, FileNotFoundError):
-            raise  # the machine's fault: nobody should delete an intact checkpoint for it
+        if _is_of_the_machine(error):
+            raise  # nobody should delete an intact checkpoint for it
         raise CheckpointError(_damaged(directory, f"{type(error).__name__}: {error}")) from error
     if path is None:
         raise CheckpointError(_damaged(directory, f"DeepSpeed found nothing in {_TAG}"))
@@ -83,6 +84,13 @@ def load_checkpoint(engine: Any, directory: Path) -> dict[str, Any]:
     _set_random_state(random_state)
     state: dict[str, Any] = meta["state"]
     return state
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether the machine is at fault, and not the file: torch's reader calls a file that was cut an invalid
+    argument."""
+    damage = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.EINVAL
+    return isinstance(error, torch.OutOfMemoryError | OSError) and not damage
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:

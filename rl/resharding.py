@@ -19,6 +19,7 @@ from torch import Tensor
 
 # DeepSpeed's keys. A shard's optimizer state, and within it the optimizer's own, have the same one.
 _OPTIMIZER, _MASTERS, _SHAPES, _RANKS = "optimizer_state_dict", "fp32_flat_groups", "param_shapes", "dp_world_size"
+_FROZEN, _FROZEN_SHAPES = "frozen_param_fragments", "frozen_param_shapes"
 
 Group = Sequence[tuple[str, int]]  # the parameters of a sub-group: name and number of elements
 Groups = Sequence[Group]
@@ -31,7 +32,10 @@ def load_resharded(engine: Any, directory: Path, tag: str, *, written_by: int) -
     Every rank reads, from the files of all, only what becomes its own.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = _read(directory / tag, "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    models = [
+        _read(directory / tag, f"zero_pp_rank_{writer}_mp_rank_00_model_states.pt") for writer in range(written_by)
+    ]
+    model = {**models[0], _RANKS: ranks, _FROZEN: frozen_parts(models, rank=rank, ranks=ranks)}
     shards = [
         _read(directory / tag, f"*zero_pp_rank_{writer}_mp_rank_00_optim_states.pt")[_OPTIMIZER]
         for writer in range(written_by)
@@ -43,7 +47,7 @@ def load_resharded(engine: Any, directory: Path, tag: str, *, written_by: int) -
     with TemporaryDirectory() as own:
         path = Path(engine._get_ckpt_name(own, tag))
         path.parent.mkdir()
-        torch.save({**model, _RANKS: ranks}, path)
+        torch.save(model, path)
         engine._get_all_zero_checkpoints = lambda *_: {rank: shard}
         try:
             return engine.load_checkpoint(own, tag=tag)
@@ -63,6 +67,28 @@ def _read(folder: Path, pattern: str) -> dict[str, Any]:
 def sizes(shapes: Sequence[dict[str, torch.Size]]) -> Groups:
     """DeepSpeed's record of the parameters in each sub-group, as sizes."""
     return [[(name, shape.numel()) for name, shape in group.items()] for group in shapes]
+
+
+def frozen_parts(models: Sequence[dict[str, Any]], *, rank: int, ranks: int) -> dict[str, Tensor] | None:
+    """This rank's parts of the parameters that are not trained, from the writers' model files; None if all are."""
+    if not models[0].get(_FROZEN):
+        return None
+    return {
+        name: take_part([model[_FROZEN][name] for model in models], shape.numel(), rank=rank, ranks=ranks)
+        for name, shape in models[0][_FROZEN_SHAPES].items()
+    }
+
+
+def take_part(written: Sequence[Tensor], elements: int, *, rank: int, ranks: int) -> Tensor:
+    """[part_size] This rank's part of a parameter with so many elements, from the parts ([size], padded) of all that
+    wrote it."""
+    held, size = written[0].numel(), part_size(elements, ranks)
+    begin, end = min(rank * size, elements), min((rank + 1) * size, elements)
+    pieces = [
+        written[writer][max(begin - writer * held, 0) : min(end - writer * held, held)]
+        for writer in range(begin // held, part_size(end, held))
+    ]
+    return torch.cat([*pieces, written[0].new_zeros(size - (end - begin))])
 
 
 class _Place(NamedTuple):
@@ -140,13 +166,9 @@ class WrittenShards:
         """This rank's flat tensor of one sub-group; `flat_of` finds it in a shard, for a sub-group of the writers."""
         parts: list[Tensor] = []
         for name, elements in group:
-            place, size = self._places[name], part_size(elements, ranks)
-            begin, end = min(rank * size, elements), min((rank + 1) * size, elements)
-            for writer in range(begin // place.size, part_size(end, place.size)):
-                low, high = max(begin - writer * place.size, 0), min(end - writer * place.size, place.size)
-                written = flat_of(self._shards[writer], place.group)
-                parts.append(written[place.offset + low : place.offset + high])
-            parts.append(flat_of(self._shards[0], place.group).new_zeros(size - (end - begin)))
+            old, offset, size = self._places[name]
+            written = [flat_of(shard, old)[offset : offset + size] for shard in self._shards]
+            parts.append(take_part(written, elements, rank=rank, ranks=ranks))
         return torch.cat(parts)
 
 

@@ -256,7 +256,7 @@ class DeepSpeedEngine(BaseEngine):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = True, **kwargs: Any
     ) -> None:
-        """Continue from a saved checkpoint. Raises CheckpointError if it is missing or from another number of ranks."""
+        """Continue from a saved checkpoint. Raises CheckpointError if it is missing or damaged."""
         del del_local_after_load, kwargs  # only copies from HDFS are deleted
         _refuse_hdfs(hdfs_path)
         state = load_checkpoint(self.engine, Path(local_path))

@@ -22,7 +22,7 @@ from rollout.roster import CREW, Roster
 from rollout.workers import GroupRequest
 
 T = TypeVar("T")
-_MORE_LOSSES_S = 3.0  # within which the engines of a node that fails are all seen to be lost
+_ADMIT_EVERY_S = 5.0  # where no sync lets new workers serve
 
 
 def group_requests(
@@ -159,10 +159,12 @@ class RolloutPool:
         waiting = [group for group in groups if group not in finished]
         waiting.sort(key=lambda g: len(g.prompt_ids))  # popped from the end: longest first
         calls: dict[Any, tuple[int, GroupRequest]] = {}
+        admitted = time.monotonic()
         try:
             while waiting or calls:
-                if not self._trained:
+                if not self._trained and time.monotonic() > admitted + _ADMIT_EVERY_S:
                     self.roster.admit()
+                    admitted = time.monotonic()
                 self._submit(waiting, calls, parameters)
                 try:
                     self._take_finished(calls, on_group)
@@ -216,7 +218,6 @@ class RolloutPool:
         """Whether workers are lost and the others can draw their groups. All serve the same weights."""
         if not self.roster.can_spare():
             return False
-        time.sleep(_MORE_LOSSES_S)  # the survivors have enough to do meanwhile
         lost = self.roster.find_lost()
         if not lost or not self.roster.can_spare(len(lost)):
             return False

@@ -15,12 +15,15 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from rl.actors import Crew, end_actors, has_ended, has_failed
+from rl.actors import Crew, end_actors, has_ended, has_failed, uninterrupted
 from rl.config import RolloutConfig
 from rl.errors import EnginesLostError, FledgeError, RolloutError, WeightSyncError
 
 CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
 _HEALTH_TIMEOUT_S = 90.0  # more than the engine's own limit (`VLLMEngine`, 60 s), which a long step may use up
+_NEWCOMER_TIMEOUT_S = 10.0  # for one that has nothing to do yet
+_MORE_LOSSES_S = 3.0  # within which the engines of a node that fails are all lost
+_LOOK_S = 5.0  # between two looks at the starts, while nothing else can be done
 _SHUTDOWN_TIMEOUT_S = 30.0  # for an orderly end of an engine
 
 
@@ -89,8 +92,13 @@ class Roster:
         self._losses_in_a_row = 0
 
     def find_lost(self) -> list[int]:
-        """The workers that do not answer, or whose engine does not."""
-        return _ill(self.workers)
+        """The workers that do not answer, or whose engine does not; the engines of a node that fails die one after
+        another, and are found together."""
+        lost = _ill(self.workers)
+        if others := {index: worker for index, worker in self.workers.items() if lost and index not in lost}:
+            time.sleep(_MORE_LOSSES_S)  # in a batch, these have enough to do meanwhile
+            lost = sorted([*lost, *_ill(others)])
+        return lost
 
     def can_spare(self, count: int = 1) -> bool:
         """Whether a batch can go on without so many of the workers."""
@@ -135,8 +143,9 @@ class Roster:
         self._look_at_starts()
         while self._is_waiting:
             calls = [start.call for start in self._starting.values()]
-            ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
-            if not ready:
+            left = max(deadline - time.monotonic(), 0.0)
+            ready, _ = ray.wait(calls, num_returns=1, timeout=min(left, _LOOK_S))
+            if not ready and left <= _LOOK_S:
                 raise EnginesLostError(
                     f"rollout workers {sorted(self._starting)} did not start again within {limit:g} s "
                     "(rollout.start_timeout_s)"
@@ -153,15 +162,16 @@ class Roster:
         hoped for."""
         failures = self._failed_starts()
         back = [index for index, start in self._starting.items() if index not in failures and has_ended(start.call)]
-        for index in _ill({index: self._starting[index].worker for index in back}):  # it started, but a while ago
+        started = {index: self._starting[index].worker for index in back}
+        for index in _ill(started, _NEWCOMER_TIMEOUT_S):  # it started, but that may be a while ago
             failures[index] = f"rollout worker {index} was lost after it had started again"
             back.remove(index)
-        self.workers |= {index: self._starting.pop(index).worker for index in back}
-        self.workers = dict(sorted(self.workers.items()))
+        self.workers = dict(sorted((self.workers | {index: started[index] for index in back}).items()))
+        for index in back:
+            del self._starting[index]
+            del self._failures[index]
         if back:
             self._report(f"rollout workers {back} serve again ({len(self.workers)} of {self._config.num_workers})")
-        for index in back:
-            del self._failures[index]
         for index, failure in failures.items():
             self._failures[index] += 1
             if self._failures[index] == 1:  # later ones are only counted: a broken node may fail in every step
@@ -207,10 +217,11 @@ class Roster:
             self.workers.pop(index, None)
             self._starting.pop(index, None)
         _end_workers(list(ended.values()))
-        for index in ended:
-            self._starting[index] = self._begin(index)
-            del self._ending[index]
-            self.restarts += 1
+        with uninterrupted():
+            for index in ended:
+                self._starting[index] = self._begin(index)
+                del self._ending[index]
+                self.restarts += 1
 
     def shutdown(self) -> None:
         """End the engines, then the actors. Never raises: it may run while another error propagates."""
@@ -228,9 +239,9 @@ def _end_workers(workers: Sequence[ActorHandle]) -> None:
     end_actors(workers)
 
 
-def _ill(workers: Mapping[int, ActorHandle]) -> list[int]:
+def _ill(workers: Mapping[int, ActorHandle], timeout_s: float = _HEALTH_TIMEOUT_S) -> list[int]:
     """Those that do not answer in time, or whose engine does not."""
     checks: dict[int, Any] = {index: worker.check_health.remote() for index, worker in workers.items()}
     if checks:
-        ray.wait(list(checks.values()), num_returns=len(checks), timeout=_HEALTH_TIMEOUT_S)
+        ray.wait(list(checks.values()), num_returns=len(checks), timeout=timeout_s)
     return [index for index, check in checks.items() if not has_ended(check) or has_failed(check)]

@@ -49,6 +49,7 @@ PLAIN_STEP = OptimizerConfig(name="sgd", lr=1.0, max_grad_norm=1e9)  # the step 
 OTHER_REFERENCE = "gpt_oss"  # of Qwen3
 ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=1)
 RESUMED = {"optimizer": ADAM, "mini_batches": 2}
+FROZEN = RESUMED | {"layout": "bucketed", "moe": MoEConfig(freeze_router=True)}
 HALF = {"dtype": "bfloat16", "algorithm": None, "optimizer": OptimizerConfig(lr=3e-3), "offload_optimizer": True}
 
 
@@ -240,7 +241,18 @@ class Scenarios:
 
     def resume_divided_anew(self) -> None:
         """As if by another version, which divides the optimizer's state into other sub-groups."""
+        if self.family != "qwen3":
+            learner = self.learner(**FROZEN)
+            self.update(learner, samples(layers=2), steps=2)
+            self.results["frozen saved"] = self.weights(learner)
+            learner.save_checkpoint(self.out_dir / "frozen_checkpoint")
+            learner.close()
         rl.zero3.SUB_GROUP_ELEMENTS *= 3
+        if self.family != "qwen3":
+            learner = self.learner(**FROZEN)
+            learner.load_checkpoint(self.out_dir / "frozen_checkpoint")
+            self.results["frozen in other sub-groups"] = self.weights(learner)
+            learner.close()
         learner = self.learner(optimizer=ADAM, mini_batches=2)
         learner.load_checkpoint(self.out_dir / "checkpoint")
         self.results["other sub-groups"] = {"loaded": self.weights(learner)}
@@ -252,7 +264,7 @@ class Scenarios:
     def resume_on_other_ranks(self) -> None:
         """Three ranks go on from what two have saved, and one from what the three save."""
         ranks = int(os.environ["WORLD_SIZE"])
-        for name, settings in (("checkpoint", RESUMED), ("half_checkpoint", HALF)):
+        for name, settings in (("checkpoint", RESUMED), ("frozen_checkpoint", FROZEN), ("half_checkpoint", HALF)):
             if not (self.out_dir / name).exists():
                 continue
             learner = self.learner(**settings)

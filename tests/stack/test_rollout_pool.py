@@ -115,7 +115,9 @@ class Pools:
 
 @pytest.fixture
 def pools(monkeypatch):
-    monkeypatch.setattr("rollout.pool._MORE_LOSSES_S", 0.2)  # for the sake of the suite
+    monkeypatch.setattr("rollout.roster._MORE_LOSSES_S", 0.2)  # for the sake of the suite
+    monkeypatch.setattr("rollout.roster._LOOK_S", 0.2)
+    monkeypatch.setattr("rollout.pool._ADMIT_EVERY_S", 0.5)
     made = Pools()
     yield made
     for roster in made.rosters:
@@ -282,6 +284,20 @@ def test_nobody_waits_forever_for_one_without_room_beside_one_that_cannot_start(
         EnginesLostError, match=r"\[0, 1\] did not start again within 5 s .*; they were lost because: the power failed$"
     ):
         pool.replace_lost_workers("the power failed")
+
+
+def test_a_late_start_is_tried_again_also_while_everybody_waits(pools):
+    pool = pools.make(2, {0: "dies"})
+    pools.faults[0] = "slow start"
+    pool.generate(PROMPTS, group_size=1, step=0)
+    ray.get(pool.roster._starting[0].placed, timeout=60)
+    assert pool.replace_lost_workers("") == 0  # sees that there was room for it
+    time.sleep(2)
+    allow(pool, start_timeout_s=4)
+    pools.faults[1] = "no room"
+    end_actors([pool.workers[1]])
+    assert pool.replace_lost_workers("") == 1
+    assert list(pool.workers) == [0]
 
 
 def test_a_second_wait_for_the_start_changes_nothing(pools):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.resharding import WrittenShards, sizes
+from rl.resharding import WrittenShards, frozen_parts, sizes
 
 
 def written(tensors, groups, owners, rank, ranks, keys):
@@ -77,6 +77,27 @@ def test_any_division_is_put_together_from_any_other(data):
     for rank in range(readers):
         found = shards.shard(new, new_owners, rank=rank, ranks=readers)
         assert equal(found, written(tensors, new, new_owners, rank, readers, keys))
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 5))
+def test_parameters_that_are_not_trained_are_divided_anew_too(elements, writers, readers):
+    whole = torch.arange(1.0, elements + 1)
+
+    def part(rank, ranks):
+        padded = torch.zeros(-(-elements // ranks) * ranks)
+        padded[:elements] = whole
+        return padded.chunk(ranks)[rank]
+
+    models = [
+        {"frozen_param_fragments": {"router": part(rank, writers)}, "frozen_param_shapes": {"router": whole.shape}}
+        for rank in range(writers)
+    ]
+    for rank in range(readers):
+        assert torch.equal(frozen_parts(models, rank=rank, ranks=readers)["router"], part(rank, readers))
+
+
+def test_all_parameters_may_be_trained():
+    assert frozen_parts([{"frozen_param_fragments": None}] * 2, rank=0, ranks=1) is None
 
 
 def test_sizes_are_those_of_the_recorded_shapes():
