@@ -105,10 +105,10 @@ class CheckpointStore:
         temporary.rename(final)
         _fsync_directory(self.directory)
         if self.keep is not None:
-            older = [number for number in self.complete() if number != step]
-            kept = {*older[max(len(older) - self.keep + 1, 0) :], self.best_of(older)}
-            for number in set(older) - kept:
-                self._discard(self.complete()[number])
+            older = {number: path for number, path in self.complete().items() if number != step}
+            kept = {*list(older)[max(len(older) - self.keep + 1, 0) :], self.best_of(older)}
+            for number in older.keys() - kept:
+                self._discard(older[number])
         for leftover in self.directory.glob(f"{_DISCARDED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return final

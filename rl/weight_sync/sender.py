@@ -72,7 +72,7 @@ class WeightSender:
             group_size = 1 + num_engines * tensor_parallel_size
             self._transport = NcclTransport(source, client, rank, bucket_bytes, timeout_s, group_size, offsets, address)
         else:
-            # Engine i is on the GPU of learner i (`launch.placement`), and none is ever missing (`rollout.pool`).
+            # Engine i is on the GPU of learner i (`launch.placement`), and none is ever missing (`rollout.roster`).
             has_engine = rank < num_engines
             self._transport = IpcTransport(source, client, rank, bucket_bytes, timeout_s, has_engine=has_engine)
 
