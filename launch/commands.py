@@ -98,7 +98,7 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             device=device,
             total_optimizer_steps=checked.total_steps,
         )
-        learners = start_learners(spec, actor_options=placement.learners)
+        learners = start_learners(spec, actor_options=placement.learners, tell=display.now)
         stack.callback(learners.shutdown)
         learners.check_run_dir(run_dir)
         run = SupervisedRun(
@@ -132,7 +132,7 @@ def evaluate(config: TrainConfig) -> dict[str, float]:
         )
     with (
         ProgressDisplay(config.name) as display,
-        evaluator_of(checked_evaluation(config, display), display.message) as evaluator,
+        evaluator_of(checked_evaluation(config, display), display) as evaluator,
     ):
         metrics = evaluator.evaluate(run_dir / "samples", "final")
     (run_dir / "eval_config.yaml").write_text(to_yaml(config))

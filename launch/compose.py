@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from launch.cluster import ray_cluster, resolve_device
 from launch.data import CheckedRun
-from launch.placement import Report, place_rollouts, place_train_workers
+from launch.placement import place_rollouts, place_train_workers
 from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
@@ -32,7 +32,7 @@ from rl.probe import AgreementBounds, WeightProbe
 from rl.prompts import ChatTemplate, CurriculumSource, PromptSource, load_tokenizer
 from rl.run import Display, RunPlan, TrainingRun
 from rl.weight_sync.api import Transport, resolve_transport
-from rl.workers import LearnerSpec, LearnerWorker, SyncSpec
+from rl.workers import WATCH, LearnerSpec, LearnerWorker, SyncSpec
 from rollout.engine import RolloutEngine
 from rollout.pool import RolloutPool, evaluation_parameters, sampling_parameters
 from rollout.roster import Roster
@@ -61,7 +61,7 @@ def build_engine(index: int, spec: EngineSpec) -> tuple[RolloutEngine, DecodeRes
 
 
 def start_rollout_pool(
-    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool, report: Report
+    config: TrainConfig, *, transport: str, actor_options: Sequence[dict[str, Any]], trained: bool, display: Display
 ) -> RolloutPool:
     """Begin to start the rollout workers. `trained`: a learner will send them weights."""
     worker_class: Any = ray.remote(RolloutWorker)
@@ -83,7 +83,9 @@ def start_rollout_pool(
 
     def start_worker(index: int) -> ActorHandle:
         build = functools.partial(build_engine, index, spec)
-        return worker_class.options(max_restarts=0, max_concurrency=1000, **actor_options[index]).remote(build)
+        # One call per sequence at most, and others must still get through.
+        calls = rollout.max_concurrent_sequences + 100
+        return worker_class.options(max_restarts=0, max_concurrency=calls, **actor_options[index]).remote(build)
 
     evaluation = config.evaluation
     template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template_options)
@@ -91,8 +93,8 @@ def start_rollout_pool(
     # Fixed routing needs all workers. And an engine that starts on the GPU of a learner that is updating would find
     # another amount of free memory at every moment.
     all_needed = config.deterministic or (trained and config.ray.colocate)
-    return RolloutPool(
-        Roster(start_worker, config.rollout, all_needed=all_needed, report=report),
+    pool = RolloutPool(
+        Roster(start_worker, config.rollout, all_needed=all_needed, report=display.message),
         config.rollout,
         training=training,
         evaluation=evaluation_parameters(training, evaluation),
@@ -101,6 +103,8 @@ def start_rollout_pool(
         deterministic=config.deterministic,
         trained=trained,
     )
+    pool.tell = display.now
+    return pool
 
 
 def start_learners(
@@ -109,14 +113,16 @@ def start_learners(
     actor_options: Sequence[dict[str, Any]],
     receivers: Callable[[], Mapping[int, ActorHandle]] = dict,
     meanwhile: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> LearnerGroup:
     """Start the learner ranks and wait until the model is loaded."""
-    worker_class: Any = ray.remote(LearnerWorker)
+    remote: Any = ray.remote  # its type knows no concurrency groups
+    worker_class = remote(concurrency_groups={WATCH: 1})(LearnerWorker)
 
     def start_worker(rank: int) -> ActorHandle:
         return worker_class.options(max_restarts=0, **actor_options[rank]).remote(rank, spec.learner.num_workers)
 
-    return LearnerGroup.start(start_worker, spec, receivers=receivers, meanwhile=meanwhile)
+    return LearnerGroup.start(start_worker, spec, receivers=receivers, meanwhile=meanwhile, tell=tell)
 
 
 def make_batch(config: AlgorithmConfig, learners: LearnerGroup) -> Callable[[ScoredBatch, Annotations], TrainBatch]:
@@ -159,6 +165,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
         device = resolve_device(config)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
+        display.now("starting the workers")
         transport = resolve_transport(config.sync.transport, cuda=device == "cuda", colocate=config.ray.colocate)
         placement = place_train_workers(config, device=device, report=display.message)
         stack.callback(placement.release)
@@ -167,7 +174,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             transport=transport,
             actor_options=placement.rollouts,
             trained=True,
-            report=display.message,
+            display=display,
         )
         stack.callback(rollouts.roster.shutdown)
         if config.ray.colocate:  # before the learner starts: an engine measures how much memory its GPU has left
@@ -177,6 +184,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
             actor_options=placement.learners,
             receivers=lambda: rollouts.workers,
             meanwhile=rollouts.roster.raise_if_failed,
+            tell=display.now,
         )
         stack.callback(learners.shutdown)
         learners.check_run_dir(run_dir)
@@ -208,7 +216,7 @@ def training_run(checked: CheckedRun, display: Display) -> Iterator[TrainingRun]
 
 
 @contextmanager
-def evaluator_of(checked: CheckedRun, report: Report) -> Iterator[Evaluator]:
+def evaluator_of(checked: CheckedRun, display: Display) -> Iterator[Evaluator]:
     """What `fledge eval` needs: rollout workers on the config's model, and rewards; no learner."""
     config = checked.config
     with ExitStack() as stack:
@@ -216,14 +224,14 @@ def evaluator_of(checked: CheckedRun, report: Report) -> Iterator[Evaluator]:
         device = resolve_device(config)
         rewards = RewardPool(config.reward)
         stack.callback(rewards.close)
-        placement = place_rollouts(config, device=device, report=report)
+        placement = place_rollouts(config, device=device, report=display.message)
         stack.callback(placement.release)
         rollouts = start_rollout_pool(
             config,
             transport=resolve_transport("auto", cuda=device == "cuda", colocate=False),  # no learner sends anything
             actor_options=placement.rollouts,
             trained=False,
-            report=report,
+            display=display,
         )
         stack.callback(rollouts.roster.shutdown)
         rollouts.roster.wait_until_ready()

@@ -30,6 +30,7 @@ from rl.batch import (
 )
 from rl.batching import balance, collect, plan_update
 from rl.errors import ConfigError, FledgeError, LearnerError, WeightSyncError
+from rl.stall_watch import StallWatch
 from rl.workers import LearnerSpec, not_seen
 
 _EXIT_TIMEOUT_S = 20.0
@@ -59,6 +60,7 @@ class LearnerGroup:
     last_update: UpdateResult | None = None
     updating: list[Any] = field(default_factory=list)  # calls of an unfinished update, by rank
     share_prefixes: bool = False  # whether a rank computes a prompt once for all its samples
+    tell: Callable[[str], None] = lambda text: None  # called every few seconds with what the ranks do
 
     @classmethod
     def start(
@@ -68,12 +70,13 @@ class LearnerGroup:
         *,
         receivers: Callable[[], Mapping[int, ActorHandle]] = dict,
         meanwhile: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> LearnerGroup:
         """Start all ranks and wait until the model is loaded. Raises LearnerError (or ConfigError) naming the rank.
 
         `meanwhile` is called every few seconds, and may raise what else has failed.
         """
-        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], receivers)
+        group = cls(spec, [start_worker(rank) for rank in range(spec.learner.num_workers)], receivers, tell=tell)
         try:
             meetings: list[tuple[str, int]] = group._all("meet", setting="start_timeout_s")
             group.nodes = [node for node, _ in meetings]
@@ -141,7 +144,7 @@ class LearnerGroup:
                 w.annotate.remote([sequences[i] for i in share], old_logprobs=self.needs_old_logprobs)
                 for w, share in zip(self.workers, shares, strict=True)
             ]
-        parts = self._wait(calls, "annotate")
+        parts = self._wait(calls, "annotate", meanwhile=self._look())
         places, lengths = [[valid[i] for i in share] for share in shares], [r.length for r in rollouts]
         return Annotations(
             old_logprobs=collect([p.old_logprobs for p in parts], places, lengths),
@@ -178,7 +181,7 @@ class LearnerGroup:
         return self._updated(time.perf_counter()) if self.updating else self.last_update
 
     def _updated(self, started: float) -> UpdateResult:
-        results: list[UpdateResult] = self._wait(self.updating, "update")
+        results: list[UpdateResult] = self._wait(self.updating, "update", meanwhile=self._look())
         self.policy_version = results[0].policy_version
         self.last_update = UpdateResult(self.policy_version, results[0].metrics, time.perf_counter() - started)
         self.updating = []
@@ -200,16 +203,20 @@ class LearnerGroup:
         receivers = dict(self.receivers())
         if not receivers:
             raise WeightSyncError("there is no rollout worker to send weights to")
-        versions: list[WeightVersion] = self._all("publish_weights", receivers)
+        self.tell("the weights are sent")
+        sync = self.spec.sync
+        look = self._look(sync_timeout_s=sync.config.timeout_s if sync else 0.0)
+        versions: list[WeightVersion] = self._all("publish_weights", receivers, meanwhile=look)
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
         """[pair] -> [R] at temperature 1. Every rank computes all pairs: a probe is small, and gathers are
         collective."""
-        return self._all("score_logprobs", list(pairs))[0]
+        return self._all("score_logprobs", list(pairs), meanwhile=self._look())[0]
 
     def save_checkpoint(self, directory: Path) -> int:
         """Returns the policy version that was saved."""
+        self.tell("a checkpoint is saved")
         versions: list[int] = self._all("save_checkpoint", str(directory.absolute()))
         return versions[0]
 
@@ -233,10 +240,23 @@ class LearnerGroup:
         end_actors(self.workers)
         self.workers = []
 
-    def _all(self, method: str, *arguments: Any, setting: str = "timeout_s") -> list[Any]:
+    def _all(
+        self,
+        method: str,
+        *arguments: Any,
+        setting: str = "timeout_s",
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
         with uninterrupted():
             calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
-        return self._wait(calls, method, setting)
+        return self._wait(calls, method, setting, meanwhile)
+
+    def _look(self, *, sync_timeout_s: float = 0.0) -> Callable[[], None]:
+        """What raises if the ranks stop moving for longer than they may, or may wait for the engines."""
+        limit, settings = self.spec.learner.hang_timeout_s, "learner.hang_timeout_s"
+        if sync_timeout_s:  # they wait for an engine up to three times in a row
+            limit, settings = limit + 3 * sync_timeout_s, f"{settings} and 3 x sync.timeout_s"
+        return StallWatch(self.workers, limit, settings, self.tell).look
 
     def _wait(
         self,

@@ -19,6 +19,7 @@ from rl.errors import LearnerError
 from rl.layouts import Layout, MicroBatch, collate, resolve_layout
 from rl.learner_metrics import MetricSums
 from rl.optim import build_optimizer, build_schedule
+from rl.progress import WORK
 from rl.shared_prefix import use_shared_prefixes, windows_in_masks
 from rl.zero3 import backward, start_engine
 
@@ -106,7 +107,9 @@ class LockstepEngine:
         """
         results: list[FloatArray] = [np.empty(0, dtype=np.float32)] * len(sequences)
         places = [i for i, sequence in enumerate(sequences) if len(sequence.response_ids)]
-        for group in self._groups([sequences[i] for i in places]):
+        groups = self._groups([sequences[i] for i in places])
+        for number, group in enumerate(groups, start=1):
+            WORK.begin(f"the forward pass of micro-batch {number} of {len(groups)}")
             micro = self.collate([sequences[places[i]] for i in group], model_config)
             values = micro.split(forward(micro))
             for index, value in zip(group, values, strict=False):  # `_EMPTY` belongs to no sample
@@ -133,13 +136,16 @@ class LockstepEngine:
                 "learner.max_tokens_per_microbatch, or another algorithm.loss"
             )
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, group in enumerate(groups):
-            self.engine.set_gradient_accumulation_boundary(index == len(groups) - 1)
+        for number, group in enumerate(groups, start=1):
+            WORK.begin(f"micro-batch {number} of {len(groups)} of a {self.name} step")
+            self.engine.set_gradient_accumulation_boundary(number == len(groups))
             samples = [share.samples[i] for i in group]
             loss = micro_step(samples, self.collate([s.tokens for s in samples]))
             total += loss.detach().double()
         sums.add_mean(f"{self.name}/lr", self.engine.get_lr()[0], 1.0)
+        WORK.begin(f"the optimizer's part of a {self.name} step")
         self.engine.step()
+        WORK.begin(f"the end of a {self.name} step")
         if self._step_was_applied(sums):
             # The ranks' parts add up to the loss, so their weights must add up to 1.
             sums.add_mean(f"{self.name}/loss", total, 1.0 / self.world_size)

@@ -29,6 +29,10 @@ class Display(Protocol):
     """Shows people the progress of the run."""
 
     def message(self, text: str) -> None: ...
+    def now(self, text: str) -> None:
+        """What the run is doing at the moment; called often."""
+        ...
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 

@@ -28,6 +28,7 @@ from rl.batch import (
 from rl.batching import Layout, MiniBatchShare
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import WeightSyncError
+from rl.progress import WORK, Position
 from rl.weight_sync.api import Transport, init_info_at
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show another node's files
 _LOOK_AGAIN_S = 0.1
+WATCH = "watch"  # the concurrency group whose thread answers while another one works
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
 
 
@@ -77,7 +79,7 @@ class LearnerSpec:
 
 
 class LearnerWorker:
-    """One rank of the learner, as a Ray actor in its own process."""
+    """One rank of the learner, as a Ray actor in its own process, with the concurrency group `WATCH`."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
@@ -87,6 +89,16 @@ class LearnerWorker:
         self._learner: Learner
         self._sender: WeightSender | None = None
         self._receivers: dict[int, ActorHandle] = {}
+
+    @ray.method(concurrency_group=WATCH)
+    def position(self) -> Position:
+        """How far this rank is."""
+        return WORK.position
+
+    @ray.method(concurrency_group=WATCH)
+    def report(self) -> tuple[Position, str]:
+        """How far this rank is, and what it executes at the moment, like a traceback."""
+        return WORK.position, WORK.stack()
 
     def meet(self) -> tuple[str, int]:
         """The address of this rank's node and, for rank 0, the port of the store at which the process group meets (else

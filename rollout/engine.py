@@ -77,8 +77,8 @@ class RolloutEngine(Protocol):
         """Serve the weights that were just loaded under this policy version, and go on generating."""
         ...
 
-    async def check_health(self) -> None:
-        """Raise RolloutError unless the engine answers."""
+    async def check_health(self, timeout_s: float) -> None:
+        """Raise RolloutError unless the engine answers within so many seconds, however busy it is."""
         ...
 
     async def memory_peak_gib(self) -> float:

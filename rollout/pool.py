@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from rollout.workers import GroupRequest
 
 T = TypeVar("T")
 _ADMIT_EVERY_S = 5.0  # where no sync lets new workers serve
+_LOOK_S = 5.0  # between two looks for engines that hang, while no group is finished
 
 
 def group_requests(
@@ -69,6 +71,7 @@ class RolloutPool:
     ) -> None:
         self.roster = roster
         self._trained = trained
+        self.tell: Callable[[str], None] = lambda text: None  # called every few seconds with how much is generated
         self._config = config
         self._training = training
         self._evaluation = evaluation
@@ -120,6 +123,7 @@ class RolloutPool:
     ) -> RolloutBatch:
         started = time.perf_counter()
         if self._deterministic:  # all groups arrive at once, so `on_group` has no use
+            self.tell(f"{len(groups)} prompts get their responses")
             made = self._generate_fixed(groups, parameters)
         else:
             made = self._generate_balanced(groups, parameters, lambda g: on_group(prompts[g[0].prompt_index], g))
@@ -166,13 +170,15 @@ class RolloutPool:
                     self.roster.admit()
                     admitted = time.monotonic()
                 self._submit(waiting, calls, parameters)
+                done = f"{len(groups) - len(waiting) - len(calls)} of {len(groups)} prompts have their responses"
                 try:
-                    self._take_finished(calls, on_group)
+                    self._take_finished(calls, on_group, meanwhile=partial(self.tell, done))
                 except RolloutError as error:
                     if not self._goes_on_after(error):
                         raise
                     for call in [call for call, (index, _) in calls.items() if index not in self.workers]:
                         waiting.append(calls.pop(call)[1])
+            self.tell(f"all {len(groups)} prompts have their responses")
             return [finished.pop(group) for group in groups]
         finally:
             for call in calls:  # empty unless an error propagates
@@ -198,16 +204,26 @@ class RolloutPool:
             calls[self.workers[index].generate.remote([group], parameters)] = (index, group)
 
     def _take_finished(
-        self, calls: dict[Any, tuple[int, GroupRequest]], on_group: Callable[[list[Rollout]], None]
+        self,
+        calls: dict[Any, tuple[int, GroupRequest]],
+        on_group: Callable[[list[Rollout]], None],
+        *,
+        meanwhile: Callable[[], None],
     ) -> None:
-        """Wait until some groups are finished, and keep them."""
-        ready, _ = ray.wait(list(calls), timeout=self._config.timeout_s)
-        if not ready:
-            slow = sorted({index for index, _ in calls.values()})
-            raise RolloutError(
-                f"rollout workers {slow} finished none of {len(calls)} groups within rollout.timeout_s "
-                f"{self._config.timeout_s:g}; raise it, or lower rollout.max_response_tokens"
-            )
+        """Wait until some groups are finished, and keep them. `meanwhile` is called every few seconds."""
+        deadline = time.monotonic() + self._config.timeout_s
+        ready: list[Any] = []
+        while not ready:
+            meanwhile()
+            self.roster.raise_if_hung()
+            left = max(deadline - time.monotonic(), 0.0)
+            ready, _ = ray.wait(list(calls), timeout=min(left, _LOOK_S))
+            if not ready and left <= _LOOK_S:
+                slow = sorted({index for index, _ in calls.values()})
+                raise RolloutError(
+                    f"rollout workers {slow} finished none of {len(calls)} groups within rollout.timeout_s "
+                    f"{self._config.timeout_s:g}; raise it, or lower rollout.max_response_tokens"
+                )
         for call in ready:
             index, group = calls[call]
             [self._finished[group]] = CREW.get(call, index, "generate")
@@ -285,7 +301,14 @@ class RolloutPool:
     def _wait(self, calls: Sequence[Any], what: str, *, waves: int = 1) -> list[Any]:
         setting = "rollout.timeout_s" if waves == 1 else f"{waves} x rollout.timeout_s"
         timeout_s = self._config.timeout_s * waves
-        return CREW.wait(calls, what, timeout_s=timeout_s, setting=setting, members=list(self.workers))
+        return CREW.wait(
+            calls,
+            what,
+            timeout_s=timeout_s,
+            setting=setting,
+            members=list(self.workers),
+            meanwhile=self.roster.raise_if_hung,
+        )
 
 
 def sampling_parameters(config: RolloutConfig, end_of_turn_id: int) -> SamplingParameters:

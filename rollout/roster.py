@@ -20,10 +20,13 @@ from rl.config import RolloutConfig
 from rl.errors import EnginesLostError, FledgeError, RolloutError, WeightSyncError
 
 CREW = Crew("rollout worker", RolloutError, passing=(WeightSyncError,))
-_HEALTH_TIMEOUT_S = 90.0  # more than the engine's own limit (`VLLMEngine`, 60 s), which a long step may use up
-_NEWCOMER_TIMEOUT_S = 10.0  # for one that has nothing to do yet
+_SUSPECT = 0.1  # of rollout.hang_timeout_s, for an engine to answer where something has failed already
+_NEWCOMER_S = 10.0  # for one that has nothing to do yet
+_ANSWER_S = 15.0  # for a worker to say that its engine does not answer
+_NEWS_S = 2.0  # for an answer that is there already to arrive, after this process itself was stopped
+_CHECK_EVERY_S = 30.0  # between two questions whether an engine hangs
 _MORE_LOSSES_S = 3.0  # within which the engines of a node that fails are all lost
-_LOOK_S = 5.0  # between two looks at the starts, while nothing else can be done
+_LOOK_S = 5.0  # between two looks at how workers do
 _SHUTDOWN_TIMEOUT_S = 30.0  # for an orderly end of an engine
 
 
@@ -35,6 +38,24 @@ class _Start:
     placed: Any  # a call that ends as soon as Ray has found room for the worker
     call: Any  # the start itself
     since: float | None = None  # when it was first seen to be placed
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """A question to a worker whether its engine makes progress."""
+
+    call: Any
+    since: float
+    limit_s: float  # for an answer
+
+    def has_bad_answer(self) -> bool:
+        """Also if there is none in time."""
+        if has_ended(self.call):
+            return has_failed(self.call)
+        if time.monotonic() < self.since + self.limit_s:
+            return False
+        ended, _ = ray.wait([self.call], timeout=_NEWS_S)
+        return not ended or has_failed(self.call)
 
 
 class Roster:
@@ -64,6 +85,8 @@ class Roster:
         self._losses_in_a_row = 0  # without a batch in between; many workers lost at once, as with a node, are one loss
         self._failures: Counter[int] = Counter()  # starts in a row that failed, by index
         self._ending: dict[int, ActorHandle] = {}
+        self._checks: dict[int, _Check] = {}  # the last one of each that serves
+        self._checked = 0.0  # when they were last looked at
         self._begun = time.monotonic()
         self._starting = {index: self._begin(index) for index in range(config.num_workers)}
 
@@ -90,15 +113,40 @@ class Roster:
     def batch_finished(self) -> None:
         """The losses before this batch are not in a row with those after it."""
         self._losses_in_a_row = 0
+        self._checks = {}
+
+    def raise_if_hung(self) -> None:
+        """Raise RolloutError if an engine was found to make no more progress. Takes no time, so call it often while a
+        batch is under way: an engine that hangs fails no call, but it does not answer either."""
+        if time.monotonic() < self._checked + _LOOK_S:
+            return
+        self._checked = time.monotonic()
+        limit = self._config.hang_timeout_s
+        for index, worker in self.workers.items():
+            check = self._checks.get(index)
+            if check is not None and check.has_bad_answer():
+                if not has_ended(check.call):
+                    raise RolloutError(
+                        f"rollout worker {index} has not answered within {limit:g} s (rollout.hang_timeout_s)"
+                    )
+                CREW.get(check.call, index, "answer")
+            if check is None or (has_ended(check.call) and time.monotonic() > check.since + _CHECK_EVERY_S):
+                call: Any = worker.check_health.remote(limit)
+                self._checks[index] = _Check(call, time.monotonic(), limit + _ANSWER_S)
 
     def find_lost(self) -> list[int]:
         """The workers that do not answer, or whose engine does not; the engines of a node that fails die one after
         another, and are found together."""
-        lost = _ill(self.workers)
-        if others := {index: worker for index, worker in self.workers.items() if lost and index not in lost}:
-            time.sleep(_MORE_LOSSES_S)  # in a batch, these have enough to do meanwhile
-            lost = sorted([*lost, *_ill(others)])
-        return lost
+        limit = _SUSPECT * self._config.hang_timeout_s
+        lost = self._found_hung() or _ill(self.workers, limit)
+        if lost and len(lost) < len(self.workers):
+            time.sleep(_MORE_LOSSES_S)  # in a batch, the others have enough to do meanwhile
+            lost = sorted({*lost, *self._found_hung()})
+            lost += _ill({index: worker for index, worker in self.workers.items() if index not in lost}, limit)
+        return sorted(lost)
+
+    def _found_hung(self) -> list[int]:
+        return [index for index, check in self._checks.items() if check.has_bad_answer()]
 
     def can_spare(self, count: int = 1) -> bool:
         """Whether a batch can go on without so many of the workers."""
@@ -163,7 +211,7 @@ class Roster:
         failures = self._failed_starts()
         back = [index for index, start in self._starting.items() if index not in failures and has_ended(start.call)]
         started = {index: self._starting[index].worker for index in back}
-        for index in _ill(started, _NEWCOMER_TIMEOUT_S):  # it started, but that may be a while ago
+        for index in _ill(started, _NEWCOMER_S):  # it started, but that may be a while ago
             failures[index] = f"rollout worker {index} was lost after it had started again"
             back.remove(index)
         self.workers = dict(sorted((self.workers | {index: started[index] for index in back}).items()))
@@ -216,6 +264,7 @@ class Roster:
         for index in ended:
             self.workers.pop(index, None)
             self._starting.pop(index, None)
+            self._checks.pop(index, None)
         _end_workers(list(ended.values()))
         with uninterrupted():
             for index in ended:
@@ -239,9 +288,9 @@ def _end_workers(workers: Sequence[ActorHandle]) -> None:
     end_actors(workers)
 
 
-def _ill(workers: Mapping[int, ActorHandle], timeout_s: float = _HEALTH_TIMEOUT_S) -> list[int]:
+def _ill(workers: Mapping[int, ActorHandle], timeout_s: float) -> list[int]:
     """Those that do not answer in time, or whose engine does not."""
-    checks: dict[int, Any] = {index: worker.check_health.remote() for index, worker in workers.items()}
+    checks: dict[int, Any] = {index: worker.check_health.remote(timeout_s) for index, worker in workers.items()}
     if checks:
-        ray.wait(list(checks.values()), num_returns=len(checks), timeout=timeout_s)
+        ray.wait(list(checks.values()), num_returns=len(checks), timeout=timeout_s + _ANSWER_S)
     return [index for index, check in checks.items() if not has_ended(check) or has_failed(check)]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-_HEALTH_TIMEOUT_S = 60.0  # for every worker to answer, which it does between two steps
 _SHUTDOWN_GRACE_S = 10.0  # for an orderly end of the engine core, before it is killed
 
 
@@ -39,7 +38,6 @@ class VLLMEngine:
         self._spec = spec
         self._index = index
         self._policy_version = 0  # the checkpoint's
-        self._health_timeout_s = _HEALTH_TIMEOUT_S
         self._llm: AsyncLLM | None = None
         self._log = EngineLog()
         self._files: EngineFiles | None = None
@@ -230,7 +228,7 @@ class VLLMEngine:
 
     # ---- life ----
 
-    async def check_health(self) -> None:
+    async def check_health(self, timeout_s: float) -> None:
         """Raise RolloutError unless every worker answers in time.
 
         The engine core answers between two steps, on the thread that runs them, so an engine whose process is stopped
@@ -239,11 +237,11 @@ class VLLMEngine:
         with self._engine_errors():
             await self._engine().check_health()
             try:
-                await asyncio.wait_for(self._engine().collective_rpc("check_health"), self._health_timeout_s)
+                await asyncio.wait_for(self._engine().collective_rpc("check_health"), timeout_s)
             except TimeoutError as error:
                 raise RolloutError(
-                    f"rollout engine {self._index} has made no progress for {self._health_timeout_s:g} s: its process "
-                    "is stopped, or a step hangs"
+                    f"rollout engine {self._index} has made no progress for {timeout_s:g} s: its process is "
+                    "stopped, or a step hangs; if steps really take that long, raise rollout.hang_timeout_s"
                 ) from error
 
     async def memory_peak_gib(self) -> float:

@@ -84,8 +84,8 @@ class RolloutWorker:
         await self._engine.activate(policy_version)
         return await self._engine.memory_peak_gib()
 
-    async def check_health(self) -> None:
-        await self._engine.check_health()
+    async def check_health(self, timeout_s: float) -> None:
+        await self._engine.check_health(timeout_s)
 
     async def shutdown(self) -> None:
         await self._engine.shutdown()

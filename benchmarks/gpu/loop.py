@@ -40,6 +40,7 @@ class Printed:
     def message(self, text: str) -> None:
         print(text, flush=True)
 
+    def now(self, text: str) -> None: ...
     def step(self, step: int, metrics: Any) -> None: ...
 
 

@@ -115,6 +115,9 @@ class LearnerConfig(Section):
         "a row; one more ends the run",
     )
     timeout_s: PositiveFloat = Field(3600.0, description="seconds allowed for one update, annotation or checkpoint")
+    hang_timeout_s: PositiveFloat = Field(
+        600.0, description="seconds allowed for one micro-batch or optimizer step; ranks that take longer count as hung"
+    )
     start_timeout_s: PositiveFloat = Field(
         1800.0, description="seconds allowed for loading the checkpoint, including its download from the hub"
     )

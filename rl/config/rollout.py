@@ -113,6 +113,11 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = Field(
         1800.0, description="seconds within which at least one group of responses must finish"
     )
+    hang_timeout_s: PositiveFloat = Field(
+        600.0,
+        description="seconds allowed for one step of an engine, which generates a token of every sequence; an engine "
+        "that takes longer counts as lost",
+    )
     start_timeout_s: PositiveFloat = Field(900.0, description="seconds allowed for an engine to load and warm up")
     max_restarts: NonNegativeInt = Field(
         3,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.errors import WeightSyncError
+from rl.progress import WORK
 from rl.weight_sync.api import ParameterInfo
 from rl.weight_sync.buckets import consecutive
 
@@ -70,6 +71,7 @@ class Zero3WeightSource:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # Groups are equal on every rank, because full sizes are.
         for group in consecutive(self._parameters, lambda item: _num_bytes(item[1]), self._bucket_bytes):
+            WORK.begin(f"gathering the weights {group[0][0]} to {group[-1][0]}")
             self._wait_for_gpu()  # the last group's copies may still be read on a stream unknown to the allocator
             yield from self._gather(group)
 

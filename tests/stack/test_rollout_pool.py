@@ -51,7 +51,7 @@ def builder(index, faults):
             async def generate(self, requests, parameters):
                 if fault == "stale":
                     raise WeightSyncError("told to serve policy version 3, not 2")
-                if fault == "hangs":
+                if fault in ("hangs", "is frozen", "never ends"):
                     await asyncio.sleep(60)
                 if fault in ("slow", "dies late"):
                     await asyncio.sleep(1 if fault == "slow" else 2)
@@ -70,9 +70,12 @@ def builder(index, faults):
             async def memory_peak_gib(self):
                 return 0.0
 
-            async def check_health(self):
-                if fault == "hangs":
+            async def check_health(self, timeout_s):
+                if fault in ("hangs", "is frozen"):
+                    await asyncio.sleep(timeout_s if fault == "hangs" else 60)
                     raise RolloutError("no progress")
+                if fault == "slow":
+                    await asyncio.sleep(0.8 * timeout_s)
 
             async def shutdown(self):
                 self.note("ends")
@@ -92,7 +95,9 @@ class Pools:
         faults = self.faults = dict(faults or {})
         deterministic = settings.pop("deterministic", False)
         all_needed, trained = settings.pop("all_needed", deterministic), settings.pop("trained", True)
-        config = RolloutConfig(num_workers=workers, **({"timeout_s": 20, "start_timeout_s": 60} | settings))
+        config = RolloutConfig(
+            num_workers=workers, **({"timeout_s": 20, "hang_timeout_s": 3, "start_timeout_s": 60} | settings)
+        )
         parameters = SamplingParameters(max_tokens=2)
 
         def start(index):
@@ -117,6 +122,8 @@ class Pools:
 def pools(monkeypatch):
     monkeypatch.setattr("rollout.roster._MORE_LOSSES_S", 0.2)  # for the sake of the suite
     monkeypatch.setattr("rollout.roster._LOOK_S", 0.2)
+    monkeypatch.setattr("rollout.roster._CHECK_EVERY_S", 0.2)
+    monkeypatch.setattr("rollout.pool._LOOK_S", 0.2)
     monkeypatch.setattr("rollout.pool._ADMIT_EVERY_S", 0.5)
     made = Pools()
     yield made
@@ -163,15 +170,19 @@ def test_samples_do_not_depend_on_the_workers(pools):
     [
         ("stale", WeightSyncError, "^told to serve policy version 3, not 2$"),
         ("dies", RolloutError, "rollout worker 1 was lost before it could generate"),
-        ("hangs", RolloutError, r"rollout workers \[1\] finished none of . groups within rollout.timeout_s 2"),
+        ("hangs", RolloutError, "rollout worker 1 failed to answer: no progress"),
+        ("is frozen", RolloutError, r"rollout worker 1 has not answered within 3 s \(rollout.hang_timeout_s\)"),
+        ("never ends", RolloutError, r"workers \[1\] finished none of . groups within rollout.timeout_s 2; raise it"),
     ],
 )
-def test_a_worker_that_fails_where_all_are_needed_is_named_and_replaced(pools, fault, kind, message):
-    pool = pools.make(2, {1: fault}, timeout_s=2, all_needed=True)
+def test_a_worker_that_fails_where_all_are_needed_is_named_and_replaced(pools, monkeypatch, fault, kind, message):
+    if fault == "is frozen":
+        monkeypatch.setattr("rollout.roster._ANSWER_S", 3.0)
+    pool = pools.make(2, {1: fault}, timeout_s=2 if fault == "never ends" else 50, all_needed=True)
     with pytest.raises(kind, match=message):
         pool.generate(PROMPTS, group_size=2, step=0)
     lost = pool.replace_lost_workers("the cause")
-    assert lost == (0 if fault == "stale" else 1)
+    assert lost == (0 if fault in ("stale", "never ends") else 1)
     assert pool.metrics()["rollout/worker_restarts"] == lost
     assert list(pool.workers) == [0, 1]
     if lost:
@@ -198,14 +209,14 @@ def wait_for(condition, seconds=30):
 @pytest.mark.parametrize("fault", ["dies late", "hangs"])
 def test_the_others_draw_what_a_lost_worker_has_not_while_another_starts_in_its_place(pools, tmp_path, fault):
     lives = tmp_path / "lives"
-    pool = pools.make(3, {1: fault, "lives": str(lives)}, timeout_s=4, max_concurrent_sequences=2)
+    pool = pools.make(3, {1: fault, "lives": str(lives)}, timeout_s=50, max_concurrent_sequences=2)
     pools.faults[1] = "waits to start"
     batch = pool.generate(PROMPTS, group_size=2, step=0)
     assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in range(6) for s in range(2)]
     assert {worker for _, worker in places(batch)} == {0, 2}
     drawn = [int(r.token_ids[2]) for r in batch.rollouts if r.token_ids[0] == 0]
     assert len(set(drawn)) == len(drawn) == max(drawn) + 1, "nothing is drawn twice"
-    cause = "rollout worker 1 was lost before it could" if fault == "dies late" else r"workers [1] finished none of 1 g"
+    cause = "rollout worker 1 was lost before it could" if fault == "dies late" else "worker 1 failed to answer: no p"
     assert len(pools.told) == 1 and cause in pools.told[0]
     assert "Others start in their place, while those that are left (2 of 3) go on" in pools.told[0]
 
@@ -221,6 +232,23 @@ def test_the_others_draw_what_a_lost_worker_has_not_while_another_starts_in_its_
     assert pools.told[1:] == ["rollout workers [1] serve again (3 of 3)"]
     assert {worker for _, worker in places(pool.generate(PROMPTS, group_size=1, step=2))} == {0, 1, 2}
     assert pool.metrics()["rollout/workers_serving"] == 3
+
+
+def test_an_engine_that_hangs_is_found_while_the_others_go_on(pools):
+    pool = pools.make(2, {0: "hangs", 1: "slow"}, max_concurrent_sequences=2)
+    pools.faults[0] = "no room"
+    done_when_told = []
+    pool.roster._report = lambda text: done_when_told.append(len(seen))
+    seen = []
+    batch = pool.generate(PROMPTS, group_size=2, step=0, on_group=lambda prompt, group: seen.append(prompt))
+    assert len(batch.rollouts) == 12 and len(seen) == 6
+    assert done_when_told == [done_when_told[0]] and done_when_told[0] < 5
+
+
+def test_a_busy_engine_is_not_taken_for_one_that_hangs(pools):
+    pool = pools.make(2, {0: "slow", 1: "slow"}, max_concurrent_sequences=1)
+    assert len(pool.generate(PROMPTS, group_size=1, step=0).rollouts) == 6
+    assert pools.told == [] and pool.metrics()["rollout/worker_restarts"] == 0
 
 
 def test_a_start_that_fails_beside_others_that_serve_is_tried_again_and_told_of_once(pools):
@@ -374,7 +402,7 @@ def test_a_kill_that_takes_its_time_is_waited_for(pools, monkeypatch):
 
 def test_a_lost_engine_ends_in_order_before_the_next_one_starts(pools, tmp_path):
     lives = tmp_path / "lives"
-    pool = pools.make(1, {0: "hangs", "lives": str(lives)}, timeout_s=2)
+    pool = pools.make(1, {0: "hangs", "lives": str(lives)})
     with pytest.raises(RolloutError):
         pool.generate(PROMPTS, group_size=1, step=0)
     assert pool.replace_lost_workers("") == 1

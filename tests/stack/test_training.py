@@ -243,9 +243,9 @@ def assert_the_run_is_the_straight_one(straight_run, run_dir):
         assert torch.equal(weights[name], tensor), f"{name} differs by {(weights[name] - tensor).abs().max()}"
 
 
-def in_the_third_step(model_dir, directory, *, saves_every):
+def in_the_third_step(model_dir, directory, *, saves_every, **sections):
     """A run: the command, its processes, and Ray's agents."""
-    config = config_dict(model_dir, total_steps=1000, deterministic=True, run_dir=str(directory / "run"))
+    config = config_dict(model_dir, total_steps=1000, deterministic=True, run_dir=str(directory / "run"), **sections)
     config["checkpoint"] = {"every": saves_every}
     command = Command(directory, "train", str(save_config(directory, config)))
     command.wait_for(directory / "run" / "metrics.jsonl", '"step": 2')
@@ -283,13 +283,23 @@ def assert_nothing_is_left_but_a_whole_checkpoint(command, processes, directory)
 
 
 @pytest.mark.processes
-def test_a_lost_learner_ends_the_run_by_its_name(straight_run, tmp_path):
-    command, children, agents = in_the_third_step(straight_run[0], tmp_path, saves_every=1)
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, r"learner rank \d was lost before it could"),
+        (signal.SIGSTOP, r"no learner rank has made progress for \d+ s .*; ranks \[\d\] do not answer"),
+    ],
+    ids=["SIGKILL", "SIGSTOP"],
+)
+def test_a_learner_that_is_lost_or_hangs_ends_the_run_by_its_name(straight_run, tmp_path, number, message):
+    # The sync has a limit of its own, should the signal come within one.
+    limits = {"learner": {"hang_timeout_s": 10}, "sync": {"timeout_s": 5}} if number == signal.SIGSTOP else {}
+    command, children, agents = in_the_third_step(straight_run[0], tmp_path, saves_every=2, **limits)
     learners = sorted((p for p in children if "ray::Learner" in p.cmdline()[0]), key=lambda p: p.create_time())
     assert len(learners) == 2
-    learners[0].kill()
-    assert command.wait(timeout_s=120) == 5, command.output()
-    assert re.search(r"learner rank \d was lost before it could", command.output())
+    learners[0].send_signal(number)
+    assert command.wait(timeout_s=180) == 5, command.output()
+    assert re.search(message, command.output()), command.output()
     assert "Traceback" not in command.output()
     assert_nothing_is_left_but_a_whole_checkpoint(command, children + agents, tmp_path)
 

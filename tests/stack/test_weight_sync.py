@@ -186,16 +186,15 @@ def kill_core(rig: EngineRig) -> None:
     with pytest.raises(RolloutError, match=r"engine 0 is dead"):
         running.result(60)
     with pytest.raises(RolloutError, match=r"engine 0 is dead"):
-        rig.run(rig.engine.check_health())
+        rig.run(rig.engine.check_health(60))
 
 
 def stop_core(rig: EngineRig) -> None:
     """A stopped engine core is not dead, but health notices, and a sync gives up at the client's deadline."""
-    rig.run(rig.engine.check_health())
+    rig.run(rig.engine.check_health(60))
     rig.core().send_signal(signal.SIGSTOP)
-    rig.engine._health_timeout_s = 1.0
     with pytest.raises(RolloutError, match=r"engine 0 has made no progress for 1 s"):
-        rig.run(rig.engine.check_health())
+        rig.run(rig.engine.check_health(1))
     with pytest.raises(WeightSyncError, match=r"engine 0 did not answer init_weight_transfer in 1 s"):
         WeightSender(rig.source(), "shm", LoopClient(rig, timeout_s=1)).send(80)
 

@@ -73,9 +73,13 @@ class Quiet:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.done: list[str] = []
 
     def message(self, text: str) -> None:
         self.told.append(text)
+
+    def now(self, text: str) -> None:
+        self.done.append(text)
 
     def step(self, step: int, metrics: Any) -> None:
         pass

@@ -83,6 +83,8 @@ class Messages(list):
     def message(self, text):
         self.append(text)
 
+    def now(self, text): ...
+
     def step(self, step, metrics): ...
 
 

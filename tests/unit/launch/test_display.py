@@ -2,6 +2,8 @@
 
 import errno
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
@@ -45,6 +47,40 @@ def test_without_a_terminal_every_step_is_one_line():
     assert first.startswith("run step 5/30  reward 0.938")
     assert all(shown in second for shown in ("step 6/30", *SHOWN))
     assert "left 0:" in second
+
+
+def test_what_a_run_does_is_shown_on_a_terminal_at_once():
+    out = io.StringIO()
+    with ProgressDisplay("run", Console(file=out, force_terminal=True, width=80, color_system=None)) as display:
+        display.expect(30)
+        display.now("3 of 8 prompts have their responses")
+    assert "3 of 8 prompts have their responses" in out.getvalue()
+
+
+def test_without_a_terminal_a_long_silence_is_broken_by_what_the_run_does(monkeypatch):
+    monkeypatch.setattr("launch.display._SILENCE_S", 0.5)
+    monkeypatch.setattr("launch.display._SHOW_FOR_S", 0.7)
+    out = io.StringIO()
+    with ProgressDisplay("run", Console(file=out, width=80, soft_wrap=True)) as display:
+        display.now("too short to be told of")
+        display.now("3 of 8 prompts have their responses")
+        deadline = time.monotonic() + 20
+        while out.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    first, *_, last = out.getvalue().splitlines()
+    assert first.startswith("run: 3 of 8 prompts have their responses")
+    assert re.fullmatch(r"run: 3 of 8 prompts have their responses, for 0:00:\d\d", last)
+
+
+def test_a_run_that_says_something_is_not_interrupted(monkeypatch):
+    monkeypatch.setattr("launch.display._SILENCE_S", 1.0)
+    out = io.StringIO()
+    with ProgressDisplay("run", Console(file=out, width=80, soft_wrap=True)) as display:
+        display.now("something")
+        for number in range(15):
+            display.message(f"line {number}")
+            time.sleep(0.1)
+    assert out.getvalue().splitlines() == [f"line {number}" for number in range(15)]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -49,7 +49,7 @@ def spec(algorithm=None, **learner):
 
 @pytest.fixture
 def calls_are_results(monkeypatch):
-    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, *_: calls)
+    monkeypatch.setattr(LearnerGroup, "_wait", lambda self, calls, *_, **__: calls)
 
 
 def test_a_batch_without_a_loss_token_is_borne_but_not_for_ever():
@@ -76,7 +76,7 @@ def test_an_update_that_was_interrupted_can_be_waited_for_and_every_rank_has_it(
     group = LearnerGroup(spec(num_workers=2), [Updates(), Updates()])
     assert group.finish_update() is None
     wait = LearnerGroup._wait
-    monkeypatch.setattr(LearnerGroup, "_wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(LearnerGroup, "_wait", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         group.update(batch(masked=False))
     assert (group.is_updating, group.policy_version) == (True, 0)

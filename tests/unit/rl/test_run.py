@@ -33,6 +33,8 @@ class Silent:
     def message(self, text):
         self.messages.append(text)
 
+    def now(self, text): ...
+
     def step(self, step, metrics):
         self.messages.append(f"step {step}")
 
