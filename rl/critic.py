@@ -136,6 +136,8 @@ class Critic:
                 "samples have no values and returns; annotate the batch, and use an advantage estimator such as gae"
             )
         mask = loss_mask(samples, values.device)
+        # Whatever stands outside the mask is replaced: 0 * NaN is NaN in a gradient.
+        old_values, returns = (torch.where(mask, x, values.detach()) for x in (old_values, returns))
         inputs = ValueInputs(
             values=values,
             old_values=old_values,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class MetricSums:
         mine = (
             {n: (_total(t for t, _ in pairs), _total(w for _, w in pairs)) for n, pairs in self._means.items()},
             {n: _total(values) for n, values in self._sums.items()},
-            {n: max(float(v) for v in values) for n, values in self._maxima.items()},
+            {n: float(np.max([float(v) for v in values])) for n, values in self._maxima.items()},
         )
         everyone = [mine] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine)
@@ -63,7 +64,7 @@ class MetricSums:
             for name, value in rank_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
             for name, value in rank_maxima.items():
-                maxima[name] = max(maxima.get(name, value), value)
+                maxima[name] = float(np.maximum(maxima.get(name, value), value))  # NaN is the largest
         return {n: t / w for n, (t, w) in means.items() if w > 0} | maxima, sums
 
 

@@ -93,6 +93,7 @@ class PolicyObjective:
     def _inputs(
         self, logprobs: Tensor, entropy: Tensor, samples: Sequence[TrainSample], micro: MicroBatch, sums: MetricSums
     ) -> LossInputs:
+        """Whatever stands outside the loss mask is replaced: 0 * NaN is NaN in a gradient."""
         device = logprobs.device
         rollout = flat(samples, "rollout_logprobs", device)
         old = flat(samples, "old_logprobs", device)
@@ -100,9 +101,13 @@ class PolicyObjective:
         if ref is None and self._algorithm.kl.placement == "loss":
             raise LearnerError("algorithm.kl.placement is loss, but samples carry no ref_logprobs; annotate them first")
         assert rollout is not None  # every sample has them
-        if old is None:
-            old = logprobs.detach()  # one optimizer step per batch: the current policy is the old one
         mask = loss_mask(samples, device)
+        current = logprobs.detach()
+        rollout = torch.where(mask, rollout, current)
+        # In one optimizer step per batch, the current policy is the old one.
+        old = current if old is None else torch.where(mask, old, current)
+        ref = None if ref is None else torch.where(mask, ref, current)
+        advantages = torch.from_numpy(np.concatenate([s.advantages for s in samples])).to(device)
         _measure_difference(old, rollout, mask, samples, micro, sums)
         weights, correction = rollout_weights(
             old, rollout, mask, micro.sequence_index, micro.num_sequences, self._algorithm.rollout_correction
@@ -113,7 +118,7 @@ class PolicyObjective:
             logprobs=logprobs,
             old_logprobs=old,
             rollout_logprobs=rollout,
-            advantages=torch.from_numpy(np.concatenate([s.advantages for s in samples])).to(device),
+            advantages=torch.where(mask, advantages, torch.zeros_like(advantages)),
             loss_mask=mask,
             sequence_index=micro.sequence_index,
             num_sequences=micro.num_sequences,

@@ -161,9 +161,16 @@ class VLLMEngine:
             output = await _next_output(stream)
         completion = output.outputs[0]
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        logprobs = _flat_logprobs(completion.logprobs, len(token_ids))
+        if not np.isfinite(logprobs).all():
+            raise RolloutError(
+                f"rollout engine {self._index} drew a token with log-probability {logprobs[~np.isfinite(logprobs)][0]} "
+                f"under policy version {self._policy_version}: the model's logits are not finite. If the checkpoint is "
+                "sound, resume from an earlier one with a lower learner.optimizer.lr"
+            )
         return GenerationResult(
             token_ids=token_ids,
-            logprobs=_flat_logprobs(completion.logprobs, len(token_ids)),
+            logprobs=logprobs,
             finish_reason=_finish_reason(completion.finish_reason),
             policy_version=first_version,
             last_policy_version=self._policy_version,

@@ -37,7 +37,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
         case "k3":
             # Far below d = 0 both terms share one bound: the linear term alone would pull the wrong way there.
             difference = difference.clamp(min=-LOG_RATIO_BOUND)
-            return (-difference).clamp(min=-LOG_RATIO_BOUND).exp() - 1.0 + difference
+            # expm1: in float32, exp(x) - 1 loses everything below 1e-7, and k3 of a small d is d^2 / 2.
+            return (-difference).clamp(min=-LOG_RATIO_BOUND).expm1() + difference
         case "k1_straight_through":
             return _straight_through(difference, difference)
         case "k3_straight_through":

@@ -69,7 +69,7 @@ def rollout_weights(
     metrics = {
         "num_tokens": loss_mask.sum(),
         "k1_sum": -log_ratio.sum(),
-        "k3_sum": (bounded.exp() - 1.0 - bounded).sum(),
+        "k3_sum": (bounded.expm1() - bounded).sum(),
         "weight_sum": weights.sum(),
         "weight_square_sum": weights.square().sum(),
         "touched": (touched & loss_mask).sum(),

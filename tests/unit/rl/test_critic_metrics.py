@@ -31,7 +31,11 @@ def explained(returns: list[float], mask: list[bool], monkeypatch: pytest.Monkey
     critic = object.__new__(Critic)  # without a model
     critic.config = CriticConfig()
     sums = MetricSums()
-    critic._loss(torch.full((count,), 9.0), [sample], micro, MiniBatchShare((sample,), 1, 1), sums)
+    current = torch.full((count,), 9.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        critic._loss(current, [sample], micro, MiniBatchShare((sample,), 1, 1), sums), current
+    )
+    assert gradient.isfinite().all() and not gradient[~torch.tensor(mask)].any()
     return _explained_variance(sums.reduce()[1])
 
 
@@ -39,6 +43,11 @@ def test_the_explained_variance_is_what_the_values_before_the_update_leave_of_th
     found = explained([1.0, 2.0, 77.0, 5.0], [True, True, False, True], monkeypatch)
     returns, errors = np.array([1.0, 2.0, 5.0]), np.array([0.5, 1.0, 3.0])
     assert found == {"critic/explained_variance": pytest.approx(1.0 - errors.var() / returns.var())}
+
+
+def test_whatever_stands_outside_the_mask_changes_nothing(monkeypatch) -> None:
+    mask = [True, True, False, True]
+    assert explained([1.0, 2.0, np.nan, 5.0], mask, monkeypatch) == explained([1.0, 2.0, 77.0, 5.0], mask, monkeypatch)
 
 
 @pytest.mark.parametrize(("returns", "mask"), [([1.0, 2.0], [False, False]), ([2.0, 2.0], [True, True])])

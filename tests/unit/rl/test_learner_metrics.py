@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -31,3 +32,18 @@ def test_every_rank_gets_the_same_numbers_of_all_ranks(monkeypatch: pytest.Monke
     first.reduce()  # is heard first
     expected = {"mean": 20.0 / 10.0, "of one": 5.0, "largest": 8.0}, {"sum": 10.0}
     assert second.reduce() == first.reduce() == expected
+
+
+@pytest.mark.parametrize("values", [(1.0, math.nan), (math.nan, 1.0)])
+def test_a_maximum_hides_no_value_that_is_not_a_number(values, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(everyone: list[Any], mine: Any) -> None:
+        everyone[:] = [({}, {}, {"largest": values[0]}), ({}, {}, {"largest": values[1]})]
+
+    sums = MetricSums()
+    for value in values:
+        sums.add_max("largest", value)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda everyone, mine: None)
+    assert math.isnan(sums.reduce()[0]["largest"])
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert math.isnan(sums.reduce()[0]["largest"])

@@ -331,6 +331,12 @@ def test_kl_estimators_equal_schulmans() -> None:
             assert (gradient - gradients["k2" if suffix else name]).abs().max() < 1e-9
 
 
+def test_k3_of_a_small_difference_survives_float32() -> None:
+    difference = torch.tensor([1e-3, -1e-4, 1e-5, -1e-6])
+    found = kl_penalty(difference, torch.zeros(4), "k3")
+    torch.testing.assert_close(found, difference.square() / 2, rtol=1e-2, atol=2e-11)
+
+
 def test_k3_still_pulls_far_from_the_reference() -> None:
     logprobs = torch.tensor([-5.0], dtype=torch.float64, requires_grad=True)
     kl_penalty(logprobs, torch.tensor([-0.1], dtype=torch.float64), "k3").backward()

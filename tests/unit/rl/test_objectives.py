@@ -137,6 +137,29 @@ def test_the_divergence_from_the_reference_is_measured_and_added_to_the_loss_onl
     torch.testing.assert_close(gradient - plain_gradient, weight * slope, rtol=0, atol=1e-6)
 
 
+LOSSES = ("ppo_clip", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "gmpo", "reinforce")
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, -1e30])
+@pytest.mark.parametrize(
+    ("loss", "estimator"),
+    [*((loss, "k3") for loss in LOSSES), *(("grpo", f"k{kind}") for kind in ("1", "2", "1_straight_through"))],
+)
+def test_whatever_stands_outside_the_mask_changes_nothing(loss, estimator, poison) -> None:
+    algorithm = AlgorithmConfig(loss=loss, kl=KLConfig(placement="loss", coefficient=0.5, estimator=estimator))
+    fields = {
+        "rollout_logprobs": LOGPROBS - 0.1,
+        "old_logprobs": LOGPROBS + 0.05,
+        "ref_logprobs": LOGPROBS - 0.3,
+        "advantages": torch.tensor([1.0, 1.0, 5.0, -1.0, -1.0]),
+    }
+    poisoned = {name: torch.where(MASK, values, torch.tensor(poison)) for name, values in fields.items()}
+    expected, expected_gradient, expected_metrics = run(algorithm, samples(**fields))
+    found, gradient, metrics = run(algorithm, samples(**poisoned))
+    assert found == expected and metrics == expected_metrics
+    assert torch.equal(gradient, expected_gradient) and gradient[2] == 0.0 and gradient.abs().max() > 0
+
+
 def test_the_penalty_weighs_as_much_as_the_coefficient_has_adapted_to() -> None:
     kl = KLConfig(placement="loss", coefficient=0.5, adaptive_target=0.2, adaptive_horizon=77)
     objective = PolicyObjective(AlgorithmConfig(rollout_correction=OFF, kl=kl), 8)
