@@ -62,5 +62,6 @@ format: setup
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+# Leaves `runs` alone: it holds checkpoints and models.
 clean:
-	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -103,7 +103,7 @@ def sft(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = Fal
 
 @app.command(name="eval")
 def evaluate(config: ConfigPath, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Evaluate a model on the config's evaluation data: avg@k, pass@k, maj@k."""
+    """Evaluate a model on the config's evaluation data: avg@n, pass@k, maj@n."""
     loaded = _load(config, overrides, TrainConfig)
     if dry_run:
         from launch.dry_run import describe_evaluation

@@ -23,7 +23,7 @@ from ray._common.utils import get_system_memory
 
 from launch.environment import cluster_address, installed_version
 from rl.config import RayConfig, RunConfig
-from rl.errors import ConfigError
+from rl.errors import ConfigError, UnavailableError
 
 _OBJECT_STORE_BYTES = (512 << 20, 8 << 30)  # of a local cluster, at least and at most
 _SHARED_MEMORY = "/dev/shm"
@@ -64,7 +64,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:  # ValueError: not an address
         if address is None:
             raise
-        raise ConfigError(
+        kind = UnavailableError if isinstance(error, ConnectionError) else ConfigError
+        raise kind(
             f"no Ray cluster answers at {address} (from {'ray.address' if config.address else 'RAY_ADDRESS'}): "
             f"{error}; start one with `ray start --head`, or unset that setting to run on this machine alone. A "
             "cluster with token authentication needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or "

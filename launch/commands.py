@@ -16,7 +16,15 @@ from pathlib import Path
 import typer
 
 from launch.cluster import ray_cluster, resolve_device
-from launch.compose import checkpoint_store, evaluator_of, open_sinks, run_plan, start_learners, training_run
+from launch.compose import (
+    checkpoint_store,
+    evaluator_of,
+    open_sinks,
+    run_plan,
+    shape_data,
+    start_learners,
+    training_run,
+)
 from launch.data import CheckedRun, checked_evaluation, checked_sft, checked_training
 from launch.display import ProgressDisplay
 from launch.placement import place_learners
@@ -60,6 +68,9 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, float]:
 
 def _train(checked: CheckedRun, run_dir: Path, display: ProgressDisplay, *, resume: bool) -> dict[str, float]:
     config = checked.config
+    if resume and (newest := checkpoint_store(config, run_dir).latest()):
+        source, _ = shape_data(config, checked.prompts)
+        source.load_state_dict(read_state(newest)["prompt_source"])  # before any worker starts: is it the same data?
     with training_run(checked, display) as run:
         _warn_of_a_lost_run_dir(run_dir, display)
         if resume and not run.restore():

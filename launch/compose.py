@@ -48,7 +48,7 @@ _SFT_FIXED = (*_LEARNER_FIXED, "data", "batch_size")
 _TRAIN_FIXED = (
     *(*_LEARNER_FIXED, "learner.epochs", "learner.mini_batches", "critic.path", "critic.optimizer.name"),
     "critic.warmup_steps",
-    *("data.train", "rollout.prompts_per_step", "rollout.group_size"),
+    *("data.train", "data.shuffle", "rollout.prompts_per_step", "rollout.group_size"),
 )
 
 

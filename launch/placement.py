@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from launch.cluster import refuse_gpu_engine
 from launch.environment import cluster_address
 from rl.config import RayConfig, TrainConfig
-from rl.errors import ConfigError
+from rl.errors import ConfigError, UnavailableError
 
 _CPUS_PER_WORKER = 0.01  # on machines without GPUs the workers take turns on the same cores
 _LOOK_EVERY_S = 2.0
@@ -162,7 +162,8 @@ def _reserve(bundles: Sequence[dict[str, float]], config: RayConfig, report: Rep
         waited = time.monotonic() >= deadline
         if waited or (lack and not joined):
             remove_placement_group(group)
-            raise ConfigError(
+            kind = UnavailableError if joined else ConfigError
+            raise kind(
                 f"the cluster has no room for the run: {lack or _in_use(bundles)}"
                 + (f" (after ray.placement_timeout_s {config.placement_timeout_s:g} s)" if waited else "")
             )

@@ -24,6 +24,7 @@ from rl.advantages.contract import check_estimator
 from rl.batch import IntArray
 from rl.batching import Layout
 from rl.config import ModelConfig, RunConfig, TrainConfig
+from rl.config.rollout import ENGINE_OWN
 from rl.config.types import looks_local
 from rl.errors import ConfigError, LearnerError
 from rl.layouts import refuse_inexact_layout, resolve_layout
@@ -332,8 +333,10 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
         )
     for name in config.rollout.engine_options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see the fields of vllm.engine.arg_utils.AsyncEngineArgs"
+            near = next(iter(difflib.get_close_matches(name, known, n=1)), "")
+            hint = f"did you mean {near}?" if near else "see the fields of vllm.engine.arg_utils.AsyncEngineArgs"
+            if own := ENGINE_OWN.get(near):
+                hint = f"what vLLM calls {near} is {own} here"
             raise ConfigError(f"rollout.engine_options.{name} is not an argument of vLLM's engines; {hint}")
 
 

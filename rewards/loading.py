@@ -155,12 +155,12 @@ def _load_module(name: str, module: str) -> ModuleType:
         return import_user_code(module)
     except Exception as error:
         package = module.partition(".")[0]
-        ours = (
-            f"; {package} is Fledge's own package: refer to a file of your own by its path"
-            if package in OWN_PACKAGES
-            else ""
-        )
-        raise RewardError(f"reward {name!r}: importing {module} failed: {describe_error(error)}{ours}") from error
+        remedy = ""
+        if package in OWN_PACKAGES:
+            remedy = f"; {package} is Fledge's own package: refer to a file of your own by its path"
+        elif isinstance(error, ModuleNotFoundError) and error.name in (module, package):
+            remedy = f"; it is neither installed nor in {Path.cwd()}: a file is given as path/to/file.py:function"
+        raise RewardError(f"reward {name!r}: importing {module} failed: {describe_error(error)}{remedy}") from error
 
 
 def _load_file(name: str, location: str) -> ModuleType:

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.api import GroundTruthError, RewardInput, RewardOutput
+from rl.errors import RewardError
 
 _ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_source", "log_extra", "log_metric")
+
+
+_TRAINER = ("trainer_state",)  # what TRL's trainer supplies, and nothing here
 
 
 class TrlFunction:
@@ -35,6 +39,11 @@ class TrlFunction:
         self._required = [
             p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
         ]
+        if asked := [name for name in _TRAINER if name in self._required and name not in self._options]:
+            raise RewardError(
+                f"a TRL reward function asks for {', '.join(asked)}, the state of TRL's trainer, which there is not "
+                "here; give the parameter a default, or set it in the reward's options"
+            )
         own = [name for name in self._required if name not in _ALWAYS and name not in self._options]
         self._columns = own if len(own) != 1 or "ground_truth" in self._required else []
         self._truth = own[0] if own and not self._columns else None  # the column that the ground truth can stand for

@@ -60,3 +60,9 @@ class CheckpointError(FledgeError, RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to another configuration."""
 
     exit_code = 7
+
+
+class UnavailableError(FledgeError, RuntimeError):
+    """What the run needs from outside is not there at the moment: a cluster that answers, or room on it."""
+
+    exit_code = 8

@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
         ConfigError: file missing or unreadable, unknown key (with the nearest name), wrong type or range, or settings
             that contradict each other. All problems are in one message.
     """
-    merged = _compose(Path(path), ())
+    merged = _compose(Path(path))
     for item in overrides:
         merged = overridden(merged, item)
     try:
@@ -51,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[Root]) 
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
-    return validate(plain, schema, source=str(path))
+    return validate(plain, schema, source=str(path), overrides=overrides)
 
 
 def overridden(config: DictConfig, override: str) -> DictConfig:
@@ -65,6 +65,11 @@ def overridden(config: DictConfig, override: str) -> DictConfig:
     if not text.strip():  # for example an unset shell variable
         raise ConfigError(
             f"override {override!r} has no value; write {key}=null for the default, {key}='\"\"' for no text"
+        )
+    listed = re.match(r"(.*?)(\[\d+\]|\.\d+(?=\.|$))", key)  # an item of a list
+    if listed and not isinstance(OmegaConf.select(config, listed[1]), ListConfig):
+        raise ConfigError(
+            f"override {override!r}: the file sets no list {listed[1]}; give the whole list, as in '{listed[1]}=[...]'"
         )
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
@@ -83,8 +88,9 @@ def overridden(config: DictConfig, override: str) -> DictConfig:
         ) from error
 
 
-def validate(plain: Any, schema: type[Root], source: str) -> Root:
-    """Validate a plain dict against the schema. Raises ConfigError with every problem."""
+def validate(plain: Any, schema: type[Root], source: str, overrides: Sequence[str] = ()) -> Root:
+    """Validate a plain dict, to which `overrides` have been applied, against the schema. Raises ConfigError with every
+    problem."""
     try:
         return schema.model_validate(plain)
     except ValidationError as error:
@@ -95,7 +101,7 @@ def validate(plain: Any, schema: type[Root], source: str) -> Root:
             raise ConfigError(
                 f"{source} is a configuration for `{command}`: {', '.join(sorted(foreign))} belong there"
             ) from None
-        lines = [_explain(problem, schema) for problem in problems]
+        lines = [_explain(problem, schema) + _from_override(problem, overrides) for problem in problems]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
@@ -129,12 +135,17 @@ def _escaped(plain: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", plain) if isinstance(plain, str) else plain
 
 
-def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _compose(path: Path, extended_by: tuple[Path, ...] = ()) -> DictConfig:
     path = path.expanduser()
     resolved = path.resolve()
-    if resolved in seen:
-        raise ConfigError(f"{path}: extends itself through {' -> '.join(str(p) for p in (*seen, resolved))}")
+    if resolved in extended_by:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(str(p) for p in (*extended_by, resolved))}")
     if not path.is_file():
+        if extended_by:
+            raise ConfigError(
+                f"{extended_by[-1]} extends {resolved}, which does not exist; a path in extends is relative to the "
+                "file that it is in"
+            )
         raise ConfigError(f"config file {path} does not exist (looked in {Path.cwd()})")
     try:
         loaded = OmegaConf.load(path)
@@ -145,7 +156,7 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     parent = loaded.pop("extends", None)
     if parent is None:
         return loaded
-    base = _compose(path.parent / str(parent), (*seen, resolved))
+    base = _compose(path.parent / Path(str(parent)).expanduser(), (*extended_by, resolved))
     if key := _list_against_mapping(base, loaded):
         raise ConfigError(
             f"{path}: {key} is a mapping in this file and a list in {parent}, which it extends, or the other way "
@@ -167,6 +178,16 @@ def _list_against_mapping(base: Any, own: Any, key: str = "") -> str:
     return next(filter(None, found), "")
 
 
+def _from_override(problem: Any, overrides: Sequence[str]) -> str:
+    """Says which override a problem comes from, lest the file be searched for it; empty if from none."""
+    location = [str(part) for part in problem["loc"]]
+    for override in reversed(overrides):
+        key = re.split(r"[.\[\]]+", override.partition("=")[0].rstrip("]"))
+        if location and key[: len(location)] == location[: len(key)]:
+            return f" (from the override {override})"
+    return ""
+
+
 def _explain(problem: Any, schema: type[BaseModel]) -> str:
     location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
     key = ".".join(str(part) for part in location)
@@ -174,6 +195,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         known = list(_fields_at(schema, location[:-1]))
         return f"unknown key {key}; {_hint(str(location[-1]), location[:-1], value, known, schema)}"
+    if kind == "missing" and isinstance(location[-1], int):
+        return f"{'.'.join(map(str, location[:-1]))} has {location[-1]} items; it needs one more"
     if kind == "missing":
         return f"{key} is required but not set"
     message = problem["msg"].removeprefix("Value error, ")

@@ -14,6 +14,10 @@ _RATIO = "in optimizer steps: the ratio x total_steps x learner.epochs x learner
 _ZERO3 = "learners are data-parallel, with ZeRO-3 (docs/roadmap.md)"
 _NO_SLEEP = "engines that share GPUs keep their memory (docs/roadmap.md)"
 _RESUME = "`fledge train CONFIG --resume` continues from the newest checkpoint, or starts anew if there is none"
+_TURNS = "a response is one generation: there are no rollouts of several turns or with tools yet (docs/roadmap.md)"
+_REFERENCE = "the reference is frozen: the initial policy, or algorithm.kl.reference"
+_CHUNKS = "log-probabilities are always computed in chunks (learner.logprob_chunk_tokens)"
+_SAMPLES = "how many samples of a step are written to run_dir/samples; an evaluation writes all"
 _FUNCTIONS = "a list of {name: file.py:function, weight: 1, options: {}}"
 
 # Each row: the key here, or "TRAIN KEY or SFT KEY" (empty if there is none); a note; and the last parts of the peers'
@@ -22,17 +26,19 @@ _FUNCTIONS = "a list of {name: file.py:function, weight: 1, options: {}}"
 PEERS: tuple[tuple[str, str, str], ...] = (
     ("model.path", "", "model_name_or_path pretrain"),
     ("model.dtype", "", "torch_dtype bf16 fp16"),
-    ("model.attention", "", "attn_implementation"),
+    ("model.attention", "", "attn_implementation flash_attn use_flash_attn"),
+    ("model.chat_template", "always applied; a file, or the tokenizer's own", "apply_chat_template input_template"),
     ("model.chat_template_options", "", "apply_chat_template_kwargs chat_template_kwargs"),
     ("data.train.path", "", "train_files prompt_data train_dataset dataset_name"),
     ("data.eval", "a list of datasets, each with a path", "val_files eval_dataset"),
     ("data.train.prompt_field", "", "prompt_key input_key"),
     ("data.train.ground_truth_field", "", "label_key"),
     ("data.train.size", "", "train_max_samples max_samples"),
+    ("data.shuffle", "", "shuffle_dataset"),
     ("data.max_prompt_tokens", "longer prompts are dropped and counted", "filter_overlong_prompts truncation"),
     ("data.max_prompt_tokens or data.max_tokens", "", "max_prompt_length prompt_max_len max_seq_length max_length"),
     ("rollout.group_size", "", "rollout.n num_generations n_samples_per_prompt"),
-    ("evaluation.samples_per_prompt", "", "evaluation.n evaluation.num_generations"),
+    ("evaluation.samples_per_prompt", "", "evaluation.n evaluation.num_generations num_generations_eval"),
     (
         "rollout.prompts_per_step or batch_size",
         "in prompts or examples",
@@ -82,18 +88,25 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("critic.path", "", "critic_pretrain critic.model"),
     ("critic.warmup_steps", "", "critic_warmup freezing_actor_steps"),
     ("", "there is no LoRA yet (docs/roadmap.md)", "lora_rank lora_alpha target_modules peft_config use_peft"),
-    ("", _ZERO3, "ulysses_sequence_parallel_size ring_attn_size fsdp_config"),
+    ("", _ZERO3, "ulysses_sequence_parallel_size ring_attn_size fsdp_config deepspeed deepspeed_config zero_stage"),
+    ("", _TURNS, "agent_func_path multi_turn max_tool_calling_iterations"),
+    ("", "training is synchronous (docs/roadmap.md)", "async_train async_queue_size"),
+    ("", _CHUNKS, "use_liger_kernel use_liger_loss"),
     ("algorithm.advantage", "", "adv_estimator advantage_estimator"),
     ("algorithm.loss, algorithm.aggregation", "", "loss_mode loss_type policy_loss"),
     ("algorithm.aggregation", "", "loss_agg_mode"),
     ("algorithm.loss_options.clip_low", "", "clip_ratio clip_ratio_low epsilon eps_clip cliprange"),
     ("algorithm.loss_options.clip_high", "", "clip_ratio_high epsilon_high"),
+    ("algorithm.loss_options.clip_low, algorithm.loss_options.clip_high", "", "eps_clip_low_high"),
+    ("algorithm.loss", "gspo is the one of whole sequences", "importance_sampling_level"),
+    ("", "a loss of your own can choose tokens (docs/adding-an-algorithm.md)", "top_entropy_quantile"),
     ("algorithm.loss_options.dual_clip", "", "clip_ratio_c delta"),
     ("algorithm.entropy_coefficient", "", "entropy_coeff entropy_coef entropy_loss_coef"),
     ("algorithm.kl.placement", "loss", "use_kl_loss"),
     ("algorithm.kl.placement", "reward", "use_kl_in_reward"),
     ("algorithm.kl.coefficient", "with a kl.placement", "kl_loss_coef kl_coef init_kl_coef beta"),
-    ("algorithm.kl.estimator", "", "kl_loss_type kl_penalty kl_estimator"),
+    ("algorithm.kl.estimator", "", "kl_loss_type kl_penalty kl_estimator use_kl_estimator_k3"),
+    ("", _REFERENCE, "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha"),
     ("algorithm.kl.adaptive_target", "", "target_kl kl_target"),
     ("algorithm.kl.adaptive_horizon", "", "horizon kl_horizon"),
     ("algorithm.advantage_options", "options of gae: gamma, lam", "gamma lam lambd"),
@@ -103,6 +116,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
         "norm_adv_by_std_in_grpo scale_rewards no_advantage_std_norm",
     ),
     ("algorithm.dynamic_sampling", "", "filter_groups dynamic_filtering"),
+    ("algorithm.dynamic_sampling.max_rounds", "", "max_num_gen_batches"),
     ("algorithm.mask_truncated", "", "mask_truncated_completions"),
     (
         "algorithm.rollout_correction",
@@ -111,20 +125,27 @@ PEERS: tuple[tuple[str, str, str], ...] = (
         "vllm_importance_sampling_correction vllm_importance_sampling_cap vllm_importance_sampling_clip_max",
     ),
     ("reward.functions", _FUNCTIONS, "custom_reward_function reward_funcs reward_manager reward_weights reward_kwargs"),
+    ("reward.functions", "a function of yours that asks it (docs/rewards/writing-a-reward.md)", "remote_rm_url"),
+    ("reward.clip", "", "reward_clip_range"),
+    ("", "each row's data_source says which reward it gets (docs/rewards/README.md)", "reward_fn_key"),
     ("reward.functions", "the reward length (docs/rewards/length.md)", "overlong_buffer overlong_buffer_len"),
     ("total_epochs or epochs", "", "num_train_epochs num_episodes"),
     ("total_steps", "", "total_training_steps max_steps"),
     ("checkpoint.every", "", "save_freq save_steps save_interval"),
     ("checkpoint.keep", "", "max_actor_ckpt_to_keep save_total_limit max_ckpt_num"),
     ("checkpoint.keep_best", "", "metric_for_best_model load_best_model_at_end best_metric_key"),
-    ("evaluation.every", "", "test_freq eval_steps"),
+    ("evaluation.every", "", "test_freq eval_steps eval_strategy"),
+    ("", "`fledge eval CONFIG`", "val_only"),
     ("evaluation.at_start", "", "val_before_train eval_on_start"),
     ("run_dir", "", "default_local_dir output_dir ckpt_path save_path"),
     ("name", "", "experiment_name run_name wandb_run_name"),
     ("logging", "metrics.jsonl always; tensorboard, wandb_project", "logger report_to"),
+    ("logging.samples_per_step", _SAMPLES, "rollout_data_dir validation_data_dir log_completions log_val_generations"),
+    ("", "every step is logged", "logging_steps logging_strategy logging_first_step"),
+    ("", "exports are folders; upload them yourself (docs/roadmap.md)", "push_to_hub hub_model_id"),
     ("logging.wandb_project", "", "project_name use_wandb"),
     ("", "set WANDB_ENTITY, WANDB_RUN_GROUP or WANDB_TAGS", "wandb_entity wandb_org wandb_group wandb_tags"),
-    ("", _RESUME, "resume_mode resume_from_checkpoint load_checkpoint"),
+    ("", _RESUME, "resume_mode resume_from_checkpoint resume_from_path load_checkpoint"),
 )
 PEER_KEYS = {name: (key, note) for key, note, names in PEERS for name in names.split()}
 

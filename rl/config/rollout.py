@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from rl.config.types import Float, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # vLLM arguments that engine_options must not set, because a key here sets them, or placement and weight sync do ("").
-_ENGINE_OWN = {
+ENGINE_OWN = {
     "model": "model.path",
     "revision": "model.revision",
     "dtype": "model.dtype",
@@ -22,7 +22,8 @@ _ENGINE_OWN = {
     "enforce_eager": "rollout.enforce_eager",
     "enable_prefix_caching": "rollout.enable_prefix_caching",
     **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"), ""),
-    **dict.fromkeys(("worker_extension_cls", "weight_transfer_config", "logprobs_mode"), ""),
+    **dict.fromkeys(("worker_cls", "worker_extension_cls", "weight_transfer_config", "logprobs_mode"), ""),
+    **dict.fromkeys(("stream_interval", "enable_lora"), ""),
 }
 
 _LEAST_TEMPERATURE = 0.01  # vLLM raises anything lower to this (`vllm.sampling_params._MAX_TEMP`)
@@ -130,7 +131,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RolloutConfig:
-        for option, key in _ENGINE_OWN.items():
+        for option, key in ENGINE_OWN.items():
             if option in self.engine_options:
                 decided = f"which is {key} here; set that instead" if key else "which placement and weight sync decide"
                 raise ValueError(f"engine_options holds {option}, {decided}, and leave it out")

@@ -180,7 +180,7 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 f"rollout.prompts_per_step {self.rollout.prompts_per_step} x rollout.group_size "
                 f"{self.rollout.group_size} = {samples} samples cannot be divided evenly into learner.mini_batches "
-                f"{self.learner.mini_batches}"
+                f"{self.learner.mini_batches}; set it to a divisor: {', '.join(map(str, _divisors(samples)))}"
             )
         if samples // self.learner.mini_batches < self.learner.num_workers:
             raise ValueError(
@@ -295,6 +295,14 @@ class TrainConfig(RunConfig):
         return self
 
 
+_SHOWN_DIVISORS = 12
+
+
+def _divisors(number: int) -> list[int]:
+    """The smallest ones."""
+    return [n for n in range(1, number + 1) if number % n == 0][:_SHOWN_DIVISORS]
+
+
 class SftConfig(RunConfig):
     """`fledge sft`: supervised warm start with the same learner."""
 
@@ -311,7 +319,7 @@ class SftConfig(RunConfig):
                     "on its batch; leave it out, and set epochs (at the top level) and batch_size instead"
                 )
         for section, keys in (
-            ("data.train", ("reward",)),
+            ("data.train", ("reward", "ground_truth_field")),
             ("learner", ("offload_reference",)),
             ("learner.moe", ("router_replay",)),
             ("logging", ("samples_every", "samples_per_step")),
@@ -319,7 +327,10 @@ class SftConfig(RunConfig):
             ("ray", ("colocate", "rollout_resources")),
         ):
             for key in filter(attrgetter(section)(self).sets, keys):
-                raise ValueError(f"{section}.{key} has no effect in a supervised run; leave it out, or set it to null")
+                if attrgetter(f"{section}.{key}")(self) is not None:
+                    raise ValueError(
+                        f"{section}.{key} has no effect in a supervised run; leave it out, or set it to null"
+                    )
         if self.learner.max_tokens_per_microbatch < self.data.max_tokens:
             raise ValueError(
                 f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is less than "

@@ -112,7 +112,10 @@ def _read_file(path: Path) -> Iterator[Located]:
     if path.suffix in _PARQUET_SUFFIXES:
         return _read_parquet(path)
     known = ", ".join((*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES))
-    raise DataError(f"dataset {path}: unknown file type {path.suffix!r}; supported are {known}, and dataset folders")
+    raise DataError(
+        f"dataset {path}: unknown file type {path.suffix!r}; supported are {known}, and folders with files of other "
+        "types that Hugging Face datasets reads, such as CSV"
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:

@@ -16,6 +16,7 @@ import numpy as np
 from rl.batch import IntArray
 from rl.config import SftDataConfig
 from rl.errors import DataError
+from rl.prompts.generated import is_generated
 from rl.prompts.messages import parse_messages, prompt_messages
 from rl.prompts.rows import Row, dataset_name, missing_field, read_rows
 from rl.prompts.template import ChatTemplate, Message
@@ -56,6 +57,11 @@ def load_sft_examples(config: SftDataConfig, tokenizer: Any, *, chat_template_op
         DataError: nothing to read, a broken row (with file and line), or no example left.
         ConfigError: a chat template option that the template never reads.
     """
+    if is_generated(config.train):
+        raise DataError(
+            f"dataset {config.train.shown_path}: reasoning_gym makes problems without worked responses; use them with "
+            "`fledge train`, or write responses into a file (as launch/quickstart.py does)"
+        )
     template = ChatTemplate(tokenizer, chat_template_options)
     examples: list[SftExample] = []
     num_rows, num_verbatim, longest = 0, 0, 0

@@ -149,6 +149,16 @@ def test_a_resume_under_another_configuration_leaves_the_run_as_it_is(fledge, tm
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
 
 
+def test_a_resume_on_other_data_is_refused_before_anything_starts(fledge, tmp_path, config):
+    checked = load_config(save(tmp_path, config), (), TrainConfig)
+    state = {"fingerprint": "f00", "num_prompts": 7, "seed": 0, "shuffle": True, "num_drawn": 3}
+    store = checkpoint_store(checked, tmp_path / "run")
+    store.save(1, {"prompt_source": state}, lambda folder: (folder / "w").write_text("1"))
+    exit_code, said = fledge("train", save(tmp_path, config), "--resume")
+    assert exit_code == CheckpointError.exit_code, said
+    assert "the training data changed since the checkpoint: it had 7 prompts" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("where", ["import", "call", "exit()"])
 def test_code_of_a_user_cannot_end_the_command_in_silence(fledge, tmp_path, config, where):
     """A script without an `if __name__` guard: its exit(0) looked like a finished run."""

@@ -10,7 +10,7 @@ import torch
 from launch.cluster import _forwarded, _object_store_bytes, ray_cluster, resolve_device
 from launch.placement import gather_learners, lacking, place_learners, place_rollouts, place_train_workers
 from rl.config import RayConfig, RunConfig, TrainConfig
-from rl.errors import ConfigError
+from rl.errors import ConfigError, UnavailableError
 
 GIB = 1 << 30
 
@@ -95,7 +95,9 @@ def test_a_cluster_that_does_not_answer_is_named_with_the_setting_it_comes_from(
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the stack tests' cluster may be there
     with (
-        pytest.raises(ConfigError, match=rf"no Ray cluster answers at 192.0.2.\d:6379 \(from {origin}\): nobody there"),
+        pytest.raises(
+            UnavailableError, match=rf"no Ray cluster answers at 192.0.2.\d:6379 \(from {origin}\): nobody there"
+        ),
         ray_cluster(RayConfig(address=address)),
     ):
         pass

@@ -225,9 +225,13 @@ def test_an_unknown_engine_option_is_refused_with_the_nearest_name(models):
     config = TrainConfig(model={"path": str(models["qwen3"])}, data={"train": {"path": "d"}})
     known = config.model_copy(update={"rollout": RolloutConfig(engine_options={"attention_backend": "TRITON_ATTN"})})
     check_engine_options(known, trained=True)
-    misspelt = config.model_copy(update={"rollout": RolloutConfig(engine_options={"max_num_seq": 4})})
-    with pytest.raises(ConfigError, match=r"rollout.engine_options.max_num_seq is not .*; did you mean max_num_seqs\?"):
-        check_engine_options(misspelt, trained=True)
+    for misspelt, hint in (
+        ("block_siz", r"did you mean block_size\?"),
+        ("max_num_seq", "what vLLM calls max_num_seqs is rollout.max_concurrent_sequences here"),
+    ):
+        asked = config.model_copy(update={"rollout": RolloutConfig(engine_options={misspelt: 4})})
+        with pytest.raises(ConfigError, match=rf"rollout.engine_options.{misspelt} is not .*; {hint}$"):
+            check_engine_options(asked, trained=True)
 
 
 @pytest.mark.parametrize("key", ["critic.path", "algorithm.kl.reference"])

@@ -80,7 +80,10 @@ def test_every_built_in_is_listed_with_a_summary(name: str) -> None:
         ("exakt", r"there is no reward 'exakt'; did you mean exact\? known: choice, code, exact"),
         ("no/such/file.py:reward", r"there is no file .*/no/such/file.py on "),
         ("plugin.py", r"names a file but no function in it; write plugin.py:FUNCTION"),
-        ("no_such_package:reward", r"importing no_such_package failed: ModuleNotFoundError"),
+        (
+            "no_such_package:reward",
+            r"importing no_such_package failed: ModuleNotFoundError.*; it is neither installed nor in .*: a file is",
+        ),
     ],
 )
 def test_what_is_not_there_is_named(name: str, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rewards.api import GroundTruthError, RewardInput, RewardOutput
 from rewards.signatures import adapt
-from rewards.trl_columns import reads_messages
+from rewards.trl_columns import TrlFunction, reads_messages
 from rl.errors import ConfigError, RewardError
 
 
@@ -74,6 +74,15 @@ def trl_everything(prompts, completions, completion_ids, level, log_extra=None, 
     log_extra("ids", [len(ids) for ids in completion_ids])
     log_metric("size", len(prompts))
     return [None if one == "skip" else 1.0 for one in level]
+
+
+def test_the_state_of_trls_trainer_is_not_taken_for_a_column() -> None:
+    def asks(completions, trainer_state, **kwargs):  # type: ignore[no-untyped-def]
+        return [0.0 for _ in completions]
+
+    with pytest.raises(RewardError, match="asks for trainer_state, the state of TRL's trainer, which there is not"):
+        TrlFunction(asks, {})
+    TrlFunction(asks, {"trainer_state": None})
 
 
 def values(function: Any, samples: list[RewardInput], **options: Any) -> list[Any]:

@@ -122,7 +122,8 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("model.dtype=float16", "model.dtype is 'float16': input should be 'bfloat16' or 'float32'"),
         (
             "learner.mini_batches=7",
-            "32 x rollout.group_size 8 = 256 samples cannot be divided evenly into",
+            "32 x rollout.group_size 8 = 256 samples cannot be divided evenly into learner.mini_batches 7; set it to a "
+            "divisor: 1, 2, 4, 8, 16, 32, 64, 128, 256",
         ),
         ("learner.num_workers=300", "a mini-batch of 256 samples is too small for learner.num_workers 300"),
         ("learner.max_tokens_per_microbatch=100", "less than the longest sequence.*= 2048; raise it to at least 2048"),
@@ -135,6 +136,9 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
         ("reward.clip=[1,1]", r"reward: clip \[1.0, 1.0\] leaves no room"),
         ("algorithm.kl.coefficient=0.1", "kl.coefficient is set but kl.placement is none; set placement"),
         ("learner.optimizer.betas=[0.9,1.0]", "learner.optimizer.betas.1 is 1.0: input should be less than 1"),
+        ("learner.optimizer.betas=[0.9]", "learner.optimizer.betas has 1 items; it needs one more"),
+        ("reward.functions[0].weight=0.5", r"the file sets no list reward\.functions; give the whole list, as in"),
+        ("data.eval.0.path=x", r"'data.eval.0.path=x': the file sets no list data\.eval; give the whole"),
         ("rollout.stop=[a", r"override 'rollout.stop=\[a' cannot be read"),
         ("rollout.stop=['']", r"rollout\.stop\.0 is '': string should have at least 1 character"),
         ("rollout.group_size=10000000000", "rollout.group_size is 10000000000: input should be less than or equal to"),
@@ -182,6 +186,34 @@ def test_extends_overrides_interpolation_and_environment(tmp_path, config_file, 
 def test_errors_name_key_value_and_remedy(config_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file, [override], TrainConfig)
+
+
+def test_a_problem_is_said_to_come_from_the_override_that_it_comes_from(config_file):
+    config_file.write_text(config_file.read_text() + "rollout: {top_p: 7}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(
+            config_file, ["learner.optimizer.lr=-1", "evaluation={samples_per_prompt: 0}", "name=x"], TrainConfig
+        )
+    problems = str(error.value).removeprefix(f"{config_file}: ").split("; ")
+    assert len(problems) == 3
+    for problem in problems:
+        key = problem.split(" is ")[0]
+        override = {
+            "learner.optimizer.lr": " (from the override learner.optimizer.lr=-1)",
+            "evaluation.samples_per_prompt": " (from the override evaluation={samples_per_prompt: 0})",
+            "rollout.top_p": "",
+        }[key]
+        assert problem.endswith(override) and ("override" in problem) == bool(override), problem
+
+
+def test_a_file_that_extends_a_missing_one_is_named(config_file):
+    child = config_file.parent / "child.yaml"
+    child.write_text("extends: bases/base.yaml\n")
+    missing = config_file.parent / "bases" / "base.yaml"
+    with pytest.raises(
+        ConfigError, match=rf"{child} extends {missing}, which does not exist; a path in extends is rel"
+    ):
+        load_config(child, [], TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +325,12 @@ def test_supervised_runs_refuse_what_they_would_ignore(tmp_path, key):
         load_config(path, [f"learner.{key}=2"], SftConfig)
     with pytest.raises(ConfigError, match=r"max_tokens_per_microbatch 16384 is less than data.max_tokens 20000"):
         load_config(path, ["data.max_tokens=20000"], SftConfig)
-    for change in ("data.train.reward=math", "learner.moe.router_replay=true", "ray.colocate=true"):
+    for change in (
+        "data.train.reward=math",
+        "data.train.ground_truth_field=answer",
+        "learner.moe.router_replay=true",
+        "ray.colocate=true",
+    ):
         key = change.partition("=")[0]
         with pytest.raises(ConfigError, match=f"{key} has no effect in a supervised run"):
             load_config(path, [change], SftConfig)

@@ -60,6 +60,12 @@ def test_a_response_that_calls_a_tool_is_what_the_template_writes_or_an_error(tm
         load(tmp_path, silent, row)
 
 
+def test_problems_without_responses_are_refused():
+    config = SftDataConfig(train=DatasetConfig(path="reasoning_gym:chain_sum"))
+    with pytest.raises(DataError, match="reasoning_gym:chain_sum: reasoning_gym makes problems without worked resp"):
+        load_sft_examples(config, build_tokenizer("qwen3"), chat_template_options={})
+
+
 def test_prompt_and_response_rows(tmp_path):
     tokenizer = build_tokenizer("qwen3")
     result = load(tmp_path, tokenizer, {"prompt": "1+1?", "response": "<think>easy</think>2"}, prompt_suffix=" Box it.")

@@ -52,14 +52,15 @@ class FakeRay:
         monkeypatch.setattr(
             "rollout.pool.CREW", SimpleNamespace(get=lambda call, index, what: [[call[1].prompt_index]])
         )
-        self.pool = object.__new__(RolloutPool)  # without Ray's actors
-        self.pool._config = RolloutConfig(max_concurrent_sequences=most, timeout_s=9)
-        self.pool._finished, self.pool._trained = {}, True
         workers = {
             i: SimpleNamespace(generate=SimpleNamespace(remote=lambda groups, _, i=i: self.submit(i, *groups)))
             for i in range(2)
         }
-        self.pool.roster = SimpleNamespace(workers=workers, can_spare=lambda: False)
+        roster = SimpleNamespace(workers=workers, can_spare=lambda: False, raise_if_hung=lambda: None)
+        config = RolloutConfig(max_concurrent_sequences=most, timeout_s=3)
+        self.told = []
+        self.pool = RolloutPool(roster, config, training=None, evaluation=None)
+        self.pool.tell = self.told.append
 
     def submit(self, index, group):
         self.in_flight[index] += len(group.seeds)
@@ -83,12 +84,14 @@ def test_groups_go_to_the_idlest_worker_the_longest_prompt_first_and_come_back_i
     assert sorted(made) == [[i] for i in range(6)]
     assert fake.submitted == [(0, 5), (1, 1), (0, 4), (1, 2), (1, 3), (1, 0)]
     assert fake.cancelled == []
+    assert fake.told[0] == "0 of 6 prompts have their responses"
+    assert fake.told[-2:] == ["5 of 6 prompts have their responses", "all 6 prompts have their responses"]
 
 
 def test_workers_that_finish_nothing_in_time_are_named_and_their_calls_cancelled(monkeypatch):
     fake = FakeRay(monkeypatch, stuck=True)
     groups = [GroupRequest(i, (0,), (i, i + 10)) for i in range(6)]
-    with pytest.raises(RolloutError, match=r"workers \[0, 1\] finished none of 4 groups within rollout.timeout_s 9"):
+    with pytest.raises(RolloutError, match=r"workers \[0, 1\] finished none of 4 groups within rollout.timeout_s 3"):
         fake.pool._generate_balanced(groups, None, lambda group: None)
     assert len(fake.cancelled) == 4
 
