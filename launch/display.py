@@ -41,7 +41,8 @@ class _BarOverMetrics(Progress):
         for task in self.tasks:
             yield self.make_tasks_table([task])
             yield Columns(task.fields["metrics"], padding=(0, 2))
-            yield Text(self.now(), style="dim")
+            if now := self.now():
+                yield Text(now, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class ProgressDisplay:

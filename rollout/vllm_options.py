@@ -5,6 +5,7 @@ Left out: running the engine (`rollout.vllm_engine`). Only the functions import 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,7 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> process_tie.E
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a forked child would not load the plugins again
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(rollout.start_timeout_s))
-    os.environ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(int(rollout.hang_timeout_s))  # of several workers
+    os.environ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(math.ceil(rollout.hang_timeout_s))  # of several workers
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if model.dtype == "float32":
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else Triton multiplies in TF32, with 10 bits of mantissa

@@ -183,7 +183,7 @@ def _from_override(problem: Any, overrides: Sequence[str]) -> str:
     location = [str(part) for part in problem["loc"]]
     for override in reversed(overrides):
         key = re.split(r"[.\[\]]+", override.partition("=")[0].rstrip("]"))
-        if location and key[: len(location)] == location[: len(key)]:
+        if location[: len(key)] == key:
             return f" (from the override {override})"
     return ""
 
