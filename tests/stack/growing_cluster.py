@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from launch.cluster import ray_cluster
 from launch.placement import place_train_workers
 from rl.config import TrainConfig
-from rl.errors import ConfigError
+from rl.errors import UnavailableError
 
 VARIABLE = "NCCL_SOCKET_IFNAME"
 
@@ -45,7 +45,7 @@ def place(config: TrainConfig) -> dict[str, Any]:
     told: list[str] = []
     try:
         placement = place_train_workers(config, device="cuda", report=told.append)
-    except ConfigError as error:
+    except UnavailableError as error:
         return {"told": told, "error": str(error)}
     kinds = {"learners": placement.learners, "rollouts": placement.rollouts}
     workers = {kind: [Worker.options(**one).remote() for one in options] for kind, options in kinds.items()}
