@@ -13,9 +13,6 @@ from rl.errors import RewardError
 _ALWAYS = ("prompts", "completions", "completion_ids", "ground_truth", "data_source", "log_extra", "log_metric")
 
 
-_TRAINER = ("trainer_state",)  # what TRL's trainer supplies, and nothing here
-
-
 class TrlFunction:
     """`reward(prompts, completions, completion_ids, **columns)`; returns a number or None (not applicable) per row.
 
@@ -39,9 +36,9 @@ class TrlFunction:
         self._required = [
             p.name for p in self._parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
         ]
-        if asked := [name for name in _TRAINER if name in self._required and name not in self._options]:
+        if "trainer_state" in self._required and "trainer_state" not in self._options:
             raise RewardError(
-                f"a TRL reward function asks for {', '.join(asked)}, the state of TRL's trainer, which there is not "
+                "a TRL reward function asks for trainer_state, the state of TRL's trainer, which there is not "
                 "here; give the parameter a default, or set it in the reward's options"
             )
         own = [name for name in self._required if name not in _ALWAYS and name not in self._options]

@@ -116,8 +116,8 @@ class Roster:
         self._checks = {}
 
     def raise_if_hung(self) -> None:
-        """Raise RolloutError if an engine was found to make no more progress. Takes no time, so call it often while a
-        batch is under way: an engine that hangs fails no call, but it does not answer either."""
+        """Raise RolloutError if an engine was found to make no more progress. Does not wait for answers, so call it
+        often while a batch is under way: an engine that hangs fails no call, but it does not answer either."""
         if time.monotonic() < self._checked + _LOOK_S:
             return
         self._checked = time.monotonic()

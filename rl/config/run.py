@@ -180,7 +180,7 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 f"rollout.prompts_per_step {self.rollout.prompts_per_step} x rollout.group_size "
                 f"{self.rollout.group_size} = {samples} samples cannot be divided evenly into learner.mini_batches "
-                f"{self.learner.mini_batches}; set it to a divisor: {', '.join(map(str, _divisors(samples)))}"
+                f"{self.learner.mini_batches}; set it to a divisor of {samples}"
             )
         if samples // self.learner.mini_batches < self.learner.num_workers:
             raise ValueError(
@@ -293,14 +293,6 @@ class TrainConfig(RunConfig):
                 f"{rollout.max_response_tokens}, so nothing could be rejected; lower it"
             )
         return self
-
-
-_SHOWN_DIVISORS = 12
-
-
-def _divisors(number: int) -> list[int]:
-    """The smallest ones."""
-    return [n for n in range(1, number + 1) if number % n == 0][:_SHOWN_DIVISORS]
 
 
 class SftConfig(RunConfig):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 
 import psutil
@@ -34,6 +35,9 @@ def ranks():
         def pid(self):
             return os.getpid()
 
+        def thread(self):
+            return threading.get_ident()
+
     rank = ray.remote(concurrency_groups={WATCH: 1}, num_cpus=0.01, max_restarts=0)(Rank)
     started = [rank.remote(number, 2) for number in range(2)]
     ray.get([worker.meet.remote() for worker in started])
@@ -63,6 +67,16 @@ def looks_often(monkeypatch):
 
 def test_an_update_may_take_longer_than_one_of_its_micro_batches(ranks):
     assert wait_for(ranks, [worker.update.remote(8, 0.5) for worker in ranks], hang_timeout_s=2) == [8, 8]
+
+
+def test_all_that_a_rank_does_it_does_on_one_thread_which_is_not_the_one_that_answers(ranks):
+    """torch keeps settings per thread, such as the number of OpenMP threads and the current GPU."""
+    rank = ranks[0]
+    calls = [call for _ in range(50) for call in (rank.thread.remote(), rank.position.remote())][::2]
+    assert len(set(ray.get(calls))) == 1
+    working = rank.update.remote(1, 5)
+    ray.get(rank.position.remote(), timeout=60)
+    assert not ray.wait([working], timeout=0)[0], "it answers while it works"
 
 
 def test_ranks_that_do_not_move_are_named_with_what_they_are_in(ranks):

@@ -19,14 +19,12 @@ class Ranks:
         self.told = []
 
     def worker(self, rank):
-        def ask(answer):
-            at = self.now
-            position = Position(int((at - 1000.0) / self.piece_s[rank]), f"piece of {rank}")
-            return SimpleNamespace(remote=lambda: (at + self.delay_s[rank], answer(position)))
+        def position():
+            return Position(int((self.now - 1000.0) / self.piece_s[rank]), f"piece of {rank}")
 
         return SimpleNamespace(
-            position=SimpleNamespace(remote=lambda: ask(lambda p: p).remote()),
-            report=SimpleNamespace(remote=lambda: ask(lambda p: (p, "in update")).remote()),
+            position=SimpleNamespace(remote=lambda: (self.now + self.delay_s[rank], position())),
+            report=SimpleNamespace(remote=lambda: (self.now + self.delay_s[rank], (position(), "in update"))),
         )
 
     def wait(self, calls, *, num_returns, timeout):
@@ -35,8 +33,6 @@ class Ranks:
         return [call for call in calls if call[0] <= self.now], [call for call in calls if call[0] > self.now]
 
     def get(self, call):
-        if isinstance(call[1], Exception):
-            raise call[1]
         return call[1]
 
 
@@ -57,13 +53,11 @@ def look_for(watch, ranks, seconds, every=5.0):
         ranks.now += every
 
 
-@pytest.mark.parametrize("piece_s", [0.1, 1.0, 30.0, 599.0])
-@pytest.mark.parametrize("limit_s", [5.0, 600.0])
+@pytest.mark.parametrize(("limit_s", "piece_s"), [(5, 0.1), (5, 1), (600, 0.1), (600, 1), (600, 30), (600, 599)])
 def test_ranks_that_move_are_never_hung(watch, piece_s, limit_s):
     ranks = Ranks((piece_s, piece_s), delay_s=(0.2, 3.0))
-    if piece_s < limit_s:
-        look_for(watch(ranks, limit_s), ranks, 5000)
-        assert "piece of" in ranks.told[-1]
+    look_for(watch(ranks, limit_s), ranks, 5000)
+    assert "piece of" in ranks.told[-1]
 
 
 def test_a_driver_that_was_stopped_itself_asks_again_before_it_judges(watch):
