@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import signal
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +55,7 @@ DryRun = Annotated[
 ]
 
 INTERRUPTED = 130
+_ONE_TERMINATION_S = 5.0
 
 
 def _show_version(wanted: bool) -> None:
@@ -136,10 +139,15 @@ def export(
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="the run_dir of a run")]) -> None:
-    """Write report.html, one self-contained page with the run's curves and samples."""
-    from launch.report import write_report
+    """Write report.html, one self-contained page of the run, and show its first and last evaluation."""
+    from launch.report import evaluation_table, write_report
+    from rl.metrics import read_metrics
 
-    typer.echo(f"report {write_report(run_dir)}")
+    path = write_report(run_dir)
+    for name, first, last in evaluation_table(read_metrics(run_dir)):
+        if name.count("/") == 1:  # of a whole set, not of one of its data sources
+            typer.echo(f"{name:40s} {first:.3f} -> {last:.3f}")
+    typer.echo(f"report {path}")
 
 
 @app.command()
@@ -159,9 +167,10 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: every known error is one message and its kind's exit code; Ctrl-C, SIGTERM or SIGHUP end it."""
     quiet_frameworks()
-    signal.signal(signal.SIGTERM, _terminate)
+    terminate = _Termination()
+    signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, _terminate)
+        signal.signal(signal.SIGHUP, terminate)
     try:
         # Outside its standalone mode, typer turns Ctrl-C and typer.Exit into a return value; commands return nothing.
         exit_code = app(standalone_mode=False) or 0
@@ -214,8 +223,21 @@ def _refuse_resume(resume: bool) -> None:
         )
 
 
-def _terminate(*_: Any) -> None:
-    raise KeyboardInterrupt
+class _Termination:
+    """Handles SIGTERM and SIGHUP as Ctrl-C is handled.
+
+    Schedulers, `timeout` and closed terminals signal a process and then its group, and a second interrupt would give up
+    what the first one saves. So what comes shortly after the first signal belongs to it.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._last > _ONE_TERMINATION_S:
+            self._last = now
+            raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:

@@ -15,11 +15,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import ray
 import torch
 from ray._common.utils import get_system_memory
+from ray._private import services
 
 from launch.environment import cluster_address, installed_version
 from rl.config import RayConfig, RunConfig
@@ -85,13 +87,29 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
     """`ray.init`, repeated if a local node was too slow: Ray gives it 30 s, which a busy machine can exceed."""
     for attempt in range(_START_ATTEMPTS):
         try:
-            ray.init(address=address or "local", **options)  # without one it would join what `ray start` has left
+            with _in_groups_of_their_own():
+                ray.init(address=address or "local", **options)  # without one it would join what `ray start` has left
             return
         except Exception as error:
             last = attempt == _START_ATTEMPTS - 1
             if last or address is not None or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
+
+
+@contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Start Ray's processes in process groups of their own.
+
+    A SIGTERM or SIGHUP to the group of the run (from `timeout`, a closed terminal, or schedulers) would otherwise end
+    the learners while they save what they learned. Ray shields its processes from SIGINT alone.
+    """
+    start = services.ConsolePopen
+    services.ConsolePopen = partial(start, process_group=0)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start  # type: ignore[misc]
 
 
 def _forwarded(patterns: Sequence[str]) -> dict[str, str]:

@@ -45,6 +45,10 @@ class LearnerError(FledgeError, RuntimeError):
     exit_code = 5
 
 
+class EmptyBatchesError(LearnerError):
+    """Batches without a token to learn from, too many in a row. The learner itself is intact."""
+
+
 class WeightSyncError(FledgeError, RuntimeError):
     """The rollout workers do not hold the learner's weights. Names the version, engine and parameters where known."""
 

@@ -29,7 +29,7 @@ from rl.batch import (
     WeightVersion,
 )
 from rl.batching import balance, collect, plan_update
-from rl.errors import ConfigError, FledgeError, LearnerError, WeightSyncError
+from rl.errors import ConfigError, EmptyBatchesError, FledgeError, LearnerError, WeightSyncError
 from rl.stall_watch import StallWatch
 from rl.workers import LearnerSpec, not_seen
 
@@ -191,7 +191,7 @@ class LearnerGroup:
         """Count batches without a token to learn from, which change nothing; too many in a row end the run."""
         self.empty_in_a_row = 0 if batch.num_loss_tokens else self.empty_in_a_row + 1
         if self.empty_in_a_row > self.spec.learner.max_skipped_steps:
-            raise LearnerError(
+            raise EmptyBatchesError(
                 f"none of the {len(batch.samples)} samples has a token to learn from (all aborted, unscored, rejected "
                 f"or masked), for {self.empty_in_a_row} steps in a row (learner.max_skipped_steps "
                 f"{self.spec.learner.max_skipped_steps}); see the status and error fields of the last samples file"

@@ -53,6 +53,9 @@ def score_metrics(scored: ScoredBatch) -> dict[str, float]:
     metrics = {
         "reward/mean": float(rewards.mean()) if len(rewards) else math.nan,
         "reward/std": float(rewards.std()) if len(rewards) else math.nan,
+        "rollout/prompt_length_mean": float(
+            np.mean([len(scored.batch.prompts[r.prompt_index].token_ids) for r in rollouts])
+        ),
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_frac": _share(rollouts, lambda r: r.finish_reason is FinishReason.LENGTH),

@@ -5,9 +5,10 @@ checkpoints). Left out: processes and placement (`launch`), and the step itself 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +16,11 @@ from typing import Any, Protocol
 from rl.batch import RewardStatus
 from rl.checkpoint import LEARNER, CheckpointStore, of_step
 from rl.controller import Controller, StepResult
-from rl.errors import FledgeError, RewardError, RolloutError, WeightSyncError
+from rl.errors import WeightSyncError
 from rl.evaluation import Evaluator
 from rl.metrics import Record, read_metrics, step_metrics
 from rl.probe import AgreementBounds, WeightProbe
+from rl.rescue import save_what_was_learned
 from rl.samples import write_samples
 
 DIFF_MEAN = "rollout/logprob_diff_mean"
@@ -58,6 +60,13 @@ def row_is_whole(plan: RunPlan, step: int) -> bool:
     first."""
     row = next((row for row in read_metrics(plan.run_dir) if row["step"] == step), {})
     return bool(row) and (any(name.startswith("eval/") for name in row) or not plan.evaluates_after(step))
+
+
+@contextmanager
+def _timed(metrics: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    metrics[f"time/{stage}_s"] = time.perf_counter() - started
 
 
 class TrainingRun:
@@ -122,8 +131,11 @@ class TrainingRun:
                 while self.next_step < plan.total_steps:
                     metrics = self._step(record)
                 return metrics
-            except (RolloutError, RewardError, KeyboardInterrupt) as error:
-                self._save_what_was_learned(interrupted=isinstance(error, KeyboardInterrupt))
+            except BaseException as error:
+                if self.controller.steps_learned != self._saved_step or self.controller.learners.is_updating:
+                    save_what_was_learned(
+                        error, self._save_last_step, checkpoints=self.checkpoints, display=self.display
+                    )
                 raise
 
     def _step(self, record: Record) -> dict[str, float]:
@@ -138,13 +150,15 @@ class TrainingRun:
             self._state = self._run_state(metrics)  # before the step counts as done: an interrupt may come in between
             self.next_step = done
             if self.probe.due():
-                metrics |= self.controller.surviving_losses(lambda: self._probe(result))
+                with _timed(metrics, "probe"):
+                    metrics |= self.controller.surviving_losses(lambda: self._probe(result))
                 self._state["metrics"] = dict(metrics)
         except WeightSyncError:
             record(done, metrics)  # what led to the error, for whoever investigates
             raise
         if done == plan.total_steps or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
-            self._save(done, self._state)  # before the evaluation, so that its failure costs no step
+            with _timed(metrics, "checkpoint"):
+                self._save(done, self._state)  # before the evaluation, so that its failure costs no step
         return self._evaluate_and_record(record, metrics)
 
     def _evaluate_and_record(self, record: Record, metrics: dict[str, float]) -> dict[str, float]:
@@ -152,7 +166,8 @@ class TrainingRun:
         done = self.next_step
         try:
             if self.plan.evaluates_after(done):
-                metrics |= self._evaluate(f"step_{done:06d}")
+                with _timed(metrics, "evaluation"):
+                    metrics |= self._evaluate(f"step_{done:06d}")
         finally:
             record(done, metrics)
         self.display.step(done, metrics)
@@ -201,8 +216,9 @@ class TrainingRun:
 
     def _write_samples(self, result: StepResult) -> None:
         plan = self.plan
-        if plan.samples_every and result.step % plan.samples_every == 0:
-            path = plan.run_dir / "samples" / f"step_{result.step + 1:06d}.jsonl"
+        step = result.step + 1
+        if plan.samples_every and step % plan.samples_every == 0:
+            path = plan.run_dir / "samples" / f"step_{step:06d}.jsonl"
             write_samples(path, result.scored, limit=plan.samples_per_step)
 
     def _evaluate(self, label: str) -> dict[str, float]:
@@ -228,23 +244,12 @@ class TrainingRun:
         self._saved_step = step
         self.display.message(f"checkpoint {path}")
 
-    def _save_what_was_learned(self, *, interrupted: bool) -> None:
-        """Save what the learners learned since the last checkpoint: they are intact when rollouts or rewards fail for
-        good, or after an interrupt. For a step that broke off after its update, only the update's metrics are known."""
+    def _save_last_step(self) -> None:
+        """Save the last step that was learned. Of one that broke off after its update, only those metrics are known."""
         controller = self.controller
-        if controller.steps_learned == self._saved_step and not controller.learners.is_updating:
-            return
-        if self.checkpoints.is_writing:
-            self.display.message(self.checkpoints.given_up())
-            return
-        if interrupted:
-            self.display.message("saving what was learned before stopping; interrupt again to stop at once")
-        try:
-            controller.finish_update()
-            step, update = controller.steps_learned, controller.last_update
-            if step != self.next_step and update is not None:
-                self._check_agreement(update.metrics)
-                self._state = self._run_state(update.metrics)
-            self._save(step, self._state)
-        except (FledgeError, OSError) as error:  # must not replace the error that ended the run
-            self.display.message(f"the steps since the last checkpoint could not be saved: {error}")
+        controller.finish_update()
+        step, update = controller.steps_learned, controller.last_update
+        if step != self.next_step and update is not None:
+            self._check_agreement(update.metrics)
+            self._state = self._run_state(update.metrics)
+        self._save(step, self._state)

@@ -12,9 +12,10 @@ import numpy as np
 
 from rl.batch import TrainBatch, TrainSample, UpdateResult
 from rl.checkpoint import LEARNER, CheckpointStore, of_step
-from rl.errors import CheckpointError, FledgeError
+from rl.errors import CheckpointError
 from rl.metrics import Record
 from rl.prompts import SftExample
+from rl.rescue import save_what_was_learned
 from rl.run import Display
 
 
@@ -94,8 +95,14 @@ class SupervisedRun:
                     last = self.next_step == self.total_steps
                     if last or (self._checkpoint_every and self.next_step % self._checkpoint_every == 0):
                         self._save()
-            except KeyboardInterrupt:
-                self._save_what_was_learned(record)
+            except BaseException as error:
+                if self.next_step != self._saved_step or self._learners.is_updating:
+                    save_what_was_learned(
+                        error,
+                        lambda: self._save_last_step(record),
+                        checkpoints=self._checkpoints,
+                        display=self._display,
+                    )
                 raise
         return metrics
 
@@ -107,21 +114,12 @@ class SupervisedRun:
         self._display.step(self.next_step, metrics)
         return metrics
 
-    def _save_what_was_learned(self, record: Record) -> None:
-        """Save after an interrupt, which may have left an update unfinished."""
-        if self.next_step == self._saved_step and not self._learners.is_updating:
-            return
-        if self._checkpoints.is_writing:
-            self._display.message(self._checkpoints.given_up())
-            return
-        self._display.message("saving what was learned before stopping; interrupt again to stop at once")
-        try:
-            update = self._learners.finish_update()
-            if update is not None and update.policy_version > self.next_step:
-                self._record(record, update)
-            self._save()
-        except (FledgeError, OSError) as error:  # must not replace the interrupt
-            self._display.message(f"the steps since the last checkpoint could not be saved: {error}")
+    def _save_last_step(self, record: Record) -> None:
+        """Save the last step that was learned; its update may still be under way."""
+        update = self._learners.finish_update()
+        if update is not None and update.policy_version > self.next_step:
+            self._record(record, update)
+        self._save()
 
     def _batch(self, step: int) -> TrainBatch:
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -237,6 +238,10 @@ def assert_the_run_is_the_straight_one(straight_run, run_dir):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["rollout/tokens"] for row in rows] == [row["rollout/tokens"] for row in straight_rows]
     assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in straight_rows]
+    assert_the_weights_are(expected, run_dir)
+
+
+def assert_the_weights_are(expected, run_dir):
     weights = load_file(run_dir / "model" / "model.safetensors")
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -256,10 +261,9 @@ def in_the_third_step(model_dir, directory, *, saves_every, **sections):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupt_in_the_middle_of_a_step_costs_no_step_and_leaves_nothing_behind(straight_run, tmp_path, number):
     command, children, agents = in_the_third_step(straight_run[0], tmp_path, saves_every=0)
-    if number == signal.SIGINT:
-        os.killpg(command.process.pid, number)  # as a terminal does
-    else:
-        command.process.send_signal(number)
+    os.killpg(command.process.pid, number)  # as a terminal does, or `timeout`
+    if number == signal.SIGTERM:
+        command.process.send_signal(number)  # some schedulers signal the process as well
     assert command.wait(timeout_s=90) == 130
     assert "interrupted" in command.output()
     assert "Traceback" not in command.output()
@@ -269,6 +273,50 @@ def test_an_interrupt_in_the_middle_of_a_step_costs_no_step_and_leaves_nothing_b
         resumed = Command(tmp_path, "train", str(tmp_path / "config.yaml"), f"total_steps={STEPS}", "--resume")
         assert resumed.wait() == 0, resumed.output()
         assert_the_run_is_the_straight_one(straight_run, tmp_path / "run")
+
+
+@pytest.mark.processes
+def test_interrupts_in_an_update_and_at_a_sync_cost_no_step(straight_run, tmp_path, ray_cluster):
+    config = config_dict(straight_run[0], total_steps=STEPS, deterministic=True, run_dir=str(tmp_path / "run"))
+    display = Quiet()
+    moments = {
+        3: lambda learners: learners.is_updating and learners.policy_version == 2,
+        6: lambda learners: learners.policy_version == 6 and display.done[-1] == "the weights are sent",
+    }
+    for saved, moment in moments.items():
+        with run_here(config, display) as run:
+            run.restore()
+            with pytest.raises(KeyboardInterrupt), ctrl_c(lambda moment=moment: moment(run.controller.learners)):
+                run.execute()
+        assert display.told[-1] == f"checkpoint {tmp_path}/run/checkpoints/step_{saved:06d}"
+    with run_here(config) as run:
+        assert run.restore()
+        finish(run, tmp_path / "run")
+    # Of steps that were cut short after their update, only the update's metrics are known.
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "rollout/tokens" in row] == [1, 2, 4, 5, *range(7, STEPS + 1)]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert_the_weights_are(straight_run[1], tmp_path / "run")
+
+
+@contextmanager
+def ctrl_c(condition):
+    """Interrupts the main thread, wherever it is, as soon as the condition holds."""
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(0.002):
+            if condition():
+                signal.raise_signal(signal.SIGINT)  # Python's handlers run in the main thread
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def assert_nothing_is_left_but_a_whole_checkpoint(command, processes, directory):
@@ -465,6 +513,7 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     assert "succeeded" in submitted.stdout
     rows = read_metrics(Path(config["run_dir"]))
     assert len(rows) == 2
+    assert all(row["advantage/signal_frac"] > 0 and row["learner/grad_norm"] > 0 for row in rows)
     assert rows[-1]["reward/plugin_error_count"] == 0
     samples = (Path(config["run_dir"]) / "samples" / "step_000002.jsonl").read_text().splitlines()
     scores = [json.loads(sample)["breakdown"]["math"] for sample in samples]
@@ -474,7 +523,8 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
     assert gone(set(our_workers()) - others) == []
 
     save_config(job, config | {"total_steps": 1000, "run_dir": str(tmp_path / "stopped")})
-    submit = [*submit[:3], "--no-wait", "--submission-id", "to-stop", *submit[3:]]
+    patience = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}'  # Ray kills a job after 3 s
+    submit = [*submit[:3], "--no-wait", "--submission-id", "to-stop", "--runtime-env-json", patience, *submit[3:]]
     subprocess.run(submit, cwd=job, env=env, capture_output=True, text=True, timeout=60, check=True)
     deadline = time.monotonic() + 300
     while not read_metrics(tmp_path / "stopped"):
@@ -482,8 +532,10 @@ def test_a_submitted_job_trains_on_a_verl_parquet_file(head_node, tmp_path):
         time.sleep(0.5)
     workers = set(our_workers()) - others
     assert len(workers) >= 4  # two learners, a rollout worker and its engine
-    subprocess.run([ray_command, "job", "stop", "to-stop"], env=env, capture_output=True, timeout=60, check=True)
+    subprocess.run([ray_command, "job", "stop", "to-stop"], env=env, capture_output=True, timeout=150, check=True)
     assert gone(workers) == []
+    saved = read_state(CheckpointStore(tmp_path / "stopped" / "checkpoints", keep=2).latest())["step"]
+    assert saved >= len(read_metrics(tmp_path / "stopped")), "what was learned is saved"
 
 
 def our_workers():

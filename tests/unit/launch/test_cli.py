@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from launch import cli, doctor
+from launch.cli import _Termination
 from launch.commands import _claimed_run_dir, _locked
 from launch.compose import checkpoint_store
 from launch.doctor import Finding
@@ -274,11 +275,20 @@ def test_export_and_report_of_something_else(fledge, tmp_path, config):
 
 
 def test_a_report_shows_what_models_say(fledge, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    evaluated = [
+        {"step": 0, "eval/held/avg@4": 0.25, "eval/held/sums/avg@4": 0.5},
+        {"step": 1, "eval/held/avg@4": 0.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated))
     (tmp_path / "samples").mkdir()
     row = {"prompt": "?", "response": "one\u2028line <b>", "answer": "", "reward": 0.5, "breakdown": {}}
     (tmp_path / "samples" / "step_000001.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert fledge("report", tmp_path)[0] == 0
+    exit_code, said = fledge("report", tmp_path)
+    assert exit_code == 0
+    assert [line.split() for line in said.splitlines()] == [
+        ["held/avg@4", "0.250", "->", "0.750"],
+        ["report", str(tmp_path / "report.html")],
+    ]
     assert "one\u2028line &lt;b&gt;" in (tmp_path / "report.html").read_text()
     (tmp_path / "samples" / "step_000001.jsonl").write_text('{"prompt": "cut')
     exit_code, said = fledge("report", tmp_path)
@@ -307,6 +317,39 @@ def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, con
         assert f"--resume continues from {tmp_path}/run/checkpoints/step_000003" in said
     else:
         assert "--resume starts at the beginning: there is no checkpoint yet" in said
+
+
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGHUP], ids=["term", "hup"])
+def test_a_termination_that_is_sent_twice_does_not_interrupt_what_the_first_one_saves(
+    fledge, tmp_path, config, monkeypatch, ends
+):
+    saved = []
+
+    def train(*_, **__):
+        try:
+            signal.raise_signal(ends)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            saved.append("all")
+
+    monkeypatch.setattr("launch.commands.train", train)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert fledge("train", save(tmp_path, config))[0] == 130
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert saved == ["all"]
+
+
+def test_a_later_termination_is_another_one(monkeypatch):
+    now = iter([100.0, 104.0, 106.0])
+    monkeypatch.setattr("launch.cli.time.monotonic", lambda: next(now))
+    terminate = _Termination()
+    with pytest.raises(KeyboardInterrupt):
+        terminate()
+    terminate()
+    with pytest.raises(KeyboardInterrupt):
+        terminate()
 
 
 def test_a_traceback_of_another_process_comes_before_the_error(fledge, tmp_path, config, monkeypatch):

@@ -38,6 +38,7 @@ def test_a_scored_batch_in_numbers():
         "reward/timeout_count": 0.0,
         "reward/infrastructure_error_count": 0.0,
         "reward/skipped_count": 1.0,
+        "rollout/prompt_length_mean": 3.0,
         "rollout/length_mean": 5.0,
         "rollout/length_max": 8.0,
         "rollout/truncated_frac": 0.25,

@@ -16,7 +16,15 @@ from rl.batch import RewardStatus, RolloutBatch, Score
 from rl.checkpoint import CheckpointStore, read_state
 from rl.config import CurriculumConfig, DynamicSamplingConfig
 from rl.data_shaping import PassRateCurriculum
-from rl.errors import CheckpointError, RewardError, RolloutError, WeightSyncError
+from rl.errors import (
+    CheckpointError,
+    ConfigError,
+    EmptyBatchesError,
+    LearnerError,
+    RewardError,
+    RolloutError,
+    WeightSyncError,
+)
 from rl.evaluation import EvalSet, Evaluator
 from rl.metrics import JsonlSink, best_step, read_metrics
 from rl.probe import AgreementBounds, WeightProbe
@@ -113,6 +121,7 @@ def test_without_a_number_of_steps_only_the_end_is_saved(tmp_path):
 def test_a_row_that_a_kill_after_the_checkpoint_cost_is_written_when_resuming(tmp_path):
     make_run(tmp_path, total_steps=2).execute()
     whole = read_metrics(tmp_path)
+    assert whole[1].pop("time/checkpoint_s") > 0  # what is measured of a checkpoint comes too late for it
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
     run = make_run(tmp_path, total_steps=2)
@@ -261,6 +270,43 @@ def test_an_interrupt_between_a_steps_end_and_its_state_loses_neither(tmp_path, 
     resumed = make_run(tmp_path, learners=learners, source=source)
     assert resumed.restore()
     assert (resumed.next_step, learners.version, source.drawn) == (step, step, 2 * step)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_saved"),
+    [
+        (ValueError("an estimator"), True),
+        (OSError("Input/output error"), True),
+        (ConfigError("a plugin"), True),
+        (SystemExit(3), True),
+        (EmptyBatchesError("nothing to learn from"), True),
+        (LearnerError("learner rank 1 was lost"), False),  # saving would wait for it
+        (WeightSyncError("an engine has other weights"), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_ends_a_run_costs_no_step_while_the_learners_are_intact(tmp_path, error, is_saved):
+    learners = FakeLearners()
+    learners.update = lambda batch, update=learners.update: raise_(error) if learners.version == 3 else update(batch)
+    with pytest.raises(type(error)):
+        make_run(tmp_path, learners=learners, checkpoint_every=0, total_steps=5).execute()
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == (["step_000003"] if is_saved else [])
+
+
+def test_samples_that_cannot_be_written_cost_no_step(tmp_path, monkeypatch):
+    def write(path, scored, *, limit):
+        if path.name == "step_000003.jsonl":
+            raise OSError("Stale file handle")
+
+    monkeypatch.setattr("rl.run.write_samples", write)
+    with pytest.raises(OSError, match="Stale file handle"):
+        make_run(tmp_path, checkpoint_every=0, total_steps=5).execute()
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["step_000003"]
+
+
+def test_samples_are_written_after_the_same_steps_as_checkpoints(tmp_path):
+    make_run(tmp_path, total_steps=5, samples_every=2, checkpoint_every=2).execute()
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_000002.jsonl", "step_000004.jsonl"]
 
 
 def test_weights_of_another_step_are_not_saved_as_this_ones(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from rl.batch import UpdateResult
 from rl.checkpoint import CheckpointStore
-from rl.errors import CheckpointError
+from rl.errors import CheckpointError, LearnerError
 from rl.prompts import SftExample
 from rl.supervised import SupervisedRun
 
@@ -83,16 +83,26 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path):
     class Sink:
         def write(self, step, metrics):
             if step == 5:
-                raise RuntimeError("killed")
+                raise LearnerError("lost")
 
         def close(self): ...
 
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(LearnerError, match="lost"):
         run_in(tmp_path / "cut", cut, 2).execute(lambda done: nullcontext(Sink().write))
     again = run_in(tmp_path / "cut", resumed, 2)
     assert again.restore()
     again.execute(lambda done: nullcontext(lambda step, metrics: None))
     assert resumed.seen[4:] == straight.seen[4:]
+
+
+def test_a_disk_that_fails_costs_no_step_that_was_learned(tmp_path):
+    def record(step, metrics):
+        if step == 3:
+            raise OSError("Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        run_in(tmp_path, Learners(), 0).execute(lambda done: nullcontext(record))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
 
 
 def test_an_interrupt_costs_no_step_that_was_learned(tmp_path):
