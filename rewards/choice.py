@@ -88,8 +88,11 @@ class ChoiceReward:
         if marked := boxed_contents(answer) or tagged_contents(answer):
             return self._stated(marked[-1].strip(), choices)
         if announcements := list(self._announced.finditer(answer)):
-            doubted = self._doubt.match(answer, announcements[-1].end()) is not None
-            return frozenset() if doubted else self._letters_in(announcements[-1]["run"])
+            run, end = announcements[-1]["run"], announcements[-1].end()
+            letters = self._letters_in(run)
+            named = _with_text(answer[end:].partition("\n")[0].lstrip(").]:、* "), choices)  # "B) Paris"
+            doubted = self._doubt.match(answer, end) is not None or (named and not named & letters)
+            return frozenset() if doubted else letters
         return self._stated(answer, choices)
 
     def _stated(self, text: str, choices: Mapping[str, str]) -> frozenset[str]:

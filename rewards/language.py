@@ -42,7 +42,8 @@ _SENTENCE = re.compile(r"[^.!?。!?\n]+[.!?。!?\n]*")
 _ACRONYM_OR_SYMBOL = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z][A-Z0-9]{1,7}|[A-Za-z]{1,2})(?![A-Za-z0-9])")
 _CHUNK_LETTERS = 60  # enough for lingua to tell related languages apart
 _MAX_CHUNK = 2000  # characters
-_DECIDABLE_LETTERS = {"CJK": 12}  # with fewer letters, a script does not tell its languages apart
+_DECIDABLE_LETTERS = {"CJK": 12}  # a shorter passage counts for any language of its script; others: 24
+_TELLING = {"CJK": 12}  # characters; a shorter question may be in any language of its script; others: _CHUNK_LETTERS
 
 
 @register_reward("language")
@@ -54,7 +55,7 @@ class LanguageReward:
     count in a language of another script.
 
     Args:
-        language: ISO 639-1 code, or "prompt" for the language of the question.
+        language: ISO 639-1 code, or "prompt" for the language of the question (see `languages_of`).
         answer_weight: weight of the answer; the rest is the reasoning's. If one has no letters, the other decides.
         min_letters: a response with fewer letters gets 0, so that saying nothing is no way out.
         threshold: give 1 from this share on and 0 below, instead of the share itself.
@@ -80,12 +81,10 @@ class LanguageReward:
         self._threshold = threshold
 
     def __call__(self, sample: RewardInput) -> RewardOutput:
-        language = self._language if self._language != "prompt" else language_of(sample.prompt)
-        if language is None:
-            raise ValueError("the prompt's language cannot be detected; set the reward's option language")
+        languages = languages_of(sample.prompt) if self._language == "prompt" else frozenset({self._language})
         reasoning_text, answer_text = split_response(sample)
-        reasoning, reasoning_letters = wanted_share(reasoning_text, language)
-        answer, answer_letters = wanted_share(answer_text, language)
+        reasoning, reasoning_letters = wanted_share(reasoning_text, languages)
+        answer, answer_letters = wanted_share(answer_text, languages)
         parts = {"reasoning": reasoning, "answer": answer}
         if reasoning_letters + answer_letters < self._min_letters:
             return RewardOutput(0.0, parts)
@@ -102,33 +101,41 @@ def split_response(sample: RewardInput) -> tuple[str, str]:
     return (sample.response[:start] if start >= 0 else sample.response), sample.answer
 
 
-def wanted_share(text: str, language: str) -> tuple[float, int]:
-    """(share of letters in `language`, letters that were counted); share 1 for a text without any."""
+def wanted_share(text: str, languages: frozenset[str]) -> tuple[float, int]:
+    """(share of letters in any of `languages`, letters that were counted); share 1 for a text without any."""
     wanted = counted = 0
-    for passage, script in _passages(text, _SCRIPTS[language]):
+    scripts = frozenset().union(*(_SCRIPTS[language] for language in languages))
+    for passage, script in _passages(text, scripts):
         letters = sum(1 for c in passage if c.isalpha())
         counted += letters
-        if script in _SCRIPTS[language] and _is_language(passage, language, script, letters):
+        if script in scripts and _is_language(passage, languages, script, letters):
             wanted += letters
     return (wanted / counted if counted else 1.0), counted
 
 
-def language_of(text: str) -> str | None:
-    """The ISO code of the language that most of `text` is in; None if that cannot be told."""
-    counts: dict[str, int] = {}
-    passages = list(_passages(text, frozenset()))
+def languages_of(question: str) -> frozenset[str]:
+    """ISO codes of the languages that a question may be in: all that share its script where it is too short to tell
+    them apart, and all without exception where it has no words.
+
+    Raises:
+        ValueError: most of it is in a script that no known language has.
+    """
+    lengths: dict[str, int] = {}
+    passages = list(_passages(_ACRONYM_OR_SYMBOL.sub(" ", nfkc(question)), frozenset()))
     for passage, script in passages:
-        counts[script] = counts.get(script, 0) + len(passage)
-    if not counts:
-        return None
-    script = max(counts, key=lambda name: counts[name])
-    candidates = [code for code, scripts in _SCRIPTS.items() if script in scripts]
-    if any(part in _KANA for _, part in passages) and script in _KANA | {"CJK"}:
-        return "ja"
-    if len(candidates) < 2:
-        return candidates[0] if candidates else None
-    found = _detector(tuple(candidates)).detect_language_of(" ".join(p for p, part in passages if part == script))
-    return None if found is None else str(found.iso_code_639_1.name).lower()
+        lengths[script] = lengths.get(script, 0) + len(passage)
+    if not lengths:
+        return frozenset(_SCRIPTS)
+    script = max(lengths, key=lambda name: lengths[name])
+    if script in _KANA | {"CJK"} and lengths.keys() & _KANA:
+        return frozenset({"ja"})
+    candidates = _written_in(script)
+    if not candidates:
+        raise ValueError(f"the prompt's script ({script}) is unknown; set the reward's option language")
+    if len(candidates) < 2 or lengths[script] < _TELLING.get(script, _CHUNK_LETTERS):
+        return frozenset(candidates)
+    found = _detect(" ".join(passage for passage, part in passages if part == script), candidates)
+    return frozenset(candidates if found is None else {found})
 
 
 def _passages(text: str, wanted_scripts: frozenset[str]) -> Iterator[tuple[str, str]]:
@@ -199,12 +206,21 @@ def _script(character: str) -> str:
     return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
 
 
-def _is_language(passage: str, language: str, script: str, letters: int) -> bool:
-    candidates = tuple(code for code, scripts in _SCRIPTS.items() if script in scripts)
-    if len(candidates) < 2 or letters < _DECIDABLE_LETTERS.get(script, 24):
+def _is_language(passage: str, languages: frozenset[str], script: str, letters: int) -> bool:
+    candidates = _written_in(script)
+    if languages.issuperset(candidates) or letters < _DECIDABLE_LETTERS.get(script, 24):
         return True
-    found = _detector(candidates).detect_language_of(passage)
-    return found is None or str(found.iso_code_639_1.name).lower() == language
+    found = _detect(passage, candidates)
+    return found is None or found in languages
+
+
+def _written_in(script: str) -> tuple[str, ...]:
+    return tuple(code for code, scripts in _SCRIPTS.items() if script in scripts)
+
+
+def _detect(text: str, candidates: tuple[str, ...]) -> str | None:
+    found = _detector(candidates).detect_language_of(text)
+    return None if found is None else str(found.iso_code_639_1.name).lower()
 
 
 @functools.cache

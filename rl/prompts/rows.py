@@ -22,6 +22,7 @@ from rl.prompts.generated import REASONING_GYM, generated_rows, is_generated
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
 _MOST_NAMES = 3  # sources named in a dataset's name, which becomes part of file names
+_MEDIA = ("Audio", "Image", "Mesh", "Nifti", "Pdf", "Video")
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
@@ -205,8 +206,20 @@ def _pick_split(loaded: Any, config: DatasetConfig, name: str, *, saved: bool) -
 
 
 def _rows_of(dataset: Any, name: str) -> Iterator[Located]:
-    for number, fields in enumerate(dataset, start=1):
+    """Columns of pictures, sound and the like are left out: no model here takes them, they would be decoded and sent to
+    every reward worker, and nothing would tell a decoded one from that of the same row in a resumed run."""
+    media = [column for column, feature in dataset.features.items() if _is_media(feature)]
+    for number, fields in enumerate(dataset.remove_columns(media), start=1):
         yield f"{name} row {number}", _without_filling(fields)
+
+
+def _is_media(feature: Any) -> bool:
+    """Whether a column of this type (of Hugging Face datasets), or a part of it, is decoded from a media file."""
+    if isinstance(feature, Mapping):
+        return any(map(_is_media, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_is_media, feature))
+    return type(feature).__name__ in _MEDIA or _is_media(getattr(feature, "feature", ()))
 
 
 def _without_filling(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,9 @@ def test_wrong_answers_and_hedges(answer: str) -> None:
 
 def test_texts_of_choices() -> None:
     assert reward("Paris", choices=CITIES) == 1.0
+    assert reward("The answer is B) Paris.", choices=CITIES) == 1.0
+    assert reward("The answer is (B), Rome is smaller.", choices=CITIES) == 1.0
+    assert reward("The answer is B) Rome", choices=CITIES) == 0.0
     assert reward("paris.", choices={"A": "Rome", "B": "Paris"}) == 1.0
     assert reward("paris", choices={"label": ["A", "B"], "text": ["Rome", "Paris"]}) == 1.0
     assert reward("B) Rome", choices=CITIES) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.api import RewardInput, RewardOutput
-from rewards.language import LanguageReward, language_of, wanted_share
+from rewards.language import LanguageReward, languages_of, wanted_share
 from rl.errors import ConfigError
 
 ENGLISH = "We first compute the sum of both sides and then divide by two to obtain the result."
@@ -29,16 +30,16 @@ def output(reasoning: str, answer: str, prompt: str = "", **options: Any) -> Rew
 @pytest.mark.parametrize("written", SENTENCES)
 @pytest.mark.parametrize("wanted", SENTENCES)
 def test_every_pair_of_languages(wanted: str, written: str) -> None:
-    share, letters = wanted_share(SENTENCES[written], wanted)
+    share, letters = wanted_share(SENTENCES[written], frozenset({wanted}))
     assert share == float(wanted == written)
     assert letters > 20
-    assert language_of(SENTENCES[written]) == written
+    assert languages_of(SENTENCES[written]) == {written}
 
 
 def test_mixed_text_has_a_share_between() -> None:
     for wanted in ("en", "ja"):
-        assert 0.2 < wanted_share(ENGLISH + JAPANESE, wanted)[0] < 0.8
-    assert 0.3 < wanted_share(ENGLISH + " " + FRENCH, "en")[0] < 0.7
+        assert 0.2 < wanted_share(ENGLISH + JAPANESE, frozenset({wanted}))[0] < 0.8
+    assert 0.3 < wanted_share(ENGLISH + " " + FRENCH, frozenset({"en"}))[0] < 0.7
 
 
 def test_code_mathematics_links_and_names_belong_to_no_language() -> None:
@@ -50,15 +51,15 @@ def test_code_mathematics_links_and_names_belong_to_no_language() -> None:
         "https://example.org/long/path",
         "<think>",
     ):
-        assert wanted_share(JAPANESE + foreign, "ja")[0] == 1.0
-    assert wanted_share("GPUでxを計算し、DNAとyも調べます。", "ja")[0] == 1.0
-    assert wanted_share("値はABC123です", "ja")[0] == 1.0
+        assert wanted_share(JAPANESE + foreign, frozenset({"ja"}))[0] == 1.0
+    assert wanted_share("GPUでxを計算し、DNAとyも調べます。", frozenset({"ja"}))[0] == 1.0
+    assert wanted_share("値はABC123です", frozenset({"ja"}))[0] == 1.0
 
 
 def test_environments_belong_to_no_language() -> None:
     inner = r"\begin{align}\begin{cases} one english sentence \end{cases}\end{align}"
-    assert wanted_share(JAPANESE + inner, "ja")[0] == 1.0
-    assert wanted_share(JAPANESE + r"\begin{align}" + ENGLISH, "ja")[0] < 0.8
+    assert wanted_share(JAPANESE + inner, frozenset({"ja"}))[0] == 1.0
+    assert wanted_share(JAPANESE + r"\begin{align}" + ENGLISH, frozenset({"ja"}))[0] < 0.8
 
 
 @pytest.mark.parametrize("flood", [r"\(", r"\[", r"\begin{a}", "$$ ", "`", "<|", "a", "a値", "\u0301\u0316"])
@@ -68,7 +69,7 @@ def test_flooding_costs_no_time(flood: str) -> None:
 
 
 def test_japanese_headings_in_han_only_are_not_chinese() -> None:
-    assert wanted_share("解答:\n" + JAPANESE + "\n結論:四十二", "ja")[0] == 1.0
+    assert wanted_share("解答:\n" + JAPANESE + "\n結論:四十二", frozenset({"ja"}))[0] == 1.0
 
 
 def test_reasoning_and_answer_are_told_apart() -> None:
@@ -93,8 +94,21 @@ def test_saying_nothing_is_no_way_out() -> None:
 def test_the_language_of_the_prompt() -> None:
     assert output(JAPANESE, "四十二です", prompt="六かける七は?").reward == 1.0
     assert output(ENGLISH, ENGLISH, prompt="六かける七は?").reward == 0.0
-    with pytest.raises(ValueError, match="language cannot be detected"):
-        output(ENGLISH, ENGLISH, prompt="6 x 7 = ?")
+    with pytest.raises(ValueError, match="script"):
+        output(ENGLISH, ENGLISH, prompt="რამდენია ექვსჯერ შვიდი?")
+
+
+@pytest.mark.parametrize("prompt", ["Solve for x.", "Is 7 prime?", "What is 1+1?", "Find the roots of x^2-1."])
+def test_a_question_too_short_to_tell_takes_any_language_of_its_script(prompt: str) -> None:
+    assert output(ENGLISH, ENGLISH, prompt=prompt).reward == 1.0
+    assert output(ENGLISH, FRENCH, prompt=prompt).reward == 1.0
+    assert output(ENGLISH, CHINESE, prompt=prompt).reward == 0.5
+    assert languages_of(f"{ENGLISH} {prompt}") == {"en"}
+
+
+@pytest.mark.parametrize("prompt", ["6 x 7 = ?", "$1+1$", "", "f(x) = ab?"])
+def test_a_question_without_words_takes_any_language(prompt: str) -> None:
+    assert output(JAPANESE, CHINESE, prompt=prompt).reward == output(ENGLISH, GERMAN, prompt=prompt).reward == 1.0
 
 
 def test_wrong_options_are_refused() -> None:
@@ -110,5 +124,6 @@ def test_wrong_options_are_refused() -> None:
 @given(st.text())
 def test_any_text_has_a_share(text: str) -> None:
     for language in ("ja", "en"):
-        assert 0.0 <= wanted_share(text, language)[0] <= 1.0
-    language_of(text)
+        assert 0.0 <= wanted_share(text, frozenset({language}))[0] <= 1.0
+    with suppress(ValueError):
+        languages_of(text)

@@ -21,6 +21,7 @@ from rl.config import DatasetConfig, EvalDatasetConfig
 from rl.errors import ConfigError, DataError
 from rl.prompts import PromptSet, load_prompts
 from rl.prompts.rows import dataset_name
+from rl.prompts.source import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,29 @@ VERL_ROW = {
     "reward_model": {"style": "rule", "ground_truth": "42"},
     "extra_info": {"split": "train", "index": 0},
 }
+
+
+def test_pictures_are_left_out(tmp_path, tokenizer):
+    import datasets
+    import PIL.Image
+
+    pixels = PIL.Image.new("RGB", (2, 2))
+    rows = {"prompt": ["a", "b"], "ground_truth": ["1", "2"], "image": [pixels] * 2, "views": [[pixels]] * 2}
+    rows["meta"] = [{"level": 3, "icon": pixels}] * 2
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "ground_truth": datasets.Value("string"),
+            "image": datasets.Image(),
+            "views": datasets.List(datasets.Image()),
+            "meta": {"level": datasets.Value("int64"), "icon": datasets.Image()},
+        }
+    )
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "pictures"))
+    first, again = (load(tmp_path / "pictures", tokenizer).prompts for _ in range(2))
+    assert [prompt.ground_truth for prompt in first] == ["1", "2"]
+    assert all(prompt.extra == {} for prompt in first)
+    assert fingerprint(first) == fingerprint(again), "or the run could not be resumed"
 
 
 def test_jsonl_rows_become_prompts(tmp_path, tokenizer):
