@@ -28,8 +28,8 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(
         0.0, description="weight decay of matrices; vectors and biases are not decayed"
     )
-    max_grad_norm: PositiveFloat = Field(
-        1.0, description="maximum norm of the global gradient; a larger gradient is scaled down to it"
+    max_grad_norm: NonNegativeFloat = Field(
+        1.0, description="maximum norm of the global gradient; a larger one is scaled down to it; 0 never scales"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="learning rate after warm-up: constant, or decaying to min_lr_ratio"

@@ -45,7 +45,7 @@ ALGORITHM = AlgorithmConfig(
     loss_options={"clip_low": 0.1},
     rollout_correction=RolloutCorrectionConfig(mode="truncate", upper=1.05),
 )
-PLAIN_STEP = OptimizerConfig(name="sgd", lr=1.0, max_grad_norm=1e9)  # the step is minus the gradient
+PLAIN_STEP = OptimizerConfig(name="sgd", lr=1.0, max_grad_norm=0)  # the step is minus the gradient
 OTHER_REFERENCE = "gpt_oss"  # of Qwen3
 ADAM = OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=1)
 RESUMED = {"optimizer": ADAM, "mini_batches": 2}
