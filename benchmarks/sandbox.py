@@ -1,6 +1,6 @@
 """Small Python programs per second, fully isolated, with every layer on; and what hostile neighbours cost them.
 
-    python benchmarks/sandbox.py [--seconds 5] [--slots 2]
+    python -m benchmarks.sandbox [--seconds 5] [--slots 2]
 
 Left out: compiled programs (the compiler is their cost) and grading (microseconds a test).
 """

@@ -16,6 +16,7 @@ from rl.errors import ConfigError
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",  # a warning for each try at a host that does not answer
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TQDM_DISABLE": "1",
     "DS_LOG_LEVEL": "error",
