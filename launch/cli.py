@@ -101,7 +101,7 @@ def sft(config: ConfigPath, overrides: Overrides = None, *, resume: Resume = Fal
         return
     from launch.commands import sft as run
 
-    _print_metrics(run(loaded, resume=resume), ("learner/loss",))
+    _print_metrics(run(loaded, resume=resume), ("learner/loss", "eval/"))
 
 
 @app.command(name="eval")

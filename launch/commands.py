@@ -35,7 +35,7 @@ from rl.errors import CheckpointError, ConfigError
 from rl.learner_checkpoint import LAST_WRITTEN
 from rl.metrics import METRICS_FILE
 from rl.run import row_is_whole
-from rl.supervised import SupervisedRun
+from rl.supervised import SupervisedPlan, SupervisedRun
 from rl.workers import LearnerSpec
 
 MODEL = "model"  # the folder of the exported model in a run directory
@@ -113,14 +113,14 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
         stack.callback(learners.shutdown)
         learners.check_run_dir(run_dir)
         run = SupervisedRun(
+            SupervisedPlan(
+                config.epochs, config.batch_size, config.seed, config.checkpoint.every, config.evaluation.every
+            ),
             checked.examples,
             learners,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=config.seed,
             checkpoints=checkpoint_store(config, run_dir),
-            checkpoint_every=config.checkpoint.every,
             display=display,
+            held_out=checked.held_out,
         )
         if resume and not run.restore():
             display.message(_no_checkpoint(run_dir))

@@ -44,7 +44,7 @@ _LEARNER_FIXED = (
     *("seed", "model.path", "model.revision", "model.dtype"),
     *("learner.optimizer.name", "learner.moe.freeze_router"),
 )
-_SFT_FIXED = (*_LEARNER_FIXED, "data", "batch_size")
+_SFT_FIXED = (*_LEARNER_FIXED, "data.train", "data.response_field", "data.max_tokens", "batch_size")
 _TRAIN_FIXED = (
     *(*_LEARNER_FIXED, "learner.epochs", "learner.mini_batches", "critic.path", "critic.optimizer.name"),
     "critic.warmup_steps",

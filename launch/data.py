@@ -25,7 +25,7 @@ from launch.preflight import (
 )
 from rewards.combine import CombinedReward
 from rl.batch import Prompt
-from rl.config import OptimizerConfig, SftConfig, TrainConfig
+from rl.config import OptimizerConfig, SftConfig, SftDataConfig, TrainConfig
 from rl.config.loading import validate
 from rl.errors import ConfigError, DataError
 from rl.evaluation import EvalSet
@@ -51,6 +51,7 @@ class CheckedSft:
     """The same for a supervised run."""
 
     examples: tuple[SftExample, ...]
+    held_out: tuple[SftExample, ...]
     total_steps: int
 
 
@@ -81,18 +82,38 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
     check_learner(config)
     refuse_moving_positions(config.model, config.data.max_tokens, "data.max_tokens")
     check_logging(config)
-    loaded = load_sft_examples(
-        config.data, load_tokenizer(config.model), chat_template_options=config.model.chat_template_options
-    )
-    examples = loaded.examples
-    dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
-    verbatim = f", {loaded.num_verbatim} encoded unchanged (docs/data.md)" if loaded.num_verbatim else ""
-    display.message(f"worked examples {loaded.name}: {len(examples)}{dropped}{verbatim}")
-    refuse_unknown_tokens(config.model, (ids for e in examples for ids in (e.prompt_ids, e.response_ids)))
-    refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in examples))
+    examples = _worked_examples(config, config.data, "worked examples", display)
+    held_out: tuple[SftExample, ...] = ()
+    if config.data.eval is not None:
+        held = config.data.model_copy(update={"train": config.data.eval})
+        held_out = _worked_examples(config, held, "held-out examples", display)
+        examples = _without_prompts_of(held_out, examples, display)
     steps = config.epochs * steps_per_epoch(len(examples), config.batch_size)
     _tell_of_long_warmup(config.learner.optimizer, steps, "learner", display)
-    return CheckedSft(examples, steps)
+    return CheckedSft(examples, held_out, steps)
+
+
+def _worked_examples(config: SftConfig, data: SftDataConfig, what: str, display: Display) -> tuple[SftExample, ...]:
+    tokenizer = load_tokenizer(config.model)
+    loaded = load_sft_examples(data, tokenizer, chat_template_options=config.model.chat_template_options)
+    dropped = f", {loaded.num_dropped_too_long} too long and dropped" if loaded.num_dropped_too_long else ""
+    verbatim = f", {loaded.num_verbatim} encoded unchanged (docs/data.md)" if loaded.num_verbatim else ""
+    display.message(f"{what} {loaded.name}: {len(loaded.examples)}{dropped}{verbatim}")
+    refuse_unknown_tokens(config.model, (ids for e in loaded.examples for ids in (e.prompt_ids, e.response_ids)))
+    refuse_long_example(config.model, max(len(e.prompt_ids) + len(e.response_ids) for e in loaded.examples))
+    return loaded.examples
+
+
+def _without_prompts_of(
+    held_out: Sequence[SftExample], examples: Sequence[SftExample], display: Display
+) -> tuple[SftExample, ...]:
+    asked = {example.prompt_ids.tobytes() for example in held_out}
+    kept = tuple(example for example in examples if example.prompt_ids.tobytes() not in asked)
+    if not kept:
+        raise DataError("data.eval has every prompt of data.train, so nothing is left to learn from; split the data")
+    if len(kept) < len(examples):
+        display.message(f"{len(examples) - len(kept)} worked examples dropped because data.eval has their prompts")
+    return kept
 
 
 def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:

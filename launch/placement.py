@@ -57,7 +57,8 @@ def place_train_workers(config: TrainConfig, *, device: str, report: Report) -> 
     `report` is called with what the run waits for.
 
     Raises:
-        ConfigError: the cluster does not have the resources within ray.placement_timeout_s; gives the numbers.
+        ConfigError: this machine does not have the resources; gives the numbers.
+        UnavailableError: a cluster that was joined does not have them within ray.placement_timeout_s.
     """
     learners, rollouts = config.learner.num_workers, config.rollout.num_workers
     if device == "cpu":

@@ -21,7 +21,7 @@ REPORT_FILE = "report.html"
 _CURVES = (  # title, metrics drawn together
     ("Reward", ("reward/mean", "reward/generated_mean", "reward/std")),
     ("Response length (tokens)", ("rollout/length_mean", "rollout/length_max")),
-    ("Loss", ("learner/loss",)),
+    ("Loss", ("learner/loss", "eval/loss")),
     ("Entropy", ("learner/entropy",)),
     ("KL to the reference", ("learner/kl_ref",)),
     ("Gradient norm", ("learner/grad_norm",)),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from rl.batch import TrainBatch, TrainSample, UpdateResult
+from rl.batch import FloatArray, TokenPair, TrainBatch, TrainSample, UpdateResult
 from rl.checkpoint import LEARNER, CheckpointStore, of_step
 from rl.errors import CheckpointError
 from rl.metrics import Record
@@ -23,6 +24,7 @@ class SupervisedLearners(Protocol):
     """The learner group, as supervised training uses it."""
 
     def update(self, batch: TrainBatch) -> UpdateResult: ...
+    def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]: ...
     @property
     def is_updating(self) -> bool: ...
     def finish_update(self) -> UpdateResult | None: ...
@@ -30,37 +32,44 @@ class SupervisedLearners(Protocol):
     def load_checkpoint(self, directory: Path) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class SupervisedPlan:
+    """How often a supervised run passes over its examples, in which order, and when it saves and evaluates."""
+
+    epochs: int
+    batch_size: int  # examples per step
+    seed: int  # of the order, which depends only on (seed, epoch)
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    evaluate_every: int = 0  # steps; 0: only at the start and at the end
+
+
 class SupervisedRun:
     """Epochs of shuffled batches; one optimizer step per batch. An epoch's last, smaller batch is used too.
 
     Args:
         examples: the examples that every epoch passes over.
-        epochs, batch_size: passes over the examples, and examples per step.
-        seed: determines the order, which depends only on (seed, epoch).
+        held_out: examples of which only the loss is measured.
     """
 
     def __init__(
         self,
+        plan: SupervisedPlan,
         examples: Sequence[SftExample],
         learners: SupervisedLearners,
         *,
-        epochs: int,
-        batch_size: int,
-        seed: int,
         checkpoints: CheckpointStore,
-        checkpoint_every: int,
         display: Display,
+        held_out: Sequence[SftExample] = (),
     ) -> None:
+        self.plan = plan
         self._examples = examples
+        self._held_out = held_out
         self._digest = _digest(examples)
         self._learners = learners
-        self._batch_size = batch_size
-        self._seed = seed
         self._checkpoints = checkpoints
-        self._checkpoint_every = checkpoint_every
         self._display = display
-        self.steps_per_epoch = steps_per_epoch(len(examples), batch_size)
-        self.total_steps = epochs * self.steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch(len(examples), plan.batch_size)
+        self.total_steps = plan.epochs * self.steps_per_epoch
         self.next_step = 0
         self._saved_step = 0
 
@@ -90,10 +99,11 @@ class SupervisedRun:
         metrics: dict[str, float] = {}
         with open_sinks(self.next_step) as record:
             try:
+                if self._held_out and self.next_step == 0:
+                    record(0, self._evaluate())
                 while self.next_step < self.total_steps:
                     metrics = self._record(record, self._learners.update(self._batch(self.next_step)))
-                    last = self.next_step == self.total_steps
-                    if last or (self._checkpoint_every and self.next_step % self._checkpoint_every == 0):
+                    if self._is_due(self.plan.checkpoint_every):
                         self._save()
             except BaseException as error:
                 if self.next_step != self._saved_step or self._learners.is_updating:
@@ -106,25 +116,41 @@ class SupervisedRun:
                 raise
         return metrics
 
-    def _record(self, record: Record, result: UpdateResult) -> dict[str, float]:
-        """Finish a step: record and show its metrics."""
+    def _record(self, record: Record, result: UpdateResult, *, evaluates: bool = True) -> dict[str, float]:
+        """Finish a step: evaluate if it is time to, record and show its metrics."""
         metrics = {**result.metrics, "time/step_s": result.seconds}
         self.next_step += 1
+        if evaluates and self._held_out and self._is_due(self.plan.evaluate_every):
+            metrics |= self._evaluate()
         record(self.next_step, metrics)
         self._display.step(self.next_step, metrics)
         return metrics
+
+    def _is_due(self, every: int) -> bool:
+        return self.next_step == self.total_steps or (every > 0 and self.next_step % every == 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        """The mean loss of a held-out response token."""
+        logprobs: list[FloatArray] = []
+        for start in range(0, len(self._held_out), self.plan.batch_size):
+            chunk = self._held_out[start : start + self.plan.batch_size]
+            pairs = [(tuple(e.prompt_ids.tolist()), tuple(e.response_ids.tolist())) for e in chunk]
+            logprobs += self._learners.score_logprobs(pairs)
+        loss = -float(np.concatenate(logprobs).mean(dtype=np.float64))
+        self._display.message(f"evaluation after step {self.next_step}: loss {loss:.4f}")
+        return {"eval/loss": loss}
 
     def _save_last_step(self, record: Record) -> None:
         """Save the last step that was learned; its update may still be under way."""
         update = self._learners.finish_update()
         if update is not None and update.policy_version > self.next_step:
-            self._record(record, update)
+            self._record(record, update, evaluates=False)
         self._save()
 
     def _batch(self, step: int) -> TrainBatch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
-        chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
+        order = np.random.default_rng([self.plan.seed, epoch]).permutation(len(self._examples))
+        chosen = order[position * self.plan.batch_size : (position + 1) * self.plan.batch_size]
         return TrainBatch.from_samples(tuple(_train_sample(self._examples[i]) for i in chosen))
 
     def _save(self) -> None:

@@ -159,6 +159,11 @@ class SftDataConfig(Section):
     """Worked examples: rows with a prompt and a response."""
 
     train: DatasetConfig = Field(description="rows with a prompt and a response, or with `messages`")
+    eval: DatasetConfig | None = Field(
+        None,
+        description="held-out examples in the same form, whose loss is `eval/loss`; training examples with one of "
+        "their prompts are dropped and counted",
+    )
     response_field: str = Field("response", description="column that holds the response")
     max_tokens: PositiveInt = Field(
         2048,

@@ -295,12 +295,19 @@ class TrainConfig(RunConfig):
         return self
 
 
+class SftEvaluationConfig(Section):
+    """When a supervised run measures its loss on data.eval."""
+
+    every: NonNegativeInt = Field(0, description="optimizer steps between evaluations; 0: only at the start and end")
+
+
 class SftConfig(RunConfig):
     """`fledge sft`: supervised warm start with the same learner."""
 
     epochs: PositiveInt = Field(1, description="passes over the examples")
     batch_size: PositiveInt = Field(32, description="examples per optimizer step")
     data: SftDataConfig = Field(description="worked examples")
+    evaluation: SftEvaluationConfig = Field(SftEvaluationConfig(), description="when data.eval is evaluated")
 
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
@@ -312,6 +319,7 @@ class SftConfig(RunConfig):
                 )
         for section, keys in (
             ("data.train", ("reward", "ground_truth_field")),
+            *([("data.eval", ("reward", "ground_truth_field"))] if self.data.eval else []),
             ("learner", ("offload_reference",)),
             ("learner.moe", ("router_replay",)),
             ("logging", ("samples_every", "samples_per_step")),
@@ -323,6 +331,10 @@ class SftConfig(RunConfig):
                     raise ValueError(
                         f"{section}.{key} has no effect in a supervised run; leave it out, or set it to null"
                     )
+        if self.evaluation.every and self.data.eval is None:
+            raise ValueError(
+                "evaluation.every is set but data.eval is not; add a dataset, or leave evaluation.every out"
+            )
         if self.learner.max_tokens_per_microbatch < self.data.max_tokens:
             raise ValueError(
                 f"learner.max_tokens_per_microbatch {self.learner.max_tokens_per_microbatch} is less than "

@@ -72,6 +72,8 @@ class EngineRig:
         self.dtype = getattr(torch, dtype)
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype, attn_implementation="eager")
         self.model = model.to(device).eval()
+        unnamed = [name for name, _ in model.named_parameters() if not any(part in name for part in GROUPS[family])]
+        assert unnamed == []
         self.version = 0
         self.sender = WeightSender(
             self.source(),

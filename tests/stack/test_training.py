@@ -435,7 +435,9 @@ def test_supervised_steps_evaluation_export_and_report(tmp_path):
     examples = tmp_path / "examples.jsonl"
     examples.write_text("".join(f'{{"prompt": "{i} + {i} =", "response": "{2 * i}"}}\n' for i in range(10)))
     sft = {key: rl[key] for key in ("seed", "learner", "checkpoint")}
-    data = {"train": {"path": str(examples)}, "max_tokens": 128}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(f'{{"prompt": "{i} + {i} =", "response": "{2 * i}"}}\n' for i in range(8, 13)))
+    data = {"train": {"path": str(examples)}, "eval": {"path": str(held_out)}, "max_tokens": 128}
     sft |= {"model": rl["model"], "data": data, "batch_size": 4, "epochs": 3}
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft | {"run_dir": str(tmp_path / "sft")}))
 
@@ -446,8 +448,10 @@ def test_supervised_steps_evaluation_export_and_report(tmp_path):
 
     fledge("sft", tmp_path / "sft.yaml")
     rows = read_metrics(tmp_path / "sft")
-    assert len(rows) == 9
-    assert rows[-1]["learner/loss"] < rows[0]["learner/loss"]
+    assert [row["step"] for row in rows] == list(range(7)), "of 10 examples 2 are held out"
+    assert rows[-1]["learner/loss"] < rows[1]["learner/loss"]
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    assert undocumented(rows[0]) == []
     fledge("export", tmp_path / "sft", tmp_path / "exported")
     trained, exported = (
         load_file(path / "model.safetensors") for path in (tmp_path / "sft/model", tmp_path / "exported")

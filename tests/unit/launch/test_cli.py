@@ -253,6 +253,15 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     examples.write_text('{"prompt": "1 + 1 =", "response": "2"}\n')
     exit_code, said = fledge("sft", save(tmp_path, config | {"data": {"train": {"path": str(examples)}}}), "--dry-run")
     assert (exit_code, "its response, 2 tokens, all of them learned:\n2<|im_end|>" in said) == (0, True), said
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(examples.read_text())
+    sets = {"train": {"path": str(examples)}, "eval": {"path": str(held_out)}}
+    said = fledge("sft", save(tmp_path, config | {"data": sets}), "--dry-run")[1]
+    assert "data.eval has every prompt of data.train, so nothing is left to learn from" in said
+    examples.write_text('{"prompt": "1 + 1 =", "response": "2"}\n{"prompt": "1 + 2 =", "response": "3"}\n')
+    said = fledge("sft", save(tmp_path, config | {"data": sets}), "--dry-run")[1]
+    for told in ("held-out examples held_out: 1", "1 worked examples dropped because data.eval has their prompts"):
+        assert told in said
     assert not (tmp_path / "run").exists()
 
 

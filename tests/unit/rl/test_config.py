@@ -325,6 +325,10 @@ def test_supervised_runs_refuse_what_they_would_ignore(tmp_path, key):
         load_config(path, [f"learner.{key}=2"], SftConfig)
     with pytest.raises(ConfigError, match=r"max_tokens_per_microbatch 16384 is less than data.max_tokens 20000"):
         load_config(path, ["data.max_tokens=20000"], SftConfig)
+    with pytest.raises(ConfigError, match=r"evaluation.every is set but data.eval is not"):
+        load_config(path, ["evaluation.every=2"], SftConfig)
+    with pytest.raises(ConfigError, match=r"data.eval.reward has no effect in a supervised run"):
+        load_config(path, ["data.eval={path: held_out.jsonl, reward: math}"], SftConfig)
     for change in (
         "data.train.reward=math",
         "data.train.ground_truth_field=answer",

@@ -10,7 +10,7 @@ from rl.batch import UpdateResult
 from rl.checkpoint import CheckpointStore
 from rl.errors import CheckpointError, LearnerError
 from rl.prompts import SftExample
-from rl.supervised import SupervisedRun
+from rl.supervised import SupervisedPlan, SupervisedRun
 
 TOKENS = np.arange(3, dtype=np.int32)
 EXAMPLES = [SftExample(TOKENS, TOKENS + i) for i in range(7)]
@@ -27,6 +27,7 @@ class Learners:
     """Remember what they were given."""
 
     seen: list = field(default_factory=list)
+    scored: list = field(default_factory=list)
     interrupted_in: int = 0  # the update, of which it is
     is_updating: bool = False
     last_update: UpdateResult | None = None
@@ -40,6 +41,11 @@ class Learners:
             raise KeyboardInterrupt
         return self.last_update
 
+    def score_logprobs(self, pairs):
+        """The more updates, the likelier; and every example differs."""
+        self.scored.append([response[0] for _, response in pairs])
+        return [-np.asarray(response, dtype=np.float32) / (1 + len(self.seen)) for _, response in pairs]
+
     def finish_update(self):
         self.is_updating = False
         return self.last_update
@@ -52,17 +58,42 @@ class Learners:
         self.seen = [None] * int((directory / "seen").read_text())
 
 
-def run_in(directory, learners, every, examples=EXAMPLES, seed=1):
+def run_in(directory, learners, every, *, examples=EXAMPLES, seed=1, held_out=(), evaluate_every=0):
     return SupervisedRun(
+        SupervisedPlan(epochs=2, batch_size=3, seed=seed, checkpoint_every=every, evaluate_every=evaluate_every),
         examples,
         learners,
-        epochs=2,
-        batch_size=3,
-        seed=seed,
         checkpoints=CheckpointStore(directory, keep=5),
-        checkpoint_every=every,
         display=Silent(),
+        held_out=held_out,
     )
+
+
+@pytest.mark.parametrize(("every", "measured"), [(0, [0, 6]), (4, [0, 4, 6]), (3, [0, 3, 6])])
+def test_the_loss_of_held_out_examples_is_their_mean_over_tokens(tmp_path, every, measured):
+    learners, rows = Learners(), {}
+    held_out = [*EXAMPLES[:4], SftExample(TOKENS, np.arange(5, dtype=np.int32))]
+    run = run_in(tmp_path, learners, 0, held_out=held_out, evaluate_every=every)
+    last = run.execute(lambda done: nullcontext(rows.__setitem__))
+    assert [step for step, row in rows.items() if "eval/loss" in row] == measured
+    whole = (3 + 6 + 9 + 12 + 10) / (4 * 3 + 5)
+    assert [rows[step]["eval/loss"] for step in measured] == pytest.approx([whole / (1 + step) for step in measured])
+    assert last["eval/loss"] == rows[6]["eval/loss"]
+    assert learners.scored[:2] == [[0, 1, 2], [3, 0]], "in batches"
+
+
+def test_an_interrupted_or_resumed_run_evaluates_no_more_than_it_must(tmp_path):
+    learners = Learners(interrupted_in=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, learners, 0, held_out=EXAMPLES[:1], evaluate_every=1).execute(
+            lambda done: nullcontext(lambda step, metrics: None)
+        )
+    assert len(learners.scored) == 3, "before the first step and after the first two; then people wait for the end"
+    resumed = Learners()
+    run = run_in(tmp_path, resumed, 0, held_out=EXAMPLES[:1])
+    assert run.restore()
+    run.execute(lambda done: nullcontext(lambda step, metrics: None))
+    assert len(resumed.scored) == 1
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [6]), (4, [4, 6]), (2, [2, 4, 6])])
@@ -122,4 +153,4 @@ def test_an_interrupt_costs_no_step_that_was_learned(tmp_path):
 def test_changed_examples_are_not_resumed_on(tmp_path):
     run_in(tmp_path, Learners(), 2).execute(lambda done: nullcontext(lambda step, metrics: None))
     with pytest.raises(CheckpointError, match="the worked examples changed since"):
-        run_in(tmp_path, Learners(), 2, [*EXAMPLES[:-1], SftExample(TOKENS, TOKENS)]).restore()
+        run_in(tmp_path, Learners(), 2, examples=[*EXAMPLES[:-1], SftExample(TOKENS, TOKENS)]).restore()
