@@ -55,7 +55,7 @@ DryRun = Annotated[
 ]
 
 INTERRUPTED = 130
-_ONE_TERMINATION_S = 5.0
+_ONE_INTERRUPT_S = 5.0
 
 
 def _show_version(wanted: bool) -> None:
@@ -167,10 +167,11 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: every known error is one message and its kind's exit code; Ctrl-C, SIGTERM or SIGHUP end it."""
     quiet_frameworks()
-    terminate = _Termination()
-    signal.signal(signal.SIGTERM, terminate)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, terminate)
+    interrupt = _Interrupt()
+    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in a shell's background, and under nohup
+            signal.signal(number, interrupt)
     try:
         # Outside its standalone mode, typer turns Ctrl-C and typer.Exit into a return value; commands return nothing.
         exit_code = app(standalone_mode=False) or 0
@@ -223,19 +224,19 @@ def _refuse_resume(resume: bool) -> None:
         )
 
 
-class _Termination:
-    """Handles SIGTERM and SIGHUP as Ctrl-C is handled.
+class _Interrupt:
+    """Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP.
 
     Schedulers, `timeout` and closed terminals signal a process and then its group, and a second interrupt would give up
-    what the first one saves. So what comes shortly after the first signal belongs to it.
+    what the first one saves. So a SIGTERM or SIGHUP shortly after another signal belongs to it.
     """
 
     def __init__(self) -> None:
         self._last = -math.inf
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        if now - self._last > _ONE_TERMINATION_S:
+        if number == signal.SIGINT or now - self._last > _ONE_INTERRUPT_S:
             self._last = now
             raise KeyboardInterrupt
 

@@ -27,6 +27,7 @@ _GOES_ON = r"(?:and|or|because|since|as|for|but|which|while|due|is|maybe|perhaps
 _IS_WORD = rf"['’]\w|[^\S\n]+(?!{_GOES_ON})[a-z]"
 _ENDS = rf"(?=[)\]}}*$,;:!?。、ぁ-ん一-龥]|\.(?!\w)|\s*+(?:\Z|{_GOES_ON})|[^\S\n]*\n)"
 _MAX_STATED = 2000  # characters
+_AROUND_TEXTS = " .,;:!*_\"'“”‘’()[]–—"  # not - or +, which belong to numbers and names
 
 
 @register_reward("choice")
@@ -90,7 +91,8 @@ class ChoiceReward:
         if announcements := list(self._announced.finditer(answer)):
             run, end = announcements[-1]["run"], announcements[-1].end()
             letters = self._letters_in(run)
-            named = _with_text(answer[end:].partition("\n")[0].lstrip(").]:、* "), choices)  # "B) Paris"
+            text = answer[end:].partition("\n")[0].lstrip(").]:、* ")  # "B) Paris"
+            named = _with_text(text, choices) or _with_text(text.strip(_AROUND_TEXTS), choices)
             doubted = self._doubt.match(answer, end) is not None or (named and not named & letters)
             return frozenset() if doubted else letters
         return self._stated(answer, choices)
@@ -149,7 +151,8 @@ class ChoiceReward:
 
 
 def _with_text(text: str, choices: Mapping[str, str]) -> frozenset[str]:
-    return frozenset(letter for letter, choice in choices.items() if _normal(choice) == _normal(text))
+    wanted = _normal(text)  # rows may be padded with empty choices, which no text names
+    return frozenset(letter for letter, choice in choices.items() if wanted and _normal(choice) == wanted)
 
 
 def _normal(text: str) -> str:

@@ -30,6 +30,7 @@ _SCRIPTS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("en", "fr", "de", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi"), frozenset({"LATIN"})),
 }
 _KANA = frozenset({"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"})
+_DENSE = _KANA | {"CJK", "HANGUL"}  # in which one or two letters are a word
 _NO_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code
     r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)"  # mathematics
@@ -42,8 +43,8 @@ _SENTENCE = re.compile(r"[^.!?。!?\n]+[.!?。!?\n]*")
 _ACRONYM_OR_SYMBOL = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z][A-Z0-9]{1,7}|[A-Za-z]{1,2})(?![A-Za-z0-9])")
 _CHUNK_LETTERS = 60  # enough for lingua to tell related languages apart
 _MAX_CHUNK = 2000  # characters
-_DECIDABLE_LETTERS = {"CJK": 12}  # a shorter passage counts for any language of its script; others: 24
-_TELLING = {"CJK": 12}  # characters; a shorter question may be in any language of its script; others: _CHUNK_LETTERS
+_DECIDABLE = {"CJK": 12}  # characters of a passage or question that tell its language from others of the same script
+_SHORT_RUN = re.compile(r"(?<![^\W\d_])[^\W\d_]{1,2}(?![^\W\d_])")  # of letters; x, ab
 
 
 @register_reward("language")
@@ -115,13 +116,14 @@ def wanted_share(text: str, languages: frozenset[str]) -> tuple[float, int]:
 
 def languages_of(question: str) -> frozenset[str]:
     """ISO codes of the languages that a question may be in: all that share its script where it is too short to tell
-    them apart, and all without exception where it has no words.
+    them apart, and all without exception where it has no words (of three letters, except in dense scripts).
 
     Raises:
         ValueError: most of it is in a script that no known language has.
     """
     lengths: dict[str, int] = {}
-    passages = list(_passages(_ACRONYM_OR_SYMBOL.sub(" ", nfkc(question)), frozenset()))
+    words = _SHORT_RUN.sub(lambda run: run[0] if _script(run[0][0]) in _DENSE else " ", nfkc(question))
+    passages = list(_passages(words, frozenset()))
     for passage, script in passages:
         lengths[script] = lengths.get(script, 0) + len(passage)
     if not lengths:
@@ -132,7 +134,7 @@ def languages_of(question: str) -> frozenset[str]:
     candidates = _written_in(script)
     if not candidates:
         raise ValueError(f"the prompt's script ({script}) is unknown; set the reward's option language")
-    if len(candidates) < 2 or lengths[script] < _TELLING.get(script, _CHUNK_LETTERS):
+    if len(candidates) < 2 or lengths[script] < _DECIDABLE.get(script, _CHUNK_LETTERS):
         return frozenset(candidates)
     found = _detect(" ".join(passage for passage, part in passages if part == script), candidates)
     return frozenset(candidates if found is None else {found})
@@ -208,7 +210,7 @@ def _script(character: str) -> str:
 
 def _is_language(passage: str, languages: frozenset[str], script: str, letters: int) -> bool:
     candidates = _written_in(script)
-    if languages.issuperset(candidates) or letters < _DECIDABLE_LETTERS.get(script, 24):
+    if languages.issuperset(candidates) or letters < _DECIDABLE.get(script, 24):
         return True
     found = _detect(passage, candidates)
     return found is None or found in languages

@@ -114,11 +114,11 @@ class CheckpointStore:
         return final
 
     def given_up(self) -> str:
-        """What an interrupt that came while `is_writing` costs, for people. Another save would collide with this one,
+        """What a run's end while `is_writing` costs, for people. Another save would collide with this one,
         which the learners are still writing."""
         newest = self.latest()
         kept = f"--resume continues from {newest}" if newest else "there is no earlier one"
-        return f"interrupted while a checkpoint was being written, which is given up; {kept}"
+        return f"the run ended while a checkpoint was being written, which is given up; {kept}"
 
     def _discard(self, path: Path) -> None:
         """Set a checkpoint aside, to be deleted at the end of this `save` or a later one: NFS keeps files that another

@@ -46,7 +46,10 @@ class LearnerError(FledgeError, RuntimeError):
 
 
 class EmptyBatchesError(LearnerError):
-    """Batches without a token to learn from, too many in a row. The learner itself is intact."""
+    """Batches without a token to learn from, too many in a row. The learner itself is intact, and starting the run
+    again would not help."""
+
+    exit_code = 2
 
 
 class WeightSyncError(FledgeError, RuntimeError):

@@ -132,10 +132,14 @@ class TrainingRun:
                     metrics = self._step(record)
                 return metrics
             except BaseException as error:
-                if self.controller.steps_learned != self._saved_step or self.controller.learners.is_updating:
-                    save_what_was_learned(
-                        error, self._save_last_step, checkpoints=self.checkpoints, display=self.display
-                    )
+                learned, updating = self.controller.steps_learned, self.controller.learners.is_updating
+                save_what_was_learned(
+                    error,
+                    self._save_last_step,
+                    is_saved=learned == self._saved_step and not updating,
+                    checkpoints=self.checkpoints,
+                    display=self.display,
+                )
                 raise
 
     def _step(self, record: Record) -> dict[str, float]:

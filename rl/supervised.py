@@ -102,24 +102,25 @@ class SupervisedRun:
                 if self._held_out and self.next_step == 0:
                     record(0, self._evaluate())
                 while self.next_step < self.total_steps:
-                    metrics = self._record(record, self._learners.update(self._batch(self.next_step)))
+                    update = self._learners.update(self._batch(self.next_step))
+                    self.next_step += 1
+                    metrics = self._record(record, update)
                     if self._is_due(self.plan.checkpoint_every):
                         self._save()
             except BaseException as error:
-                if self.next_step != self._saved_step or self._learners.is_updating:
-                    save_what_was_learned(
-                        error,
-                        lambda: self._save_last_step(record),
-                        checkpoints=self._checkpoints,
-                        display=self._display,
-                    )
+                save_what_was_learned(
+                    error,
+                    lambda: self._save_last_step(record),
+                    is_saved=self.next_step == self._saved_step and not self._learners.is_updating,
+                    checkpoints=self._checkpoints,
+                    display=self._display,
+                )
                 raise
         return metrics
 
     def _record(self, record: Record, result: UpdateResult, *, evaluates: bool = True) -> dict[str, float]:
         """Finish a step: evaluate if it is time to, record and show its metrics."""
         metrics = {**result.metrics, "time/step_s": result.seconds}
-        self.next_step += 1
         if evaluates and self._held_out and self._is_due(self.plan.evaluate_every):
             metrics |= self._evaluate()
         record(self.next_step, metrics)
@@ -143,9 +144,11 @@ class SupervisedRun:
     def _save_last_step(self, record: Record) -> None:
         """Save the last step that was learned; its update may still be under way."""
         update = self._learners.finish_update()
-        if update is not None and update.policy_version > self.next_step:
-            self._record(record, update, evaluates=False)
+        unfinished = update is not None and update.policy_version > self.next_step
+        self.next_step += unfinished
         self._save()
+        if update is not None and unfinished:
+            self._record(record, update, evaluates=False)
 
     def _batch(self, step: int) -> TrainBatch:
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -84,8 +84,11 @@ def fill_site(site: Path, wheels: Path, python: str) -> None:
 
 
 def pack(folder: Path, name: str, content: Path, piece_mib: int) -> None:
-    packed = f"tar -C {content} -c . | xz -T0 -6 | split -b {piece_mib}M - {folder / name}.tar.xz."
-    subprocess.run(["bash", "-o", "pipefail", "-c", packed], check=True)
+    for old in folder.glob(f"{name}.tar.xz.*"):
+        old.unlink()
+    packed = 'tar -C "$1" -c . | xz -T0 -6 | split -b "$2" - "$3"'
+    values = [str(content), f"{piece_mib}M", f"{folder / name}.tar.xz."]
+    subprocess.run(["bash", "-o", "pipefail", "-c", packed, "bash", *values], check=True)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from rl.prompts.generated import REASONING_GYM, generated_rows, is_generated
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
 _MOST_NAMES = 3  # sources named in a dataset's name, which becomes part of file names
-_MEDIA = ("Audio", "Image", "Mesh", "Nifti", "Pdf", "Video")
+_MEDIA = ("Audio", "BioSequence", "BioStructure", "Image", "Mesh", "Nifti", "Pdf", "Video")
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
@@ -215,8 +215,8 @@ def _rows_of(dataset: Any, name: str) -> Iterator[Located]:
 
 def _is_media(feature: Any) -> bool:
     """Whether a column of this type (of Hugging Face datasets), or a part of it, is decoded from a media file."""
-    if isinstance(feature, Mapping):
-        return any(map(_is_media, feature.values()))
+    if isinstance(feature, Mapping):  # a conversation stays, whatever its messages might hold
+        return "role" not in feature and any(map(_is_media, feature.values()))
     if isinstance(feature, list | tuple):
         return any(map(_is_media, feature))
     return type(feature).__name__ in _MEDIA or _is_media(getattr(feature, "feature", ()))

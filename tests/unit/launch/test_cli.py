@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from launch import cli, doctor
-from launch.cli import _Termination
+from launch.cli import _Interrupt
 from launch.commands import _claimed_run_dir, _locked
 from launch.compose import checkpoint_store
 from launch.doctor import Finding
@@ -328,8 +328,8 @@ def test_an_interrupted_command_says_so_and_exits_with_130(fledge, tmp_path, con
         assert "--resume starts at the beginning: there is no checkpoint yet" in said
 
 
-@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGHUP], ids=["term", "hup"])
-def test_a_termination_that_is_sent_twice_does_not_interrupt_what_the_first_one_saves(
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["int", "term", "hup"])
+def test_a_termination_right_after_an_interrupt_does_not_give_up_what_that_one_saves(
     fledge, tmp_path, config, monkeypatch, ends
 ):
     saved = []
@@ -339,6 +339,7 @@ def test_a_termination_that_is_sent_twice_does_not_interrupt_what_the_first_one_
             signal.raise_signal(ends)
         finally:
             signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
             saved.append("all")
 
     monkeypatch.setattr("launch.commands.train", train)
@@ -350,15 +351,16 @@ def test_a_termination_that_is_sent_twice_does_not_interrupt_what_the_first_one_
     assert saved == ["all"]
 
 
-def test_a_later_termination_is_another_one(monkeypatch):
-    now = iter([100.0, 104.0, 106.0])
+def test_a_second_ctrl_c_or_a_later_termination_is_another_interrupt(monkeypatch):
+    now = iter([100.0, 101.0, 105.0, 107.0])
     monkeypatch.setattr("launch.cli.time.monotonic", lambda: next(now))
-    terminate = _Termination()
+    interrupt = _Interrupt()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(KeyboardInterrupt):
+            interrupt(number, None)
+    interrupt(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
-        terminate()
-    terminate()
-    with pytest.raises(KeyboardInterrupt):
-        terminate()
+        interrupt(signal.SIGHUP, None)
 
 
 def test_a_traceback_of_another_process_comes_before_the_error(fledge, tmp_path, config, monkeypatch):

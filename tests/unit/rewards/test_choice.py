@@ -106,7 +106,13 @@ def test_texts_of_choices() -> None:
     assert reward("Paris", choices=CITIES) == 1.0
     assert reward("The answer is B) Paris.", choices=CITIES) == 1.0
     assert reward("The answer is (B), Rome is smaller.", choices=CITIES) == 1.0
-    assert reward("The answer is B) Rome", choices=CITIES) == 0.0
+    for wrong in ("B) Rome", "B, Rome.", "B (Rome)", '(B) "Rome"', "B) **Rome**", "**B**. Rome"):
+        assert reward(f"The answer is {wrong}", choices=CITIES) == 0.0
+    for padding in ("", "...", None):
+        assert reward("The answer is B.", choices=["Rome", "Paris", padding, padding]) == 1.0
+        assert reward("The answer is (B)", choices=["Rome", "Paris", padding, padding]) == 1.0
+    assert reward("The answer is B) -5", choices=["5", "-5"]) == 1.0
+    assert reward("The answer is B) C++.", choices=["C", "C++"]) == 1.0
     assert reward("paris.", choices={"A": "Rome", "B": "Paris"}) == 1.0
     assert reward("paris", choices={"label": ["A", "B"], "text": ["Rome", "Paris"]}) == 1.0
     assert reward("B) Rome", choices=CITIES) == 0.0

@@ -94,6 +94,8 @@ def test_saying_nothing_is_no_way_out() -> None:
 def test_the_language_of_the_prompt() -> None:
     assert output(JAPANESE, "四十二です", prompt="六かける七は?").reward == 1.0
     assert output(ENGLISH, ENGLISH, prompt="六かける七は?").reward == 0.0
+    assert languages_of("x² + y² = z² とする") == {"ja"}
+    assert languages_of("求和") == {"ja", "zh"}
     with pytest.raises(ValueError, match="script"):
         output(ENGLISH, ENGLISH, prompt="რამდენია ექვსჯერ შვიდი?")
 
@@ -106,7 +108,7 @@ def test_a_question_too_short_to_tell_takes_any_language_of_its_script(prompt: s
     assert languages_of(f"{ENGLISH} {prompt}") == {"en"}
 
 
-@pytest.mark.parametrize("prompt", ["6 x 7 = ?", "$1+1$", "", "f(x) = ab?"])
+@pytest.mark.parametrize("prompt", ["6 x 7 = ?", "$1+1$", "", "f(x) = ab?", "2x+3=7", "3x+2y=12", "α+β=?"])
 def test_a_question_without_words_takes_any_language(prompt: str) -> None:
     assert output(JAPANESE, CHINESE, prompt=prompt).reward == output(ENGLISH, GERMAN, prompt=prompt).reward == 1.0
 

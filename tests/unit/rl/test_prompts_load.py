@@ -63,6 +63,7 @@ def test_pictures_are_left_out(tmp_path, tokenizer):
     pixels = PIL.Image.new("RGB", (2, 2))
     rows = {"prompt": ["a", "b"], "ground_truth": ["1", "2"], "image": [pixels] * 2, "views": [[pixels]] * 2}
     rows["meta"] = [{"level": 3, "icon": pixels}] * 2
+    rows["talk"] = [[{"role": "user", "picture": None}]] * 2
     features = datasets.Features(
         {
             "prompt": datasets.Value("string"),
@@ -70,12 +71,13 @@ def test_pictures_are_left_out(tmp_path, tokenizer):
             "image": datasets.Image(),
             "views": datasets.List(datasets.Image()),
             "meta": {"level": datasets.Value("int64"), "icon": datasets.Image()},
+            "talk": datasets.List({"role": datasets.Value("string"), "picture": datasets.Image()}),
         }
     )
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "pictures"))
     first, again = (load(tmp_path / "pictures", tokenizer).prompts for _ in range(2))
     assert [prompt.ground_truth for prompt in first] == ["1", "2"]
-    assert all(prompt.extra == {} for prompt in first)
+    assert all(prompt.extra == {"talk": [{"role": "user"}]} for prompt in first)
     assert fingerprint(first) == fingerprint(again), "or the run could not be resumed"
 
 

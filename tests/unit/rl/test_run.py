@@ -293,6 +293,28 @@ def test_whatever_ends_a_run_costs_no_step_while_the_learners_are_intact(tmp_pat
     assert [path.name for path in tmp_path.glob("checkpoints/*")] == (["step_000003"] if is_saved else [])
 
 
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        (TypeError("a bug"), "the steps since the last checkpoint could not be saved: TypeError('a bug')"),
+        (LearnerError("rank 1 was lost"), "the steps since the last checkpoint could not be saved: rank 1 was lost"),
+        (KeyboardInterrupt(), "interrupted; the steps since the last checkpoint are not saved"),
+    ],
+    ids=["bug", "loss", "Ctrl-C"],
+)
+def test_what_happens_while_saving_does_not_hide_why_the_run_ended(tmp_path, fails, told):
+    learners = FakeLearners()
+    run = make_run(tmp_path, learners=learners, shaping={"rewards": FailingRewards(2)}, checkpoint_every=0)
+    learners.save_checkpoint = lambda directory: raise_(fails)
+    with pytest.raises(RewardError, match="fails on every sample"):
+        run.execute()
+    assert run.display.messages[-2:] == [
+        "RewardError: the reward fails on every sample; saving what was learned before stopping; interrupt to stop at "
+        "once",
+        told,
+    ]
+
+
 def test_samples_that_cannot_be_written_cost_no_step(tmp_path, monkeypatch):
     def write(path, scored, *, limit):
         if path.name == "step_000003.jsonl":
@@ -324,7 +346,7 @@ def test_an_interrupted_save_is_not_met_by_another_and_what_is_on_disk_is_not_sa
     with pytest.raises(KeyboardInterrupt):
         run.execute()
     assert len(saves) == 1
-    given_up = "interrupted while a checkpoint was being written, which is given up; there is no earlier one"
+    given_up = "the run ended while a checkpoint was being written, which is given up; there is no earlier one"
     assert run.display.messages[-1] == given_up
     run = make_run(tmp_path, shaping={"rewards": FailingRewards(2, KeyboardInterrupt())})
     with pytest.raises(KeyboardInterrupt):
