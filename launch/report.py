@@ -25,7 +25,7 @@ _CURVES = (  # title, metrics drawn together
     ("Entropy", ("learner/entropy",)),
     ("KL to the reference", ("learner/kl_ref",)),
     ("Gradient norm", ("learner/grad_norm",)),
-    ("Clipped and ratio", ("learner/clip_frac", "learner/ratio_mean")),
+    ("Clipped and ratio", ("learner/clip_frac", "learner/clip_high_frac", "learner/ratio_mean")),
     ("Loss of the critic", ("critic/loss",)),
     ("Values and returns", ("critic/value_mean", "critic/return_mean")),
     ("Explained variance of the critic", ("critic/explained_variance",)),

@@ -81,6 +81,17 @@ class PolicyLossOutput:
     )  # name -> [T] detached, e.g. clip_frac, ratio_mean
 
 
+def clip_metrics(clipped: Tensor, above: Tensor, ratio: Tensor, log_ratio: Tensor) -> dict[str, Tensor]:
+    """The metrics of losses that clip. `clipped` [T]: where the bound took effect; `above`: where it was the upper one
+    if so."""
+    return {
+        "clip_frac": clipped.to(ratio.dtype),
+        "clip_high_frac": (clipped & above).to(ratio.dtype),
+        "ratio_mean": ratio.detach(),
+        "kl_old": -log_ratio.detach(),
+    }
+
+
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_length"]
 
 PolicyLoss = Callable[..., PolicyLossOutput]  # (inputs: LossInputs, **options) -> PolicyLossOutput

@@ -5,7 +5,7 @@ MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, eq. 4 and 5.
 
 from __future__ import annotations
 
-from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
+from rl.losses.api import LossInputs, PolicyLossOutput, clip_metrics, register_policy_loss
 from rl.losses.ppo_clip import check_clip_range
 
 
@@ -20,5 +20,5 @@ def cispo(inputs: LossInputs, *, clip_low: float = 1.0, clip_high: float = 4.0) 
     log_ratio = inputs.log_ratio()
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    metrics = {"clip_frac": (weight != ratio).to(ratio.dtype), "ratio_mean": ratio, "kl_old": -log_ratio.detach()}
+    metrics = clip_metrics(weight != ratio, ratio > 1.0, ratio, log_ratio)
     return PolicyLossOutput(inputs.weighted(-weight * inputs.advantages * inputs.logprobs), metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from rl.errors import ConfigError
-from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
+from rl.losses.api import LossInputs, PolicyLossOutput, clip_metrics, register_policy_loss
 
 
 @register_policy_loss(
@@ -33,9 +33,5 @@ def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float | None =
     sign = inputs.advantages.sign()
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * clipped)
     ratio = inputs.sequence_mean(pessimistic).exp()[inputs.sequence_index]
-    metrics = {
-        "clip_frac": ((pessimistic != log_ratio) & (sign != 0)).to(ratio.dtype),
-        "ratio_mean": ratio.detach(),
-        "kl_old": -log_ratio.detach(),
-    }
+    metrics = clip_metrics((pessimistic != log_ratio) & (sign != 0), log_ratio > 0.0, ratio, log_ratio)
     return PolicyLossOutput(inputs.weighted(-inputs.advantages * ratio), metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
+from rl.losses.api import LossInputs, PolicyLossOutput, clip_metrics, register_policy_loss
 from rl.losses.ppo_clip import check_clip_range
 
 
@@ -31,9 +31,5 @@ def gspo(inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4)
     ratio = sequence_ratio * (log_ratio - log_ratio.detach()).exp()
     unclipped = -inputs.advantages * ratio
     clipped = -inputs.advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    metrics = {
-        "clip_frac": (clipped > unclipped).to(ratio.dtype),
-        "ratio_mean": ratio.detach(),
-        "kl_old": -log_ratio.detach(),
-    }
+    metrics = clip_metrics(clipped > unclipped, ratio > 1.0, ratio, log_ratio)
     return PolicyLossOutput(inputs.weighted(torch.maximum(unclipped, clipped)), metrics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from rl.errors import ConfigError
-from rl.losses.api import LossInputs, PolicyLossOutput, register_policy_loss
+from rl.losses.api import LossInputs, PolicyLossOutput, clip_metrics, register_policy_loss
 
 
 @register_policy_loss("ppo_clip")
@@ -32,11 +32,7 @@ def ppo_clip(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + upper)
     loss = torch.maximum(unclipped, clipped)
-    metrics = {
-        "clip_frac": (clipped > unclipped).to(ratio.dtype),
-        "ratio_mean": ratio.detach(),
-        "kl_old": -log_ratio.detach(),
-    }
+    metrics = clip_metrics(clipped > unclipped, ratio > 1.0, ratio, log_ratio)
     if dual_clip is not None:
         ceiling = -advantages * dual_clip
         metrics["dual_clip_frac"] = ((advantages < 0) & (loss > ceiling)).to(ratio.dtype)

@@ -227,7 +227,14 @@ def test_metrics_are_those_of_the_batch(family: Family) -> None:
         for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")
     )
     logprobs = torch.cat([p[0] for p in pairs]).numpy()[mask]
+    advantages = np.concatenate([s.advantages for s in batch])[mask]
+    bound = ALGORITHM.loss_options["clip_low"]
+    ratio = np.exp(logprobs - old)
+    high, low = (advantages > 0) & (ratio > 1 + bound), (advantages < 0) & (ratio < 1 - bound)
+    assert high.any() and low.any()
     expected = {
+        "learner/clip_frac": (high | low).mean(),
+        "learner/clip_high_frac": high.mean(),
         "rollout/logprob_diff_mean": np.abs(old - rollout).mean(),
         "rollout/logprob_diff_max": np.abs(old - rollout).max(),
         "learner/entropy": torch.cat([p[1] for p in pairs]).numpy()[mask].mean(),
@@ -240,7 +247,6 @@ def test_metrics_are_those_of_the_batch(family: Family) -> None:
         assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
     norm = torch.sqrt(sum((g**2).sum() for g in family.gradients("one").values()))  # type: ignore[arg-type]
     assert metrics["learner/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-    assert 0 < metrics["learner/clip_frac"] < 1
     assert metrics["learner/tokens_per_s"] > 0
     assert metrics["learner/memory_peak_gib"] > 0.05
 

@@ -267,7 +267,7 @@ def test_metrics_are_measured_per_token_and_carry_no_gradient(name) -> None:
     batch = loss_batch(0)
     metrics = policy_loss_spec(name).function(dataclasses.replace(batch, logprobs=batch.logprobs.requires_grad_()))
     found = metrics.token_metrics
-    assert set(found) == {"ratio_mean", "kl_old"} | (set() if name == "reinforce" else {"clip_frac"})
+    assert set(found) == {"ratio_mean", "kl_old"} | (set() if name == "reinforce" else {"clip_frac", "clip_high_frac"})
     assert not any(values.requires_grad for values in found.values())
     torch.testing.assert_close(found["kl_old"], batch.masked(batch.old_logprobs - batch.logprobs.detach()))
 
@@ -293,6 +293,7 @@ def test_a_token_counts_as_clipped_where_the_bound_takes_effect(name) -> None:
     batch = responses_of_one_token([2.0, 2.0, 0.5, 0.5, 1.1], [1.0, -1.0, 1.0, -1.0, 1.0])
     metrics = policy_loss_spec(name).function(batch, clip_low=0.2, clip_high=0.3).token_metrics
     assert metrics["clip_frac"].tolist() == ([1, 1, 1, 1, 0] if name == "cispo" else [1, 0, 0, 1, 0])
+    assert metrics["clip_high_frac"].tolist() == ([1, 1, 0, 0, 0] if name == "cispo" else [1, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
