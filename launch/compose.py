@@ -65,8 +65,8 @@ def start_rollout_pool(
 ) -> RolloutPool:
     """Begin to start the rollout workers. `trained`: a learner will send them weights."""
     worker_class: Any = ray.remote(RolloutWorker)
-    eval_tokens = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
-    max_model_len = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, eval_tokens)
+    evaluated = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
+    responses = max(config.rollout.max_response_tokens, evaluated) if trained else evaluated
     rollout = config.rollout
     if trained and config.learner.moe.router_replay:
         options = {"enable_return_routed_experts": True, **rollout.engine_options}
@@ -75,7 +75,7 @@ def start_rollout_pool(
         config.model,
         rollout,
         transport,
-        max_model_len=max_model_len,
+        max_model_len=config.data.max_prompt_tokens + responses,
         seed=config.seed,
         deterministic=config.deterministic,
         trained=trained,

@@ -88,6 +88,10 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
         held = config.data.model_copy(update={"train": config.data.eval})
         held_out = _worked_examples(config, held, "held-out examples", display)
         examples = _without_prompts_of(held_out, examples, display)
+    if config.batch_size > len(examples):
+        display.message(
+            f"note: batch_size {config.batch_size} is more than the {len(examples)} examples, all of a step"
+        )
     steps = config.epochs * steps_per_epoch(len(examples), config.batch_size)
     _tell_of_long_warmup(config.learner.optimizer, steps, "learner", display)
     return CheckedSft(examples, held_out, steps)
@@ -119,7 +123,7 @@ def _without_prompts_of(
 def checked_evaluation(config: TrainConfig, display: Display) -> CheckedRun:
     """What `fledge eval` would run; errors as in `checked_training`."""
     check_checkpoint(config.model.path, "model.path")
-    check_engines(config)
+    check_engines(config, trained=False)
     check_engine_options(config, trained=False)
     _, eval_sets = load_data(config, display, train=False)
     if not eval_sets:

@@ -65,11 +65,12 @@ def _training(config: TrainConfig) -> Iterator[str]:
     rollout, learner, algorithm = config.rollout, config.learner, config.algorithm
     samples = rollout.prompts_per_step * rollout.group_size
     updates = learner.epochs * learner.mini_batches
+    steps = "optimizer steps" if updates > 1 else "optimizer step"
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     yield _model(config.model)
     yield (
         f"each step: {rollout.prompts_per_step} prompts x {rollout.group_size} responses = {samples:,} samples of at "
-        f"most {longest:,} tokens, used in {updates} optimizer steps of {samples // learner.mini_batches:,} samples"
+        f"most {longest:,} tokens, used in {updates} {steps} of {samples // learner.mini_batches:,} samples"
     )
     yield _optimizer(learner.optimizer, config.policy_optimizer_steps)
     aggregation = algorithm.aggregation or policy_loss_spec(algorithm.loss).default_aggregation

@@ -6,6 +6,7 @@ Imports no framework itself.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -19,7 +20,6 @@ _QUIET = {
     "HF_HUB_VERBOSITY": "error",  # a warning for each try at a host that does not answer
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TQDM_DISABLE": "1",
-    "DS_LOG_LEVEL": "error",
     "PYTHONWARNINGS": "ignore",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # from calls given up because another one failed, which is reported
 }
@@ -30,6 +30,8 @@ def quiet_frameworks() -> None:
     """Keep the frameworks' banners and progress bars out of the terminal, unless the user has asked for them."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    # DeepSpeed sets its logger's level itself, so the level would not last.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def keep_worker_priority() -> None:

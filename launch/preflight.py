@@ -138,8 +138,9 @@ def _of_a_run(folder: Path) -> str:
     return ""
 
 
-def check_engines(config: TrainConfig) -> None:
+def check_engines(config: TrainConfig, *, trained: bool = True) -> None:
     """Raise ConfigError if the engines cannot divide the model, or responses may be longer than its positions reach.
+    `trained`: there will be rollouts beside evaluations.
 
     The engine itself judges stretched positions (YaRN and the like), and what rollout.engine_options says of positions.
     """
@@ -151,14 +152,16 @@ def check_engines(config: TrainConfig) -> None:
             f"the {heads} attention heads of model.path {config.model.path} cannot be divided evenly among "
             f"rollout.tensor_parallel_size {config.rollout.tensor_parallel_size}; set it to a divisor of their number"
         )
-    key = "data.max_prompt_tokens + rollout.max_response_tokens"
-    refuse_moving_positions(config.model, config.data.max_prompt_tokens + config.rollout.max_response_tokens, key)
+    evaluated = config.evaluation.max_response_tokens
+    responses = {"evaluation": evaluated} if evaluated else {}
+    if trained or not evaluated:
+        responses["rollout"] = config.rollout.max_response_tokens
+    for section, tokens in responses.items():
+        key = f"data.max_prompt_tokens + {section}.max_response_tokens"
+        refuse_moving_positions(config.model, config.data.max_prompt_tokens + tokens, key)
     if limit is None or _stretched(kinds) or {"max_model_len", "hf_overrides"} & config.rollout.engine_options.keys():
         return
-    for section, tokens in (
-        ("rollout", config.rollout.max_response_tokens),
-        ("evaluation", config.evaluation.max_response_tokens or 0),
-    ):
+    for section, tokens in responses.items():
         longest = config.data.max_prompt_tokens + tokens
         if longest > limit:
             raise ConfigError(

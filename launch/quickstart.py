@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import reasoning_gym
 
+from launch.environment import quiet_frameworks
 from launch.tiny_models import build_tiny_model, describe
 from rl.config import TrainConfig
 from rl.config.loading import load_config
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=32768)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    quiet_frameworks()
     model = build_tiny_model("qwen3", arguments.out_dir / "base", seed=arguments.seed, **MODEL_SIZE)
     write_examples(arguments.out_dir / "examples.jsonl", arguments.examples, seed=arguments.seed)
     print(f"{model}: {describe(model)}; {arguments.examples} worked examples")  # noqa: T201 - a script

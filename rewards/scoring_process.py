@@ -128,7 +128,9 @@ class ScoringProcess:
             "from rewards.scoring_process import main; main(int(sys.argv[2]), int(sys.argv[3]))"
         )
         handles = (child_end.fileno(), self._trace.fileno())
-        arguments = [sys.executable, "-P", "-c", bootstrap, json.dumps(sys.path), *map(str, handles)]
+        # Ray puts the working directory first, where its files would hide installed packages.
+        path = [*(entry for entry in sys.path if entry not in ("", self._spec.folder)), self._spec.folder]
+        arguments = [sys.executable, "-P", "-c", bootstrap, json.dumps(path), *map(str, handles)]
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
         self._process = subprocess.Popen(
             arguments,
@@ -230,7 +232,6 @@ def main(connection_fd: int, trace_fd: int) -> None:
     connection = Connection(connection_fd)
     try:
         spec: ScoringSpec = connection.recv()
-        sys.path.append(spec.folder)
         try:
             reward = CombinedReward(spec.functions, spec.clip)
         except FledgeError as error:

@@ -79,7 +79,16 @@ def overridden(config: DictConfig, override: str) -> DictConfig:
             value = text
         OmegaConf.update(config, key, value, merge=value != {})
         return config
-    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:
+    except IndexError as error:
+        count = len(OmegaConf.select(config, listed[1])) if listed else 0
+        raise ConfigError(
+            f"override {override!r}: {key.partition('[')[0]} has {count} items, numbered from 0"
+        ) from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        if "Cannot merge" in str(error):
+            raise ConfigError(
+                f"override {override!r}: the file sets a mapping for {key} and this is a list, or the other way round"
+            ) from error
         raise ConfigError(f"override {override!r} cannot be read: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:  # a key of a list that is no number
         raise ConfigError(
@@ -98,9 +107,13 @@ def validate(plain: Any, schema: type[Root], source: str, overrides: Sequence[st
         foreign = {str(p["loc"][0]) for p in problems if p["type"] == "extra_forbidden" and len(p["loc"]) == 1}
         command, marks, enough = _OTHER_COMMAND.get(schema, ("", set(), 1))
         if len(foreign & marks) >= enough:
-            raise ConfigError(
-                f"{source} is a configuration for `{command}`: {', '.join(sorted(foreign))} belong there"
-            ) from None
+            keys = ", ".join(sorted(foreign))
+            if given := [text for text in overrides if text.partition("=")[0].partition(".")[0] in foreign]:
+                raise ConfigError(
+                    f"override {', '.join(map(repr, given))}: {source} is for another command than `{command}`, which "
+                    f"has {keys}; leave it out"
+                ) from None
+            raise ConfigError(f"{source} is a configuration for `{command}`, which has {keys}") from None
         lines = [_explain(problem, schema) + _from_override(problem, overrides) for problem in problems]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
@@ -139,7 +152,7 @@ def _compose(path: Path, extended_by: tuple[Path, ...] = ()) -> DictConfig:
     path = path.expanduser()
     resolved = path.resolve()
     if resolved in extended_by:
-        raise ConfigError(f"{path}: extends itself through {' -> '.join(str(p) for p in (*extended_by, resolved))}")
+        raise ConfigError(f"{path} extends itself: {' -> '.join(str(p) for p in (*extended_by, resolved))}")
     if not path.is_file():
         if extended_by:
             raise ConfigError(

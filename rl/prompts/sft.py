@@ -174,7 +174,7 @@ def _split(row: Row, config: SftDataConfig) -> tuple[list[Message], Message]:
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             if field == "messages":
                 raise DataError(f"{row.location}: messages must consist of a prompt and the assistant message to learn")
-            raise missing_field(row, config.response_field, "response_field")
+            raise missing_field(row, config.response_field, "data.response_field")
         return prompt_messages(messages[:-1], config.train, row.location), messages[-1]
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]

@@ -221,7 +221,7 @@ def test_a_dry_run_shows_what_would_run_and_leaves_nothing(fledge, tmp_path, con
     exit_code, said = fledge("train", path, "--dry-run")
     assert exit_code == 0
     assert "training data rows: 1 prompts\n2 steps of 2 prompts: 4 passes over the training data" in said
-    assert "2 prompts x 8 responses = 16 samples of at most 2,048 tokens, used in 1 optimizer steps" in said
+    assert "2 prompts x 8 responses = 16 samples of at most 2,048 tokens, used in 1 optimizer step of" in said
     assert "1 + 1 =<|im_end|>\n<|im_start|>assistant" in said and "its ground truth: 2" in said
     assert fledge("train", path, "--dry-run", "model.path=no/such/model")[0] == 2
     assert "leave --resume out" in fledge("train", path, "--dry-run", "--resume")[1]
@@ -413,9 +413,14 @@ def test_the_version_and_what_the_commands_are(fledge):
 
 def test_the_other_commands_configuration_is_told_from_a_typo(fledge, tmp_path, config):
     exit_code, said = fledge("sft", save(tmp_path, config | {"rollout": {"group_size": 4}, "sync": {}}))
-    assert (exit_code, "is a configuration for `fledge train`: rollout, sync belong there" in said) == (2, True)
+    assert (exit_code, "is a configuration for `fledge train`, which has rollout, sync" in said) == (2, True)
     exit_code, said = fledge("train", save(tmp_path, config | {"epochs": 3, "batch_size": 4}))
-    assert (exit_code, "is a configuration for `fledge sft`: batch_size, epochs belong there" in said) == (2, True)
+    assert (exit_code, "is a configuration for `fledge sft`, which has batch_size, epochs" in said) == (2, True)
+    exit_code, said = fledge("sft", save(tmp_path, config), "rollout.group_size=4")
+    assert exit_code == 2
+    assert re.search(
+        r"override 'rollout.group_size=4': .* another command than `fledge train`, which has rollout", said
+    )
     exit_code, said = fledge("train", save(tmp_path, config), "batch_size=4")
     assert (exit_code, "unknown key batch_size; did you mean reward.batch_size?" in said) == (2, True)
 
@@ -431,6 +436,11 @@ def test_responses_that_are_longer_than_the_model_reaches(fledge, tmp_path, conf
         exit_code, said = fledge(command, path, *lengths)
         expected = f"100 + {section}.max_response_tokens {most + 1} = {limit + 1} is more than the {limit} positions of"
         assert (exit_code, expected in " ".join(said.split())) == (2, True), said
+    # An evaluation makes no rollouts beside its own responses.
+    lengths = [f"rollout.max_response_tokens={most + 1}", "evaluation.max_response_tokens=10"]
+    lengths += ["data.max_prompt_tokens=100", f"data.eval=[{{path: {config['data']['train']['path']}}}]"]
+    assert fledge("eval", path, "--dry-run", *lengths)[0] == 0
+    assert fledge("train", path, "--dry-run", *lengths)[0] == 2
 
 
 def test_worked_examples_that_are_longer_than_the_model_reaches(fledge, tmp_path, config, model):

@@ -107,6 +107,22 @@ def test_closing_ends_the_processes_that_a_plugin_left(plugin: Path) -> None:
     assert not any(_alive(pid) for pid in pids)
 
 
+def test_files_of_the_working_directory_hide_no_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "six.py").write_text("raise RuntimeError('not the installed one')")
+    (tmp_path / "beside.py").write_text("VALUE = 2.0")
+    (tmp_path / "uses.py").write_text("import beside, six\ndef reward(sample):\n    return beside.VALUE")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as Ray does in its workers
+    process = ScoringProcess(ScoringSpec((RewardFunctionConfig(name="uses:reward"),), None, timeout_s=5.0))
+    try:
+        [result] = process.score(samples("a"))
+        assert result.outputs["reward"].reward == 2.0
+    finally:
+        process.close()
+
+
 def test_rewards_that_cannot_load_raise_their_own_error(plugin: Path, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="has no 'rewrad'; it defines act, reward, batch"):
         ScoringProcess(spec(plugin, "rewrad"))

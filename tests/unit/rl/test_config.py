@@ -427,8 +427,12 @@ def test_what_an_extended_file_sets_can_be_unset_and_list_items_overridden(tmp_p
     assert load_config(own, ["data.train.options={min_terms: 3}"], TrainConfig).data.train.options == merged
     assert load_config(own, ["data.train.options={}"], TrainConfig).data.train.options == {}
     assert config.reward.functions[0].name == "exact"
-    with pytest.raises(ConfigError, match=r"override 'reward.functions\[7\].name=exact' cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"override 'reward.functions\[7\].name=exact': reward.functions has \d items"
+    ):
         load_config(own, ["reward.functions[7].name=exact"], TrainConfig)
+    with pytest.raises(ConfigError, match=r"the file sets a mapping for data.train and this is a list"):
+        load_config(own, ["data.train=[{path: rows.jsonl}]"], TrainConfig)
     for key in ("reward.functions.name", "reward.functions[first].name"):
         with pytest.raises(ConfigError, match=r"items of a list are addressed by number, .* data\.eval\[0\]\.path"):
             load_config(own, [f"{key}=exact"], TrainConfig)
