@@ -90,7 +90,7 @@ def checked_sft(config: SftConfig, display: Display) -> CheckedSft:
         examples = _without_prompts_of(held_out, examples, display)
     if config.batch_size > len(examples):
         display.message(
-            f"note: batch_size {config.batch_size} is more than the {len(examples)} examples, all of a step"
+            f"note: batch_size {config.batch_size} is more than the {len(examples)} examples, so a step uses all"
         )
     steps = config.epochs * steps_per_epoch(len(examples), config.batch_size)
     _tell_of_long_warmup(config.learner.optimizer, steps, "learner", display)

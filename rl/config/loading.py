@@ -71,6 +71,8 @@ def overridden(config: DictConfig, override: str) -> DictConfig:
         raise ConfigError(
             f"override {override!r}: the file sets no list {listed[1]}; give the whole list, as in '{listed[1]}=[...]'"
         )
+    if listed and int(listed[2].strip("[].")) >= (count := len(OmegaConf.select(config, listed[1]))):
+        raise ConfigError(f"override {override!r}: {listed[1]} has {count} items, numbered from 0")
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         value = typing.cast(dict[str, Any], parsed)["value"]
@@ -79,12 +81,7 @@ def overridden(config: DictConfig, override: str) -> DictConfig:
             value = text
         OmegaConf.update(config, key, value, merge=value != {})
         return config
-    except IndexError as error:
-        count = len(OmegaConf.select(config, listed[1])) if listed else 0
-        raise ConfigError(
-            f"override {override!r}: {key.partition('[')[0]} has {count} items, numbered from 0"
-        ) from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, IndexError) as error:
         if "Cannot merge" in str(error):
             raise ConfigError(
                 f"override {override!r}: the file sets a mapping for {key} and this is a list, or the other way round"
