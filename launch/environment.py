@@ -30,8 +30,11 @@ def quiet_frameworks() -> None:
     """Keep the frameworks' banners and progress bars out of the terminal, unless the user has asked for them."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed sets its logger's level itself, so the level would not last.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its logger's level itself, which would not last
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def keep_worker_priority() -> None:
@@ -48,7 +51,7 @@ def installed_version(package: str) -> str | None:
 
 
 def refuse_hidden(folder: Path) -> None:
-    """Refuse a working directory that hides Fledge: Ray's workers and scoring processes look for modules there first.
+    """Refuse a working directory that hides Fledge: Ray's workers look for modules there first.
 
     Raises:
         ConfigError: a module in `folder` has the name of one of Fledge's packages.

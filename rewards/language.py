@@ -30,7 +30,6 @@ _SCRIPTS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("en", "fr", "de", "es", "it", "pt", "nl", "pl", "sv", "tr", "id", "vi"), frozenset({"LATIN"})),
 }
 _KANA = frozenset({"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"})
-_DENSE = _KANA | {"CJK", "HANGUL"}  # in which one or two letters are a word
 _NO_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code
     r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)"  # mathematics
@@ -44,7 +43,7 @@ _ACRONYM_OR_SYMBOL = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z][A-Z0-9]{1,7}|[A-Za-z]
 _CHUNK_LETTERS = 60  # enough for lingua to tell related languages apart
 _MAX_CHUNK = 2000  # characters
 _DECIDABLE = {"CJK": 12}  # characters of a passage or question that tell its language from others of the same script
-_SHORT_RUN = re.compile(r"(?<![^\W\d_])[^\W\d_]{1,2}(?![^\W\d_])")  # of letters; x, ab
+_SHORT_RUN = re.compile(r"(?<![A-Za-zÀ-ɏΑ-ω])[A-Za-zÀ-ɏΑ-ω]{1,2}(?![A-Za-zÀ-ɏΑ-ω])")  # x, ab, α
 
 
 @register_reward("language")
@@ -116,13 +115,15 @@ def wanted_share(text: str, languages: frozenset[str]) -> tuple[float, int]:
 
 def languages_of(question: str) -> frozenset[str]:
     """ISO codes of the languages that a question may be in: all that share its script where it is too short to tell
-    them apart, and all without exception where it has no words (of three letters, except in dense scripts).
+    them apart, and all without exception where it has no words (in Latin or Greek letters: of at least three).
 
     Raises:
         ValueError: most of it is in a script that no known language has.
     """
     lengths: dict[str, int] = {}
-    words = _SHORT_RUN.sub(lambda run: run[0] if _script(run[0][0]) in _DENSE else " ", nfkc(question))
+    words = _SHORT_RUN.sub(" ", nfkc(question))
+    if any(script not in ("", "LATIN") for script in map(_script, words)):
+        words = _ACRONYM_OR_SYMBOL.sub(" ", words)  # "JSONとは" is Japanese
     passages = list(_passages(words, frozenset()))
     for passage, script in passages:
         lengths[script] = lengths.get(script, 0) + len(passage)

@@ -210,9 +210,17 @@ class LearnerGroup:
         return versions[0]
 
     def score_logprobs(self, pairs: Sequence[TokenPair]) -> list[FloatArray]:
-        """[pair] -> [R] at temperature 1. Every rank computes all pairs: a probe is small, and gathers are
-        collective."""
-        return self._all("score_logprobs", list(pairs), meanwhile=self._look())[0]
+        """[pair] -> [R] at temperature 1; the ranks divide the pairs."""
+        arrays = [[np.asarray(ids, dtype=np.int32) for ids in pair] for pair in pairs]
+        sequences = [TokenSequence(prompt, response) for prompt, response in arrays]
+        shares = balance(sequences, len(self.workers), share_prefixes=self.share_prefixes)
+        with uninterrupted():
+            calls = [
+                w.score_logprobs.remote([pairs[i] for i in share])
+                for w, share in zip(self.workers, shares, strict=True)
+            ]
+        parts = self._wait(calls, "score_logprobs", meanwhile=self._look())
+        return list(collect(parts, shares, [len(response) for _, response in pairs]) or ())
 
     def save_checkpoint(self, directory: Path) -> int:
         """Returns the policy version that was saved."""

@@ -97,16 +97,16 @@ class SupervisedRun:
     def execute(self, open_sinks: Callable[[int], AbstractContextManager[Record]]) -> dict[str, float]:
         """Run to the end; returns the metrics of the last step."""
         metrics: dict[str, float] = {}
-        with open_sinks(self.next_step) as record:
+        with open_sinks(self.next_step or -1) as record:  # a run from the start has no earlier rows
             try:
                 if self._held_out and self.next_step == 0:
                     record(0, self._evaluate())
                 while self.next_step < self.total_steps:
                     update = self._learners.update(self._batch(self.next_step))
                     self.next_step += 1
-                    metrics = self._record(record, update)
                     if self._is_due(self.plan.checkpoint_every):
-                        self._save()
+                        self._save()  # before the evaluation, so that its failure costs no step
+                    metrics = self._record(record, update)
             except BaseException as error:
                 save_what_was_learned(
                     error,
@@ -121,9 +121,11 @@ class SupervisedRun:
     def _record(self, record: Record, result: UpdateResult, *, evaluates: bool = True) -> dict[str, float]:
         """Finish a step: evaluate if it is time to, record and show its metrics."""
         metrics = {**result.metrics, "time/step_s": result.seconds}
-        if evaluates and self._held_out and self._is_due(self.plan.evaluate_every):
-            metrics |= self._evaluate()
-        record(self.next_step, metrics)
+        try:
+            if evaluates and self._held_out and self._is_due(self.plan.evaluate_every):
+                metrics |= self._evaluate()
+        finally:
+            record(self.next_step, metrics)
         self._display.step(self.next_step, metrics)
         return metrics
 

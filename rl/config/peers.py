@@ -30,7 +30,7 @@ PEERS: tuple[tuple[str, str, str], ...] = (
     ("model.chat_template", "always applied; a file, or the tokenizer's own", "apply_chat_template input_template"),
     ("model.chat_template_options", "", "apply_chat_template_kwargs chat_template_kwargs"),
     ("data.train.path", "", "train_files prompt_data train_dataset dataset_name"),
-    ("data.eval", "a list of datasets, each with a path", "val_files eval_dataset"),
+    ("data.eval", "a list of datasets, each with a path; in `fledge sft` one of them", "val_files eval_dataset"),
     ("data.train.prompt_field", "", "prompt_key input_key"),
     ("data.train.ground_truth_field", "", "label_key"),
     ("data.train.size", "", "train_max_samples max_samples"),

@@ -6,6 +6,7 @@ Every error is a DataError that names the file and the row. Left out: what a row
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -206,20 +207,40 @@ def _pick_split(loaded: Any, config: DatasetConfig, name: str, *, saved: bool) -
 
 
 def _rows_of(dataset: Any, name: str) -> Iterator[Located]:
-    """Columns of pictures, sound and the like are left out: no model here takes them, they would be decoded and sent to
-    every reward worker, and nothing would tell a decoded one from that of the same row in a resumed run."""
+    """Columns of pictures, sound and the like are left out, and stay bytes in a conversation: no model here takes them,
+    they would be decoded and sent to every reward worker, and nothing would tell a decoded one from that of the same
+    row in a resumed run."""
     media = [column for column, feature in dataset.features.items() if _is_media(feature)]
-    for number, fields in enumerate(dataset.remove_columns(media), start=1):
+    talks = [column for column in media if _is_conversation(dataset.features[column])]
+    dataset = dataset.remove_columns([column for column in media if column not in talks])
+    for column in talks:
+        dataset = dataset.cast_column(column, _undecoded(dataset.features[column]))
+    for number, fields in enumerate(dataset, start=1):
         yield f"{name} row {number}", _without_filling(fields)
 
 
 def _is_media(feature: Any) -> bool:
     """Whether a column of this type (of Hugging Face datasets), or a part of it, is decoded from a media file."""
-    if isinstance(feature, Mapping):  # a conversation stays, whatever its messages might hold
-        return "role" not in feature and any(map(_is_media, feature.values()))
+    if isinstance(feature, Mapping):
+        return any(map(_is_media, feature.values()))
     if isinstance(feature, list | tuple):
         return any(map(_is_media, feature))
     return type(feature).__name__ in _MEDIA or _is_media(getattr(feature, "feature", ()))
+
+
+def _is_conversation(feature: Any) -> bool:
+    message = getattr(feature, "feature", None)
+    return isinstance(message, Mapping) and "role" in message
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same type, but its media files stay bytes."""
+    if isinstance(feature, Mapping):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if type(feature).__name__ in _MEDIA:
+        return dataclasses.replace(feature, decode=False)
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else dataclasses.replace(feature, feature=_undecoded(inner))
 
 
 def _without_filling(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,13 @@ def test_the_language_of_the_prompt() -> None:
     assert output(JAPANESE, "四十二です", prompt="六かける七は?").reward == 1.0
     assert output(ENGLISH, ENGLISH, prompt="六かける七は?").reward == 0.0
     assert languages_of("x² + y² = z² とする") == {"ja"}
-    assert languages_of("求和") == {"ja", "zh"}
+    for question in ("JSONとは", "HTTPとは何?", "SAT と GRE", "GDPの定義"):
+        assert languages_of(question) == {"ja"}
+    for question in ("求和", "什么是JSON?", "求ABCD"):
+        assert languages_of(question) == {"ja", "zh"}
+    for question, language in (("यह क्या है?", "hi"), ("ไป", "th"), ("네?", "ko")):
+        assert languages_of(question) == {language}
+    assert languages_of("Да?") == {"ru", "uk", "bg"}
     with pytest.raises(ValueError, match="script"):
         output(ENGLISH, ENGLISH, prompt="რამდენია ექვსჯერ შვიდი?")
 

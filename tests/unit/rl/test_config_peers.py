@@ -83,6 +83,7 @@ def test_a_peers_key_is_told_its_name_here(config_file, override, message):
         ("train_batch_size=8", "here it is batch_size"),
         ("data.max_prompt_length=9", "here it is data.max_tokens"),
         ("learner.max_epochs=2", "here it is epochs"),
+        ("eval_steps=2", "here it is evaluation.every"),
     ],
 )
 def test_a_supervised_run_has_its_own_names(config_file, override, message):
@@ -92,7 +93,7 @@ def test_a_supervised_run_has_its_own_names(config_file, override, message):
 
 def test_nobody_is_sent_to_a_key_that_the_command_has_not(config_file):
     with pytest.raises(ConfigError) as error:
-        load_config(config_file, ["eval_steps=2", "max_steps=3"], SftConfig)
+        load_config(config_file, ["n_samples_per_prompt=2", "max_steps=3"], SftConfig)
     assert "here it is" not in str(error.value)
 
 

@@ -63,7 +63,7 @@ def test_pictures_are_left_out(tmp_path, tokenizer):
     pixels = PIL.Image.new("RGB", (2, 2))
     rows = {"prompt": ["a", "b"], "ground_truth": ["1", "2"], "image": [pixels] * 2, "views": [[pixels]] * 2}
     rows["meta"] = [{"level": 3, "icon": pixels}] * 2
-    rows["talk"] = [[{"role": "user", "picture": None}]] * 2
+    rows["talk"] = [[{"role": "user", "picture": None}], [{"role": "user", "picture": pixels}]]
     features = datasets.Features(
         {
             "prompt": datasets.Value("string"),
@@ -77,7 +77,8 @@ def test_pictures_are_left_out(tmp_path, tokenizer):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "pictures"))
     first, again = (load(tmp_path / "pictures", tokenizer).prompts for _ in range(2))
     assert [prompt.ground_truth for prompt in first] == ["1", "2"]
-    assert all(prompt.extra == {"talk": [{"role": "user"}]} for prompt in first)
+    assert first[0].extra == {"talk": [{"role": "user"}]}
+    assert isinstance(first[1].extra["talk"][0]["picture"]["bytes"], bytes)
     assert fingerprint(first) == fingerprint(again), "or the run could not be resumed"
 
 
