@@ -105,9 +105,9 @@ def validate(plain: Any, schema: type[Root], source: str, overrides: Sequence[st
         command, marks, enough = _OTHER_COMMAND.get(schema, ("", set(), 1))
         if len(foreign & marks) >= enough:
             keys = ", ".join(sorted(foreign))
-            given = {text: text.partition("=")[0].partition(".")[0] for text in overrides}
-            given = {text: key for text, key in given.items() if key in foreign}
-            if foreign == set(given.values()):  # the file itself is right
+            heads = {text: text.partition("=")[0].partition(".")[0] for text in overrides}
+            if foreign <= set(heads.values()):  # the file itself is right
+                given = [text for text, head in heads.items() if head in foreign]
                 raise ConfigError(
                     f"override {', '.join(map(repr, given))}: {source} is for another command than `{command}`, which "
                     f"has {keys}; leave it out"
