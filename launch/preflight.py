@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -313,8 +314,7 @@ def _check_trainable(model: ModelConfig, path: str | None = None, key: str = "mo
 
 def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
     """Raise ConfigError if rollout.engine_options sets what the checkpoint needs to be set otherwise (because it is
-    `trained`, or for its head), or names something that vLLM does not take. A process of its own asks vLLM, if there
-    are options (5 s): importing vLLM changes the environment, which Ray's workers would inherit."""
+    `trained`, or for its head), or names something that vLLM does not take."""
     if not config.rollout.engine_options:
         return
     needed = checkpoint_options(config.model, load_config(config.model), trained=trained)
@@ -323,10 +323,6 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
             f"rollout.engine_options sets {', '.join(taken)}, which Fledge sets itself for a quantised checkpoint and "
             f"for model.head_dtype float32; leave it out, or use neither of these (model.path {config.model.path})"
         )
-    asked = subprocess.run([sys.executable, "-c", _PRINT_ENGINE_OPTIONS], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise ConfigError(f"vLLM cannot be imported:\n{asked.stderr.strip()}")
-    known = asked.stdout.splitlines()[-1].split()
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     limit = config.rollout.engine_options.get("max_model_len")
     if isinstance(limit, int) and limit < longest:
@@ -334,6 +330,7 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
             f"rollout.engine_options.max_model_len {limit} is less than data.max_prompt_tokens + "
             f"rollout.max_response_tokens, {longest}; leave it out, or raise it"
         )
+    known = _known_engine_options()
     for name in config.rollout.engine_options:
         if name not in known:
             near = next(iter(difflib.get_close_matches(name, known, n=1)), "")
@@ -341,6 +338,15 @@ def check_engine_options(config: TrainConfig, *, trained: bool) -> None:
             if own := ENGINE_OWN.get(near):
                 hint = f"what vLLM calls {near} is {own} here"
             raise ConfigError(f"rollout.engine_options.{name} is not an argument of vLLM's engines; {hint}")
+
+
+@cache
+def _known_engine_options() -> list[str]:
+    """A process of its own asks vLLM (5 s), since importing it changes the environment, which Ray's workers inherit."""
+    asked = subprocess.run([sys.executable, "-c", _PRINT_ENGINE_OPTIONS], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ConfigError(f"vLLM cannot be imported:\n{asked.stderr.strip()}")
+    return asked.stdout.splitlines()[-1].split()
 
 
 def check_logging(config: RunConfig) -> None:
