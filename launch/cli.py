@@ -14,7 +14,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from launch.environment import installed_version, keep_worker_priority, quiet_frameworks, refuse_hidden, secure_ray
+from launch.environment import (
+    check_temporary_directory,
+    installed_version,
+    keep_worker_priority,
+    quiet_frameworks,
+    refuse_hidden,
+    secure_ray,
+)
 from launch.reward_commands import reward_app
 from rl.config import RunConfig, SftConfig, TrainConfig
 from rl.config.loading import load_config
@@ -211,6 +218,7 @@ def _load(path: Path, overrides: list[str] | None, schema: type[Config]) -> Conf
     """Load and validate before any framework is imported: a typo costs a moment, not a minute."""
     config = load_config(path, overrides or [], schema)
     refuse_hidden(Path.cwd())
+    check_temporary_directory(config.ray.address)
     secure_ray(config.ray.address)
     keep_worker_priority()
     return config

@@ -23,6 +23,8 @@ _QUIET = {
     "PYTHONWARNINGS": "ignore",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # from calls given up because another one failed, which is reported
 }
+_SOCKET_BYTES = 107  # of a socket's path on Linux
+_RAY_SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # its longest, under RAY_TMPDIR
 _TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 
@@ -65,6 +67,29 @@ def refuse_hidden(folder: Path) -> None:
                     f"{path} would hide Fledge's own package {package} from the workers; rename it, or start from "
                     "another directory"
                 )
+
+
+def check_temporary_directory(configured_address: str | None) -> None:
+    """Refuse a temporary directory in which Ray could not start a cluster on this machine.
+
+    Raises:
+        ConfigError: it is too long for the path of a socket, or it cannot be written to.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)  # as Ray looks for it
+    if name is None or cluster_address(configured_address) is not None:
+        return
+    folder = os.environ[name]
+    limit = _SOCKET_BYTES - len(_RAY_SOCKET)
+    if (length := len(os.fsencode(folder))) > limit:
+        raise ConfigError(
+            f"{name} {folder} has {length} characters, but Ray's sockets are in it, whose paths have at most "
+            f"{_SOCKET_BYTES}: set RAY_TMPDIR to a folder of at most {limit}, for example RAY_TMPDIR=/tmp"
+        )
+    present = next((path for path in (Path(folder), *Path(folder).parents) if path.exists()), Path())
+    if not Path(folder).is_absolute() or not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{name} {folder!r} is not a folder that Ray could write to; give the absolute path of one, or unset it"
+        )
 
 
 def cluster_address(configured: str | None) -> str | None:

@@ -37,13 +37,14 @@ _START_TIME = 19  # index in `_stat`; in clock ticks since boot, which with the 
 _LOOK_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "fledge-engine-"  # of the sockets' directory
+_LONGEST_BASE = 107 - 24 - 36  # bytes; a socket's path has at most 107, our directory's name 24, and vLLM's names 36
 _LOCK = ".fledge-engine.lock"  # in that directory; holds the path of the meeting file
 
 
 class EngineFiles:
     """What an engine leaves on disk and in shared memory."""
 
-    def __init__(self, base: str | None) -> None:
+    def __init__(self, base: str) -> None:
         self._sockets = TemporaryDirectory(prefix=_PREFIX, dir=base, ignore_cleanup_errors=True)
         self.directory = self._sockets.name
         self._meeting = ""
@@ -98,13 +99,16 @@ def own(environment: dict[str, str] | os._Environ[str]) -> EngineFiles:
     """Declare this process the owner of every engine process that it starts with `environment`.
 
     Returns the engine's files; call `cleanup` when the engine has ended. Its sockets are under VLLM_RPC_BASE_PATH or
-    TMPDIR, which must be short: a socket's path has at most 107 characters, of which we and vLLM use 60.
+    TMPDIR; under /tmp where these are too long for a socket's path, as on many clusters.
     """
     environment[OWNER_VARIABLE] = f"{os.getpid()}:{_stat(os.getpid())[_START_TIME]}"
     base = environment.get("VLLM_RPC_BASE_PATH")
     if base == environment.get(SOCKETS_VARIABLE):  # set for an earlier engine of this process
         base = None
-    remove_left(base or gettempdir())
+    base = base or gettempdir()
+    if len(os.fsencode(base)) > _LONGEST_BASE:
+        base = "/tmp"
+    remove_left(base)
     files = EngineFiles(base)
     environment[SOCKETS_VARIABLE] = environment["VLLM_RPC_BASE_PATH"] = files.directory
     return files

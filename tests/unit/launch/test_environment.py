@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from launch.environment import secure_ray
+from launch.environment import check_temporary_directory, secure_ray
+from rl.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +32,23 @@ def test_the_users_own_choice_stays():
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}
     secure_ray(None)
     assert os.environ["RAY_AUTH_MODE"] == "disabled" and os.environ["RAY_AUTH_TOKEN"] == "x"
+
+
+def test_a_temporary_directory_that_ray_could_not_use_is_refused(environment):
+    check_temporary_directory(None)
+    long = "/tmp/" + "x" * 34
+    os.environ["TMPDIR"] = long
+    check_temporary_directory(None)
+    os.environ["TMPDIR"] = f"{long}x"
+    with pytest.raises(ConfigError, match=f"TMPDIR {long}x has 40 characters, .* RAY_TMPDIR to a folder of at most 39"):
+        check_temporary_directory(None)
+    check_temporary_directory("10.0.0.1:6379")  # whose files are elsewhere
+    os.environ["RAY_TMPDIR"] = "/tmp"
+    check_temporary_directory(None)
+
+
+@pytest.mark.parametrize("folder", ["", "relative", "/etc/passwd", "/etc/passwd/below", "/proc/1"])
+def test_a_temporary_directory_must_be_a_folder_to_write_to(folder):
+    os.environ["TMPDIR"] = folder
+    with pytest.raises(ConfigError, match=f"TMPDIR '{folder}' is not a folder that Ray could write to"):
+        check_temporary_directory(None)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -41,6 +44,13 @@ child.wait()
 """
 
 
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A directory that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as directory:
+        yield Path(directory)
+
+
 def left_by_vllm(directory: Path) -> list[Path]:
     """The file over which workers met, and shared memory that is named after it."""
     meeting = directory / f"vllm_dist_{uuid.uuid4().hex}"
@@ -67,15 +77,15 @@ def test_child_dies_with_a_killed_owner_and_takes_the_files_along(tmp_path: Path
     assert not any(path.exists() for path in (sockets, *left))
 
 
-def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path: Path) -> None:
-    environment = {"VLLM_RPC_BASE_PATH": str(tmp_path)}
+def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(base: Path) -> None:
+    environment = {"VLLM_RPC_BASE_PATH": str(base)}
     first, directories = own(environment), [Path(environment["VLLM_RPC_BASE_PATH"])]
-    assert directories[0].parent == tmp_path
+    assert directories[0].parent == base
     first.cleanup()
     second = own(environment)
     directories.append(Path(environment["VLLM_RPC_BASE_PATH"]))
     assert [directory.is_dir() for directory in directories] == [False, True]
-    others, left = left_by_vllm(tmp_path), left_by_vllm(tmp_path)
+    others, left = left_by_vllm(base), left_by_vllm(base)
     second.own_meeting(note_meeting(f"file://{left[0]}"))
     second.cleanup()
     assert not any(path.exists() for path in (*directories, *left))
@@ -85,16 +95,28 @@ def test_an_engines_files_go_with_it_and_are_where_the_user_wants_them(tmp_path:
         path.unlink()
 
 
-def test_an_engine_that_is_ended_while_it_starts_leaves_no_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("length", "fits"), [(47, True), (48, False)])
+def test_sockets_fit_where_the_temporary_directory_is_long(base: Path, length: int, fits: bool) -> None:
+    long = base / ("x" * (length - len(str(base)) - 1))
+    long.mkdir()
+    environment = {"VLLM_RPC_BASE_PATH": str(long)}
+    files = own(environment)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{files.directory}/{uuid.uuid4()}")  # as vLLM names them
+    files.cleanup()
+    assert Path(files.directory).parent == (long if fits else Path("/tmp"))
+
+
+def test_an_engine_that_is_ended_while_it_starts_leaves_no_files(base: Path) -> None:
     engine = VLLMEngine(EngineSpec(ModelConfig(path="m"), RolloutConfig(), "shm", max_model_len=8, seed=0))
     asyncio.run(engine.shutdown())
-    engine._files = own({"VLLM_RPC_BASE_PATH": str(tmp_path)})
+    engine._files = own({"VLLM_RPC_BASE_PATH": str(base)})
     asyncio.run(engine.shutdown())
     asyncio.run(engine.shutdown())
-    assert not list(tmp_path.iterdir())
+    assert not list(base.iterdir())
 
 
-def test_what_was_left_where_everything_was_killed_is_removed_by_the_next_owner(tmp_path: Path) -> None:
+def test_what_was_left_where_everything_was_killed_is_removed_by_the_next_owner(base: Path) -> None:
     script = """
 import os, sys, time
 from rollout.process_tie import own
@@ -103,8 +125,8 @@ files.own_meeting(sys.argv[1])
 print(files.directory, flush=True)
 time.sleep(60)
 """
-    lefts = [left_by_vllm(tmp_path), left_by_vllm(tmp_path)]
-    environment = os.environ | {"VLLM_RPC_BASE_PATH": str(tmp_path)}
+    lefts = [left_by_vllm(base), left_by_vllm(base)]
+    environment = os.environ | {"VLLM_RPC_BASE_PATH": str(base)}
     owners = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(left[0])], env=environment, stdout=subprocess.PIPE, text=True
@@ -112,22 +134,22 @@ time.sleep(60)
         for left in lefts
     ]
     directories = [Path(owner.stdout.readline().strip()) for owner in owners if owner.stdout is not None]
-    precious = tmp_path / "precious"
+    precious = base / "precious"
     precious.write_text("of somebody")
-    strange = unlike_an_engine(tmp_path, precious)
+    strange = unlike_an_engine(base, precious)
     owners[0].kill()
     owners[0].wait()
     try:
         assert all(directory.is_dir() for directory in directories)
-        own({"VLLM_RPC_BASE_PATH": str(tmp_path)}).cleanup()
+        own({"VLLM_RPC_BASE_PATH": str(base)}).cleanup()
         assert [directory.exists() for directory in directories] == [False, True], "the second owner lives"
         assert [any(path.exists() for path in left) for left in lefts] == [False, True]
     finally:
         owners[1].kill()
         owners[1].wait()
-    own({"VLLM_RPC_BASE_PATH": str(tmp_path)}).cleanup()
+    own({"VLLM_RPC_BASE_PATH": str(base)}).cleanup()
     assert not any(path.exists() for left in lefts for path in left)
-    assert set(strange) <= set(tmp_path.rglob("*"))
+    assert set(strange) <= set(base.rglob("*"))
 
 
 def unlike_an_engine(base: Path, precious: Path) -> list[Path]:
