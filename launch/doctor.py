@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
-from launch.environment import installed_version
+from launch.environment import check_temporary_directory, installed_version
+from rl.errors import ConfigError
 
 _SHARED_MEMORY = "/dev/shm"
 _LEAST_SHARED_GIB = 1.0
@@ -32,7 +33,8 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Every check, one after the other. Changes nothing and starts only a trial sandbox."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _engine, _devices, _memory, _sandbox)
+    checks: tuple[Callable[[], Iterator[Finding]], ...]
+    checks = (_python, _packages, _engine, _devices, _memory, _temporary_directory, _sandbox)
     for check in checks:
         yield from check()
 
@@ -115,6 +117,13 @@ def _memory() -> Iterator[Finding]:
         "container, raise --shm-size",
         required=False,
     )
+
+
+def _temporary_directory() -> Iterator[Finding]:
+    try:
+        check_temporary_directory(None)
+    except ConfigError as error:
+        yield Finding(False, "Ray cannot start on this machine", str(error), required=False)
 
 
 def _sandbox() -> Iterator[Finding]:

@@ -524,6 +524,14 @@ def test_the_doctor_sees_gpus_that_a_build_for_them_cannot_use(monkeypatch, buil
     assert [finding.ok for finding in doctor._devices()] == [ok]
 
 
+def test_the_doctor_sees_a_temporary_directory_that_is_too_long_for_ray(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert list(doctor._temporary_directory()) == []
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
+    (finding,) = doctor._temporary_directory()
+    assert not finding.ok and "at most 39" in finding.remedy
+
+
 def test_a_run_dir_is_one_runs_alone_while_it_is_alive(tmp_path):
     config = TrainConfig.model_validate(
         {"run_dir": str(tmp_path / "run"), "model": {"path": "m"}, "data": {"train": {"path": "d.jsonl"}}}
