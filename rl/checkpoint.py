@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from rl.errors import CheckpointError
 
 _NAME = re.compile(r"step_\d+")
 _STATE = "state.json"
+_ROOM = 1.05  # times a checkpoint's size: where one could not be written into less, the disk was full
 _DISCARDED = ".discarded_"
 _SETTINGS = "settings"
 _UNSET = "unset"
@@ -79,6 +81,9 @@ class CheckpointStore:
         """Write a checkpoint after `step` completed steps; `write_learner` fills its learner folder.
 
         The final name appears only when everything is on disk. Older checkpoints are deleted only after that.
+
+        Raises:
+            CheckpointError: the disk is full, or what the learners wrote cannot be seen here.
         """
         final = self.directory / f"step_{step:06d}"
         temporary = self.directory / f".writing_{step:06d}"
@@ -88,8 +93,11 @@ class CheckpointStore:
         try:
             write_learner(temporary / LEARNER)
             self.is_writing = False
-        except BaseException:
+        except BaseException as error:
+            shortage = self._shortage(temporary)
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk would stay full
+            if shortage and isinstance(error, Exception):
+                raise CheckpointError(f"the checkpoint of step {step} could not be written: {shortage}") from error
             raise
         if not any((temporary / LEARNER).iterdir()):
             raise CheckpointError(
@@ -112,6 +120,22 @@ class CheckpointStore:
         for leftover in self.directory.glob(f"{_DISCARDED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return final
+
+    def _shortage(self, temporary: Path) -> str:
+        """If the disk was too small for the checkpoint in `temporary`, which could not be written: how much is missing.
+        The error itself does not tell (torch.save's is "unexpected pos 273408 vs 273296")."""
+        newest = self.latest()
+        free, written = shutil.disk_usage(self.directory).free, _size(temporary)
+        needed = written if newest is None else _size(newest)
+        if free + written > _ROOM * needed:
+            return ""
+        takes = f"{'more than ' if newest is None else ''}{needed / 2**30:.3g} GiB"
+        kept = "all are kept" if self.keep is None else f"{self.keep} are kept, and one more while it is written"
+        before = "there is no earlier one" if newest is None else f"--resume continues from {newest}"
+        return (
+            f"{self.directory} has room for {(free + written) / 2**30:.3g} GiB, and it takes {takes}. Free some, or "
+            f"lower checkpoint.keep ({kept}); {before}"
+        )
 
     def given_up(self) -> str:
         """What a run's end while `is_writing` costs, for people. Another save would collide with this one,
@@ -163,6 +187,14 @@ class CheckpointStore:
             return {}
         found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
         return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a rank is still writing and moves it
+            size += path.stat().st_size
+    return size
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
