@@ -23,7 +23,7 @@ import torch
 from ray._common.utils import get_system_memory
 from ray._private import services
 
-from launch.environment import cluster_address, installed_version
+from launch.environment import check_temporary_directory, cluster_address, installed_version
 from rl.config import RayConfig, RunConfig
 from rl.errors import ConfigError, UnavailableError
 
@@ -44,6 +44,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():  # the calling program has joined a cluster, and will leave it itself
         yield
         return
+    check_temporary_directory(config.address)
     address = cluster_address(config.address)
     if address is None and (asked := {**config.rollout_resources, **config.learner_resources}):
         raise ConfigError(

@@ -123,7 +123,7 @@ def _temporary_directory() -> Iterator[Finding]:
     try:
         check_temporary_directory(None)
     except ConfigError as error:
-        yield Finding(False, "Ray cannot start on this machine", str(error), required=False)
+        yield Finding(False, "a temporary directory for a cluster of one's own", str(error), required=False)
 
 
 def _sandbox() -> Iterator[Finding]:

@@ -24,7 +24,7 @@ _QUIET = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # from calls given up because another one failed, which is reported
 }
 _SOCKET_BYTES = 107  # of a socket's path on Linux
-_RAY_SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # its longest, under RAY_TMPDIR
+_RAY_SOCKET = "ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # its longest, under RAY_TMPDIR
 _TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 
@@ -79,13 +79,13 @@ def check_temporary_directory(configured_address: str | None) -> None:
     if name is None or cluster_address(configured_address) is not None:
         return
     folder = os.environ[name]
-    limit = _SOCKET_BYTES - len(_RAY_SOCKET)
-    if (length := len(os.fsencode(folder))) > limit:
+    if (length := len(os.fsencode(os.path.join(folder, _RAY_SOCKET)))) > _SOCKET_BYTES:  # noqa: PTH118 (as Ray does)
         raise ConfigError(
-            f"{name} {folder} has {length} characters, but Ray's sockets are in it, whose paths have at most "
-            f"{_SOCKET_BYTES}: set RAY_TMPDIR to a folder of at most {limit}, for example RAY_TMPDIR=/tmp"
+            f"{name} {folder} is too long: Ray's sockets are in it, whose paths would have {length} bytes, and at most "
+            f"{_SOCKET_BYTES} are possible. Set RAY_TMPDIR to a folder of at most "
+            f"{_SOCKET_BYTES - len(_RAY_SOCKET) - 1}, for example RAY_TMPDIR=/tmp"
         )
-    present = next((path for path in (Path(folder), *Path(folder).parents) if path.exists()), Path())
+    present = next((path for path in (Path(folder), *Path(folder).parents) if os.path.lexists(path)), Path())
     if not Path(folder).is_absolute() or not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{name} {folder!r} is not a folder that Ray could write to; give the absolute path of one, or unset it"
@@ -93,8 +93,9 @@ def check_temporary_directory(configured_address: str | None) -> None:
 
 
 def cluster_address(configured: str | None) -> str | None:
-    """The cluster to join: the configured one, RAY_ADDRESS, or None for a local one."""
-    return configured or os.environ.get("RAY_ADDRESS")
+    """The cluster to join: the configured one, RAY_ADDRESS, or None for a local one (Ray's word is "local")."""
+    address = configured or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 def secure_ray(configured_address: str | None) -> None:

@@ -6,21 +6,22 @@ what the learner writes inside (`rl.learner_checkpoint`), and the Hugging Face e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
-from rl.errors import CheckpointError
+from rl.errors import CheckpointError, LearnerError
 
 _NAME = re.compile(r"step_\d+")
 _STATE = "state.json"
-_ROOM = 1.05  # times a checkpoint's size: where one could not be written into less, the disk was full
+_FEW_BYTES = 4 * 2**20
 _DISCARDED = ".discarded_"
 _SETTINGS = "settings"
 _UNSET = "unset"
@@ -93,21 +94,21 @@ class CheckpointStore:
         try:
             write_learner(temporary / LEARNER)
             self.is_writing = False
+            if not any((temporary / LEARNER).iterdir()):
+                raise CheckpointError(
+                    f"nothing that the learners wrote is visible in {temporary / LEARNER}: run_dir must be on a file "
+                    "system that every node shares"
+                )
+            with (temporary / _STATE).open("w") as file:
+                json.dump({"step": step, _SETTINGS: self._settings, **state}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
         except BaseException as error:
-            shortage = self._shortage(temporary)
+            full = isinstance(error, LearnerError | OSError) and _is_full(temporary)
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk would stay full
-            if shortage and isinstance(error, Exception):
-                raise CheckpointError(f"the checkpoint of step {step} could not be written: {shortage}") from error
+            if full:
+                raise CheckpointError(self._without_room(step, error)) from error
             raise
-        if not any((temporary / LEARNER).iterdir()):
-            raise CheckpointError(
-                f"nothing that the learners wrote is visible in {temporary / LEARNER}: run_dir must be on a file "
-                "system that every node shares"
-            )
-        with (temporary / _STATE).open("w") as file:
-            json.dump({"step": step, _SETTINGS: self._settings, **state}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
         if final.exists():
             self._discard(final)
         temporary.rename(final)
@@ -121,20 +122,16 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
         return final
 
-    def _shortage(self, temporary: Path) -> str:
-        """If the disk was too small for the checkpoint in `temporary`, which could not be written: how much is missing.
-        The error itself does not tell (torch.save's is "unexpected pos 273408 vs 273296")."""
+    def _without_room(self, step: int, error: BaseException) -> str:
+        """What to say of a checkpoint that could not be written because the disk is full."""
         newest = self.latest()
-        free, written = shutil.disk_usage(self.directory).free, _size(temporary)
-        needed = written if newest is None else _size(newest)
-        if free + written > _ROOM * needed:
-            return ""
-        takes = f"{'more than ' if newest is None else ''}{needed / 2**30:.3g} GiB"
-        kept = "all are kept" if self.keep is None else f"{self.keep} are kept, and one more while it is written"
-        before = "there is no earlier one" if newest is None else f"--resume continues from {newest}"
+        last = "there is no earlier one"
+        if newest is not None:
+            size = sum(path.stat().st_size for path in newest.rglob("*"))
+            last = f"--resume continues from {newest}, which has {size / 2**30:.3g} GiB"
         return (
-            f"{self.directory} has room for {(free + written) / 2**30:.3g} GiB, and it takes {takes}. Free some, or "
-            f"lower checkpoint.keep ({kept}); {before}"
+            f"the checkpoint of step {step} could not be written, because {self.directory} is full ({error}). Free "
+            f"some space there, for example by removing older step_* folders; {last}"
         )
 
     def given_up(self) -> str:
@@ -189,12 +186,17 @@ class CheckpointStore:
         return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
 
 
-def _size(folder: Path) -> int:
-    size = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # a rank is still writing and moves it
-            size += path.stat().st_size
-    return size
+def _is_full(folder: Path) -> bool:
+    """Whether the disk, or the user's part of it, has no room for a few more bytes. Another error does not tell:
+    torch.save's is "unexpected pos 273408 vs 273296"."""
+    try:
+        with TemporaryFile(dir=folder) as file:
+            file.write(os.urandom(_FEW_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

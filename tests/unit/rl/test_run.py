@@ -1,13 +1,14 @@
 """What happens around the steps: metrics, samples, probe, agreement, checkpoints, resume."""
 
+import errno
 import json
 import math
+import os
 import re
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -430,41 +431,31 @@ def test_a_save_that_fails_does_not_hide_what_ended_the_run(tmp_path):
     assert run.display.messages[-1] == "the steps since the last checkpoint could not be saved: no space left"
 
 
-@pytest.mark.parametrize(
-    ("newest", "free", "message"),
-    [
-        (None, 0, r"has room for 0.25 GiB, and it takes more than 0.25 GiB\. .*; there is no earlier one"),
-        (None, 100, None),
-        (
-            300,
-            10,
-            r"has room for 0.26 GiB, and it takes 0.3 GiB\. .*\(1 are kept.*--resume continues from .*step_000001$",
-        ),
-        (300, 100, None),
-    ],
-)
-def test_a_disk_that_is_full_is_said_to_be(tmp_path, monkeypatch, newest, free, message):
-    """Sizes are in thousandths of a GiB, and files are sparse."""
+@pytest.mark.parametrize("where", ["learner", "state"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_is_full_is_said_to_be(tmp_path, monkeypatch, where, number):
+    def write(folder):
+        (folder / "w").write_bytes(b"1" * 2**20)
 
-    def write(size, fails):
-        def write_learner(folder):
-            with (folder / "w").open("wb") as file:
-                file.truncate(int(size * 2**30 / 1000))
-            if fails:
-                raise LearnerError("unexpected pos 273408 vs 273296")
+    def fsync(descriptor):
+        raise OSError(number, "no fsync")
 
-        return write_learner
+    def fail(folder):
+        monkeypatch.setattr(os, "fsync", fsync)
+        if where == "learner":
+            raise LearnerError("learner rank 0 failed: unexpected pos 273408 vs 273296")
+        write(folder)
 
     store = CheckpointStore(tmp_path, keep=1)
-    if newest is not None:
-        store.save(1, {}, write(newest, fails=False))
-    usage = SimpleNamespace(free=int(free * 2**30 / 1000))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    kind = LearnerError if message is None else CheckpointError
-    with pytest.raises(kind, match=message or "unexpected pos") as raised:
-        store.save(2, {}, write(250, fails=True))
-    assert message is None or isinstance(raised.value.__cause__, LearnerError)
-    assert [path.name for path in tmp_path.iterdir()] == ([] if newest is None else ["step_000001"])
+    store.save(1, {}, write)
+    kind = LearnerError if where == "learner" else OSError
+    message = "unexpected pos" if where == "learner" else "no fsync"
+    if number != errno.EIO:
+        kind = CheckpointError
+        message = rf"of step 2 .*, because {tmp_path} is full \(.*{message}.*\)\. .*step_000001, which has 0.00\d+ GiB$"
+    with pytest.raises(kind, match=message):
+        store.save(2, {}, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_a_resumed_run_continues_where_the_checkpoint_was(tmp_path):
