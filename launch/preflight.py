@@ -356,12 +356,13 @@ def check_logging(config: RunConfig) -> None:
         raise ConfigError(
             f"logging.wandb_project is {project!r}, but names of W&B projects cannot contain {' '.join(sorted(wrong))}"
         )
-    if project is None or config.logging.wandb_mode == "offline":
+    mode = config.logging.wandb_mode or os.environ.get("WANDB_MODE", "online")
+    if project is None or mode in ("offline", "disabled"):
         return
     import wandb
 
     try:
-        known = wandb.login(prompt=False, verify=False) or os.environ.get("WANDB_MODE") in ("offline", "disabled")
+        known = wandb.login(prompt=False, verify=False)
     except wandb.errors.Error as error:
         raise ConfigError(f"logging.wandb_project is set, but W&B refuses its API key: {error}") from error
     if not known:

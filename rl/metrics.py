@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 import time
 import uuid
@@ -21,9 +22,10 @@ import numpy as np
 from rl.batch import FinishReason, RewardStatus, ScoredBatch
 from rl.controller import StepResult
 from rl.data_shaping import groups_with_signal
-from rl.errors import CheckpointError
+from rl.errors import CheckpointError, ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+_WANDB_FINISH_S = 60.0  # for the last uploads; W&B itself waits without end, and what is missing stays on disk
 
 
 def step_metrics(result: StepResult) -> dict[str, float]:
@@ -172,19 +174,44 @@ class WandbSink:
 
     Charts use the training step as their axis. W&B's own step can only grow, so it would drop what a resumed run logs
     at a step that was logged before.
+
+    Args:
+        mode: None: what WANDB_MODE says, or else online.
+
+    Raises:
+        ConfigError: W&B cannot be reached (which takes it a minute and a half to find out), or refuses the run.
     """
 
     def __init__(
-        self, run_dir: Path, *, project: str, mode: Literal["online", "offline"], name: str, config: Mapping[str, Any]
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        mode: Literal["online", "offline"] | None,
+        name: str,
+        config: Mapping[str, Any],
     ) -> None:
         import wandb
 
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex
         id_file.write_text(run_id)
-        self._run = wandb.init(
-            project=project, mode=mode, name=name, id=run_id, resume="allow", dir=str(run_dir), config=dict(config)
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                mode=mode,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=str(run_dir),
+                config=dict(config),
+                settings=wandb.Settings(finish_timeout=_WANDB_FINISH_S),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"W&B takes no run of logging.wandb_project {project} from {socket.gethostname()}: {error}; without a "
+                f"connection set logging.wandb_mode=offline, and upload later: `wandb sync {run_dir}/wandb/offline-*`"
+            ) from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -57,8 +57,10 @@ class LoggingConfig(Section):
 
     tensorboard: bool = Field(True, description="write TensorBoard event files to run_dir/tensorboard")
     wandb_project: str | None = Field(None, description="Weights & Biases project to log to; null disables W&B")
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="online, or offline to write files that `wandb sync` uploads later"
+    wandb_mode: Literal["online", "offline"] | None = Field(
+        None,
+        description="online, or offline to write files that `wandb sync` uploads later; null: what WANDB_MODE says, or "
+        "else online",
     )
     samples_every: NonNegativeInt = Field(
         1, description="training steps between sample files in run_dir/samples; 0 writes none"

@@ -339,6 +339,14 @@ def test_wandb_without_a_key_is_refused_early(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = run_config("unused")
     check_logging(config)
-    check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p", wandb_mode="offline")}))
+
+    def check(mode):
+        check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p", wandb_mode=mode)}))
+
+    check("offline")
     with pytest.raises(ConfigError, match="there is no W&B API key here; run `wandb login`"):
-        check_logging(config.model_copy(update={"logging": LoggingConfig(wandb_project="p")}))
+        check(None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check(None)
+    with pytest.raises(ConfigError, match="there is no W&B API key here"):
+        check("online")

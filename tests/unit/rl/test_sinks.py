@@ -2,6 +2,7 @@
 
 import pytest
 
+from rl.errors import ConfigError
 from rl.metrics import TensorBoardSink, WandbSink
 
 
@@ -27,9 +28,10 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     ]
 
 
-def test_an_offline_wandb_run_keeps_its_id(tmp_path):
-    for steps in ((1, 2, 3), (3, 4)):
-        sink = WandbSink(tmp_path, project="p", mode="offline", name="n", config={"seed": 1})
+def test_an_offline_wandb_run_keeps_its_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for mode, steps in (("offline", (1, 2, 3)), (None, (3, 4))):
+        sink = WandbSink(tmp_path, project="p", mode=mode, name="n", config={"seed": 1})
         for step in steps:
             sink.write(step, {"reward/mean": 0.5})
         sink.close()
@@ -62,3 +64,14 @@ def test_wandb_is_told_of_failures_and_never_given_a_step_of_its_own_which_it_wo
     except RuntimeError:
         sink.close()  # as the run's own end does while its error is on the way out
     assert calls[2:] == [("finish", (), {"exit_code": 0}), ("finish", (), {"exit_code": 1})]
+
+
+def test_a_wandb_that_cannot_be_reached_is_named_with_the_way_out(tmp_path, monkeypatch):
+    import wandb
+
+    def init(**settings):
+        raise wandb.errors.CommError("context deadline exceeded")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ConfigError, match=r"context deadline exceeded; .* logging.wandb_mode=offline, .*wandb sync"):
+        WandbSink(tmp_path, project="p", mode=None, name="n", config={})
