@@ -74,6 +74,13 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             "cluster with token authentication needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or "
             "~/.ray/auth_token"
         ) from error
+    except RuntimeError as error:
+        if address is None or "Version mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"the Ray cluster at {address} was started from another environment: {error}; start it from this one, or "
+            "run from its own"
+        ) from error
     if on_terminate is not None and threading.current_thread() is threading.main_thread():
         # Behind Python's back, Ray has replaced this handler by its own, which prints a stack trace and kills the
         # process, so that nothing would end in order.

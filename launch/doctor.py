@@ -5,7 +5,6 @@ other nodes.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from packaging.requirements import Requirement
 
 from launch.environment import check_temporary_directory, installed_version
 from rl.errors import ConfigError
+from rl.machine import usable_cores
 
 _SHARED_MEMORY = "/dev/shm"
 _LEAST_SHARED_GIB = 1.0
@@ -105,7 +105,7 @@ def _devices() -> Iterator[Finding]:
             required=False,
         )
     else:
-        yield Finding(True, f"no GPU; the CPU has {os.cpu_count()} cores (torch {torch.__version__})")
+        yield Finding(True, f"no GPU; {usable_cores()} cores of the CPU may be used (torch {torch.__version__})")
 
 
 def _memory() -> Iterator[Finding]:

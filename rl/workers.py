@@ -28,6 +28,7 @@ from rl.batch import (
 from rl.batching import Layout, MiniBatchShare
 from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, SyncConfig
 from rl.errors import WeightSyncError
+from rl.machine import usable_cores
 from rl.progress import WORK, Position
 from rl.weight_sync.api import Transport, init_info_at
 
@@ -141,7 +142,7 @@ class LearnerWorker:
         if spec.algorithm is not None:
             load_plugins(spec.algorithm.plugins)
         if spec.device == "cpu" or spec.learner.offload_optimizer:  # Ray gives an actor one thread
-            threads = spec.learner.threads_per_worker or max(1, (os.cpu_count() or 1) // ranks_here)
+            threads = spec.learner.threads_per_worker or max(1, usable_cores() // ranks_here)
             torch.set_num_threads(threads)
         learner_class = Learner if spec.critic is None else partial(LearnerWithCritic, critic=spec.critic)
         self._learner = learner_class(

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rl.config import ModelConfig, RolloutConfig
+from rl.machine import usable_cores
 from rl.quantization import MXFP4, quantization_method
 from rollout import process_tie
 from rollout.engine import SamplingParameters
@@ -135,7 +136,7 @@ def set_environment(model: ModelConfig, rollout: RolloutConfig) -> process_tie.E
     if not torch.cuda.is_available():
         # Ray limits an actor to one thread, and the engine core would inherit that limit.
         engines = rollout.num_workers * rollout.tensor_parallel_size
-        os.environ["OMP_NUM_THREADS"] = str(rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // engines))
+        os.environ["OMP_NUM_THREADS"] = str(rollout.threads_per_worker or max(1, usable_cores() // engines))
         # Else vLLM pins each tensor-parallel worker to a NUMA node of its own, and fails if there are fewer nodes.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # oneDNN keeps a kernel for each batch size: with its default of 1024 an engine grew by half in 1,000 steps.

@@ -74,7 +74,7 @@ class LearnerConfig(Section):
     threads_per_worker: PositiveInt | None = Field(
         None,
         description="CPU threads per learner worker, on CPUs or with offload_optimizer; null uses an even share of "
-        "the machine's cores",
+        "the cores that its job or container may use",
     )
     optimizer: OptimizerConfig = Field(
         OptimizerConfig(), description="optimizer and learning-rate schedule of the policy"

@@ -70,8 +70,8 @@ class RolloutConfig(Section):
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs per engine (on CPUs: processes per engine)")
     threads_per_worker: PositiveInt | None = Field(
         None,
-        description="CPU threads per process of an engine; null uses an even share of the machine's cores; has no "
-        "effect on GPUs",
+        description="CPU threads per process of an engine; null uses an even share of the cores that its job or "
+        "container may use; has no effect on GPUs",
     )
     prompts_per_step: PositiveInt = Field(32, description="prompts, and so groups of responses, per training step")
     group_size: Annotated[Int, Field(ge=1, le=1 << 16)] = Field(8, description="responses per prompt")

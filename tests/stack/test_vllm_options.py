@@ -58,7 +58,7 @@ def test_engines_share_the_cores_whatever_ray_left_the_actor(monkeypatch, config
     from rollout.vllm_options import set_environment
 
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr("rollout.vllm_options.usable_cores", lambda: 12)
     set_environment(ModelConfig(path="unused"), RolloutConfig(**config))
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "32"  # else engines grow (`make soak`)

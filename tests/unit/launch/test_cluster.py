@@ -6,6 +6,7 @@ import json
 import pytest
 import ray
 import torch
+from ray._private.utils import check_version_info
 
 from launch.cluster import _forwarded, _object_store_bytes, ray_cluster, resolve_device
 from launch.placement import gather_learners, lacking, place_learners, place_rollouts, place_train_workers
@@ -102,6 +103,18 @@ def test_a_cluster_that_does_not_answer_is_named_with_the_setting_it_comes_from(
     ):
         pass
     assert asked == [address or "192.0.2.2:6379"]
+
+
+def test_a_cluster_of_another_environment_is_named_with_both(monkeypatch):
+    theirs = {"ray_version": ray.__version__, "python_version": "3.12.1"}
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6379")
+    monkeypatch.setattr(ray, "init", lambda **options: check_version_info(theirs, "this process"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(ConfigError, match=r"(?s)at 192.0.2.2:6379 was started from another environment: .*3\.12\.1.*"),
+        ray_cluster(RayConfig()),
+    ):
+        pass
 
 
 def test_what_no_local_cluster_has_is_not_waited_for(monkeypatch):
