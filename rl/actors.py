@@ -30,6 +30,10 @@ _MEMORY_USER = re.compile(r"^\d+\t([\d.]+)\t(\S+)", re.MULTILINE)
 
 
 _GUESSES = " Some common causes include"  # where Ray's text turns to lengthy guesses
+_KILLED = (
+    " If nobody ended it, the kernel probably did, because a memory limit of the job or container was reached (see "
+    "Memory in docs/running.md)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,8 @@ def _is_lost(call: Any) -> bool:
 
 def _why(error: RayError) -> str:
     """Ray's text in one line: the essentials if memory ran out, else all but its guesses and the actor's (indented)
-    identifiers."""
+    identifiers. Ray does not see the memory limits of Slurm's jobs and of systemd's slices, so its guess is ours there.
+    """
     text = str(error)
     if memory := _NODE_MEMORY.search(text):
         node, used, limit = memory.groups()
@@ -182,7 +187,8 @@ def _why(error: RayError) -> str:
             f"{users}); see Memory in docs/running.md for what to lower"
         )
     plain = " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\t"))
-    return plain.partition(_GUESSES)[0]
+    plain, guesses, _ = plain.partition(_GUESSES)
+    return f"{plain}{_KILLED}" if guesses else plain
 
 
 def end_actors(actors: Sequence[ActorHandle]) -> None:

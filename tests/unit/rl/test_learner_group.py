@@ -242,6 +242,20 @@ def test_of_a_lack_of_memory_only_what_counts_is_told(monkeypatch):
     )
 
 
+def test_of_a_kill_that_ray_knows_nothing_of_the_likely_reason_is_told(monkeypatch):
+    text = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: LearnerWorker\nWorker exit detail: "
+        "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process "
+        "was killed by the OOM killer due to high memory usage, (2) ray stop --force was called"
+    )
+    fails_with(monkeypatch, RayActorError(error_msg=text))
+    with pytest.raises(
+        RolloutError, match=r"code 2\. End of file\. If nobody ended it, the kernel .* a memory limit"
+    ) as it:
+        CREW.get("call", 3, "generate")
+    assert "ray stop" not in str(it.value)
+
+
 def task_error(cause):
     return RayTaskError("generate", "", cause)
 
