@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from rl.errors import CheckpointError, LearnerError
+from rl.shared_files import appears
 
 _NAME = re.compile(r"step_\d+")
 _STATE = "state.json"
@@ -94,7 +95,7 @@ class CheckpointStore:
         try:
             write_learner(temporary / LEARNER)
             self.is_writing = False
-            if not any((temporary / LEARNER).iterdir()):
+            if not appears(lambda: any((temporary / LEARNER).iterdir())):
                 raise CheckpointError(
                     f"nothing that the learners wrote is visible in {temporary / LEARNER}: run_dir must be on a file "
                     "system that every node shares"

@@ -23,6 +23,7 @@ from rl.errors import CheckpointError
 from rl.models import DTYPES, load_config
 from rl.prompts import ChatTemplate
 from rl.resharding import load_resharded
+from rl.shared_files import not_seen
 from rl.weight_sync.source import Zero3WeightSource
 
 _TAG = "zero3"
@@ -43,11 +44,10 @@ def save_checkpoint(engine: Any, directory: Path, state: dict[str, Any]) -> None
         (directory / _META).write_text(json.dumps(meta, indent=1))
     _flush(directory, rank)
     torch.distributed.barrier()
-    missing = [r for r in range(world_size) if not (directory / f"random_{r}.pt").exists()]
-    if missing:
+    if missing := not_seen([directory / f"random_{r}.pt" for r in range(world_size)]):
         raise CheckpointError(
-            f"rank {rank} does not see what ranks {missing} wrote to {directory}: run_dir must be on a file system "
-            "that every node shares"
+            f"rank {rank} does not see {', '.join(path.name for path in missing)} of other ranks in {directory}: "
+            "run_dir must be on a file system that every node shares"
         )
 
 

@@ -30,8 +30,9 @@ from rl.batch import (
 )
 from rl.batching import balance, collect, plan_update
 from rl.errors import ConfigError, EmptyBatchesError, FledgeError, LearnerError, WeightSyncError
+from rl.shared_files import not_seen
 from rl.stall_watch import StallWatch
-from rl.workers import LearnerSpec, not_seen
+from rl.workers import LearnerSpec
 
 _EXIT_TIMEOUT_S = 20.0
 _LEARNERS = Crew(

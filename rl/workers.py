@@ -6,7 +6,6 @@ Left out: their group (`rl.learner_group`), and vLLM; rollout workers are only h
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from rl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig,
 from rl.errors import WeightSyncError
 from rl.machine import usable_cores
 from rl.progress import WORK, Position
+from rl.shared_files import not_seen
 from rl.weight_sync.api import Transport, init_info_at
 
 if TYPE_CHECKING:
@@ -39,18 +39,8 @@ if TYPE_CHECKING:
     from rl.weight_sync.sender import WeightSender
 
 
-_SHARED_FILES_TIMEOUT_S = 30.0  # that a network file system may take to show another node's files
-_LOOK_AGAIN_S = 0.1
 WATCH = "watch"  # the concurrency group whose thread answers while another one works
 _RECEIVERS = Crew("rollout worker", WeightSyncError)
-
-
-def not_seen(paths: Sequence[Path]) -> list[Path]:
-    """Those that do not exist, even after the time that a network file system may take to show them."""
-    deadline = time.monotonic() + _SHARED_FILES_TIMEOUT_S
-    while (absent := [path for path in paths if not path.exists()]) and time.monotonic() < deadline:
-        time.sleep(_LOOK_AGAIN_S)
-    return absent
 
 
 @dataclass(frozen=True, slots=True)

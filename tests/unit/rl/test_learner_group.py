@@ -119,7 +119,7 @@ class Rank:
 
 
 def test_a_run_dir_that_learners_do_not_share_is_found_before_the_first_step(calls_are_results, monkeypatch, tmp_path):
-    monkeypatch.setattr("rl.workers._SHARED_FILES_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("rl.shared_files._TIMEOUT_S", 0.0)
     well = LearnerGroup(spec(), [Rank(0), Rank(1)], nodes=["a", "a"])
     well.check_run_dir(tmp_path / "made" / "here")
     (tmp_path / "made" / "here").rmdir()
@@ -245,8 +245,8 @@ def test_of_a_lack_of_memory_only_what_counts_is_told(monkeypatch):
 def test_of_a_kill_that_ray_knows_nothing_of_the_likely_reason_is_told(monkeypatch):
     text = (
         "The actor died unexpectedly before finishing this task.\n\tclass_name: LearnerWorker\nWorker exit detail: "
-        "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process "
-        "was killed by the OOM killer due to high memory usage, (2) ray stop --force was called"
+        "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the "
+        "process was killed by the OOM killer due to high memory usage, (2) ray stop --force was called"
     )
     fails_with(monkeypatch, RayActorError(error_msg=text))
     with pytest.raises(

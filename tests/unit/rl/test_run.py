@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -669,7 +670,15 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
-def test_a_checkpoint_that_the_learners_wrote_elsewhere_is_none(tmp_path):
+def test_a_checkpoint_that_a_file_system_shows_late_is_waited_for(tmp_path):
+    def write(folder):
+        Timer(0.3, lambda: (folder / "w").write_text("1")).start()
+
+    assert (CheckpointStore(tmp_path, keep=1).save(1, {}, write) / "learner" / "w").exists()
+
+
+def test_a_checkpoint_that_the_learners_wrote_elsewhere_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("rl.shared_files._TIMEOUT_S", 0.0)
     store = CheckpointStore(tmp_path, keep=1)
     store.save(1, {}, lambda folder: (folder / "w").write_text("1"))
     with pytest.raises(CheckpointError, match="must be on a file system that every node shares"):
