@@ -6,6 +6,7 @@ import errno
 import math
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -199,9 +200,13 @@ def main() -> None:
         )
         sys.exit(ConfigError.exit_code)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE or error.filename is None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # of a write to an open file
+            places = f"run_dir or in {tempfile.gettempdir()}"
+            _say(f"error: {error.strerror}, in {places}; free some space there, then --resume")
+        elif error.errno in _OF_THE_MACHINE and error.filename is not None:
+            _say(f"error: {error.filename}: {error.strerror}")
+        else:
             raise
-        _say(f"error: {error.filename}: {error.strerror}")
         sys.exit(ConfigError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):

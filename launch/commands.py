@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -28,7 +28,7 @@ from launch.compose import (
 from launch.data import CheckedRun, checked_evaluation, checked_sft, checked_training
 from launch.display import ProgressDisplay
 from launch.placement import place_learners
-from rl.checkpoint import LEARNER, read_state
+from rl.checkpoint import LEARNER, naming_a_full_disk, read_state
 from rl.config import SftConfig, TrainConfig
 from rl.config.loading import load_config, to_yaml
 from rl.errors import CheckpointError, ConfigError
@@ -77,11 +77,12 @@ def _train(checked: CheckedRun, run_dir: Path, display: ProgressDisplay, *, resu
             display.message(_no_checkpoint(run_dir))
         _write_config(run_dir, config)
         metrics = run.execute()
-        run.controller.learners.export_hf(run_dir / MODEL)
-        display.message(f"model {run_dir / MODEL}")
-        if config.critic is not None:
-            run.controller.learners.export_critic(run_dir / CRITIC)
-            display.message(f"critic {run_dir / CRITIC}")
+        with _exporting(run_dir):
+            run.controller.learners.export_hf(run_dir / MODEL)
+            display.message(f"model {run_dir / MODEL}")
+            if config.critic is not None:
+                run.controller.learners.export_critic(run_dir / CRITIC)
+                display.message(f"critic {run_dir / CRITIC}")
         return metrics
 
 
@@ -126,9 +127,15 @@ def sft(config: SftConfig, *, resume: bool) -> dict[str, float]:
             display.message(_no_checkpoint(run_dir))
         _write_config(run_dir, config)
         metrics = run.execute(lambda done_steps: open_sinks(config, run_dir, done_steps))
-        learners.export_hf(run_dir / MODEL)
-        display.message(f"model {run_dir / MODEL}")
+        with _exporting(run_dir):
+            learners.export_hf(run_dir / MODEL)
+            display.message(f"model {run_dir / MODEL}")
         return metrics
+
+
+def _exporting(run_dir: Path) -> AbstractContextManager[None]:
+    way_out = f"Every step is saved: free some space there, then --resume, or `fledge export {run_dir} OUT_DIR`"
+    return naming_a_full_disk(run_dir, "the trained model", way_out)
 
 
 def evaluate(config: TrainConfig) -> dict[str, float]:
@@ -182,7 +189,12 @@ def export(run_dir: Path, out_dir: Path, *, step: int | None = None, best: bool 
             raise ConfigError(f"{out_dir} already holds files; choose another folder, or remove it")
     except OSError as error:
         raise ConfigError(f"{out_dir} cannot be written: {error}; choose another folder") from error
-    export_checkpoint(checkpoints[step] / LEARNER, config.model, out_dir)
+    try:
+        with naming_a_full_disk(out_dir, "the model", "Free some space there, or choose another folder"):
+            export_checkpoint(checkpoints[step] / LEARNER, config.model, out_dir)
+    except BaseException:
+        shutil.rmtree(out_dir, ignore_errors=True)  # a part of a model, which would be in the way of another try
+        raise
     return checkpoints[step]
 
 

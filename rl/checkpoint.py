@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
@@ -185,6 +186,18 @@ class CheckpointStore:
             return {}
         found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
         return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path, what: str, way_out: str) -> Iterator[None]:
+    """While `what` is written into a folder under `folder`: a CheckpointError in place of an error that comes of a full
+    disk, since those of torch and safetensors name no folder."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CheckpointError) or not _is_full(folder):
+            raise
+        raise CheckpointError(f"{what} could not be written, because {folder} is full ({error}). {way_out}") from error
 
 
 def _is_full(folder: Path) -> bool:

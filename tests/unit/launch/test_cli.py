@@ -196,6 +196,35 @@ def test_a_file_that_cannot_be_read_is_a_sentence(fledge, tmp_path, config, monk
     assert (exit_code, f"error: {tmp_path / 'rows.jsonl'}: Permission denied" in said) == (2, True)
 
 
+def test_a_write_that_finds_no_room_is_a_sentence(fledge, tmp_path, config, monkeypatch):
+    def full(path, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rl.prompts.rows.read_jsonl", full)
+    exit_code, said = fledge("train", save(tmp_path, config))
+    assert (exit_code, "error: No space left on device, in run_dir or in " in said) == (2, True)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "is full (No space left"), (errno.EIO, "No space left")])
+def test_an_export_that_fails_leaves_nothing_in_the_way_of_another(fledge, tmp_path, config, monkeypatch, number, told):
+    checkpoint_store(TrainConfig.model_validate(config), tmp_path).save(1, {}, lambda folder: (folder / "w").touch())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"rollout": {}}))
+    outcome = [LearnerError("No space left on device (os error 28)")]
+
+    def export_checkpoint(checkpoint, model, directory):
+        (directory / "model-00001.safetensors").write_text("")
+        if outcome:
+            monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(number, "no fsync")))
+            raise outcome.pop()
+
+    monkeypatch.setattr("rl.learner_checkpoint.export_checkpoint", export_checkpoint)
+    exit_code, said = fledge("export", tmp_path, tmp_path / "out")
+    assert told in " ".join(said.split())
+    assert exit_code == (7 if number == errno.ENOSPC else 5)
+    assert fledge("export", tmp_path, tmp_path / "out")[0] == 0
+
+
 def test_a_run_directory_that_cannot_be(fledge, tmp_path, config):
     (tmp_path / "file").write_text("")
     for command in ("train", "eval"):
