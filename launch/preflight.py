@@ -357,7 +357,7 @@ def check_logging(config: RunConfig) -> None:
             f"logging.wandb_project is {project!r}, but names of W&B projects cannot contain {' '.join(sorted(wrong))}"
         )
     mode = config.logging.wandb_mode or os.environ.get("WANDB_MODE", "online")
-    if project is None or mode in ("offline", "disabled"):
+    if project is None or mode in ("offline", "dryrun", "disabled"):
         return
     import wandb
 
