@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import sys
 import time
@@ -193,13 +194,14 @@ class WandbSink:
     ) -> None:
         import wandb
 
+        asked: Any = mode or os.environ.get("WANDB_MODE")  # W&B reads it but once, when a process first uses it
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex
         id_file.write_text(run_id)
         try:
             self._run = wandb.init(
                 project=project,
-                mode=mode,
+                mode=asked,
                 name=name,
                 id=run_id,
                 resume="allow",
