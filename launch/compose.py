@@ -6,6 +6,7 @@ Left out: the command line (`launch.cli`), and what the parts do.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from rewards.workers import RewardPool
 from rl.advantages import build_train_batch, estimate
 from rl.batch import Annotations, Prompt, ScoredBatch, TrainBatch
 from rl.checkpoint import CheckpointStore
-from rl.config import AlgorithmConfig, RolloutConfig, RunConfig, TrainConfig
+from rl.config import AlgorithmConfig, RolloutConfig, RunConfig, SftConfig, TrainConfig
 from rl.controller import Controller
 from rl.data_shaping import PassRateCurriculum, StepGroups
 from rl.evaluation import Evaluator
@@ -305,7 +306,36 @@ def checkpoint_store(config: RunConfig, run_dir: Path) -> CheckpointStore:
         best_of=lambda steps: None if metric is None else best_step(run_dir, metric, steps),
         settings=config.model_dump(mode="json"),
         fixed=_TRAIN_FIXED if isinstance(config, TrainConfig) else _SFT_FIXED,
+        contents=_contents(config),
     )
+
+
+def _contents(config: RunConfig) -> dict[str, str]:
+    """What tells whether the files of a run have only moved, as those in a job's own folder do, by the keys of their
+    paths. Of training data the names are enough: the prompts or examples are compared when they have been read."""
+    found = {"model.path": _of_checkpoint(config.model.path)}
+    if isinstance(config, TrainConfig) and config.critic is not None and config.critic.path is not None:
+        found["critic.path"] = _of_checkpoint(config.critic.path)
+    if isinstance(config, TrainConfig | SftConfig) and config.data.train is not None:
+        train = config.data.train.path
+        paths = (train,) if isinstance(train, str) else train
+        found["data.train.path"] = " ".join(Path(path).name if Path(path).exists() else path for path in paths)
+    return found
+
+
+def _of_checkpoint(path: str) -> str:
+    """A digest of a checkpoint's configuration, its tokenizer, and the names and sizes of its weights; of a checkpoint
+    on the hub, its name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+        elif file.is_file() and file.name.startswith(("config.json", "tokenizer", "chat_template")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _comparable(rollout: RolloutConfig) -> bool:

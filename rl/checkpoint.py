@@ -26,6 +26,7 @@ _STATE = "state.json"
 _FEW_BYTES = 4 * 2**20
 _DISCARDED = ".discarded_"
 _SETTINGS = "settings"
+_CONTENTS = "contents"
 _UNSET = "unset"
 LEARNER = "learner"  # the sub-folder that the learner writes
 
@@ -62,6 +63,7 @@ class CheckpointStore:
         best_of: the step of the best among these, which stays too; None if it is not known.
         settings: the run's configuration as plain nested dicts, which every checkpoint records.
         fixed: dotted keys of settings and sections that must be the same in a run and the checkpoint it resumes from.
+        contents: of such settings that are paths, what tells whether another path leads to the same files.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class CheckpointStore:
         best_of: Callable[[Collection[int]], int | None] = lambda steps: None,
         settings: Mapping[str, Any] | None = None,
         fixed: Sequence[str] = (),
+        contents: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
         self.keep = keep
@@ -79,6 +82,7 @@ class CheckpointStore:
         self.is_writing = False  # whether the learners may still be writing, after an interrupt
         self._settings = settings or {}
         self._fixed = fixed
+        self._contents = contents or {}
 
     def save(self, step: int, state: Mapping[str, Any], write_learner: Callable[[Path], None]) -> Path:
         """Write a checkpoint after `step` completed steps; `write_learner` fills its learner folder.
@@ -102,7 +106,8 @@ class CheckpointStore:
                     "system that every node shares"
                 )
             with (temporary / _STATE).open("w") as file:
-                json.dump({"step": step, _SETTINGS: self._settings, **state}, file, indent=1)
+                of_run = {_SETTINGS: self._settings, _CONTENTS: self._contents}
+                json.dump({"step": step, **of_run, **state}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException as error:
@@ -169,7 +174,8 @@ class CheckpointStore:
             return None
         state = read_state(path)
         changed = dict(_differences(state[_SETTINGS], self._settings))
-        if refused := [change for key, change in changed.items() if self._is_fixed(key)]:
+        moved = {key for key, digest in state.get(_CONTENTS, {}).items() if self._contents.get(key) == digest}
+        if refused := [change for key, change in changed.items() if self._is_fixed(key) and key not in moved]:
             raise CheckpointError(
                 f"{path} cannot be resumed with another configuration: {', '.join(refused)}; restore what changed, or "
                 "choose another run_dir"

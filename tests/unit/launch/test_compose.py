@@ -1,6 +1,7 @@
 """What the composition root builds from the sections on data shaping."""
 
 import json
+import shutil
 
 import pytest
 
@@ -77,6 +78,38 @@ def test_settings_that_the_checkpoint_was_made_with_may_not_change(tmp_path, set
     assert store(before).resume() is not None
     with pytest.raises(CheckpointError, match=rf"another configuration: critic\.{setting}"):
         store(after).resume()
+
+
+def test_files_that_have_only_moved_do_not_keep_a_run_from_resuming(tmp_path):
+    def store(folder):
+        settings = config(
+            model={"path": str(folder / "model")},
+            data={"train": {"path": str(folder / "rows.jsonl")}},
+            critic={"path": str(folder / "critic")},
+            algorithm={"advantage": "gae"},
+        )
+        return checkpoint_store(settings, tmp_path)
+
+    old, new = tmp_path / "job_1", tmp_path / "job_2"
+    for name in ("model", "critic"):
+        (old / name).mkdir(parents=True)
+        (old / name / "config.json").write_text("{}")
+        (old / name / "model.safetensors").write_text("weights")
+    (old / "rows.jsonl").write_text("")
+    store(old).save(1, {}, lambda directory: (directory / "shard").touch())
+    shutil.copytree(old, new)
+    shutil.rmtree(old)
+    resumed = store(new).resume()
+    assert [change.split()[0] for change in resumed.changed] == ["model.path", "data.train.path", "critic.path"]
+    for file, key in (("model/config.json", "model.path"), ("critic/model.safetensors", "critic.path")):
+        before = (new / file).read_text()
+        (new / file).write_text("other")
+        with pytest.raises(CheckpointError, match=rf"another configuration: {key} /.*job_1.* -> /.*job_2[^,]*;"):
+            store(new).resume()
+        (new / file).write_text(before)
+    (new / "rows.jsonl").rename(new / "others.jsonl")
+    with pytest.raises(CheckpointError, match=r"another configuration: data.train.path /.*job_1/rows.jsonl -> "):
+        store(new).resume()
 
 
 class Messages(list):
