@@ -23,7 +23,7 @@ from rl.shared_files import appears
 
 _NAME = re.compile(r"step_\d+")
 _STATE = "state.json"
-_FEW_BYTES = 4 * 2**20
+_FEW_BYTES = 4 * 2**20  # a disk with less room than this is called full
 _DISCARDED = ".discarded_"
 _SETTINGS = "settings"
 _CONTENTS = "contents"
